@@ -1,0 +1,37 @@
+# Every target sets up what it needs from nothing, inside .venv; nothing global is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: serve test lint types check clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# torch goes first and pinned: a bare "torch" would bring several GB of CUDA packages.
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m compileall -q $(VENV)/lib baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry >/dev/null || true
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,bench]"
+	touch $@
+
+serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode node (ARGS="--port 9000")
+	$(BIN)/baton serve $(ARGS)
+
+test: $(VENV)/.dev  ## run every test (ARGS="tests/engine -k parity")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,63 @@
+"""What the scheduler decided for one step, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.request import Request
+from wire.types import BlockHandle, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Compute `num_new_tokens` tokens of `request`, from `start` on."""
+
+    request: Request
+    start: int
+    num_new_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_new_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the last known token, so that the next one is sampled."""
+        return self.end == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The rows of one forward pass, in batch order."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+    num_preempted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestProgress:
+    """What one step did for one request."""
+
+    request_id: str
+    num_computed_tokens: int
+    index: int  # output index of the first of `new_tokens`
+    new_tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+    finished_blocks: tuple[tuple[int, BlockHandle], ...] = ()
+    """Prefill-only requests: (index in the block table, handle) of blocks that this step filled;
+    the last, partly filled one with the step that samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step produced."""
+
+    step: int
+    progress: tuple[RequestProgress, ...]
+    num_tokens: int
+    num_preempted: int

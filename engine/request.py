@@ -1,0 +1,57 @@
+"""A request as the engine sees it: tokens, how many of them are computed, and the blocks that hold them.
+
+    tokens:   | prompt .................... | output ......... |
+              0            num_computed_tokens          num_tokens
+              ◄── KV is in block_table ──►  ◄─ to compute ─►
+
+There are no phases. A request is behind (`num_computed_tokens < num_tokens`) and catches up; when a
+step reaches its last token, one more is sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wire.types import FinishReason, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice of one client request, in one attempt, on one node."""
+
+    request_id: str
+    tokens: list[int]  # the prompt, then output tokens (of earlier attempts too)
+    num_prompt_tokens: int  # the client's own prompt: limits and penalties count from here
+    sampling: SamplingParams
+    max_num_tokens: int  # prompt and output together may not exceed this
+    cache_salt: str = ""
+    prefill_only: bool = False  # end after one sampled token; blocks stay held for the handoff
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of full computed or known blocks
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # found in the prefix cache, or received, when first scheduled
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_behind(self) -> int:
+        """Tokens whose KV is not computed yet; at least one until the request ends."""
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    def check(self) -> None:
+        """Raise AssertionError where the lengths contradict each other."""
+        assert 0 <= self.num_cached_tokens <= self.num_tokens
+        assert 0 <= self.num_computed_tokens <= self.num_tokens
+        assert self.num_prompt_tokens <= self.num_tokens <= self.max_num_tokens

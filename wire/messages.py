@@ -1,0 +1,397 @@
+"""Every message that two processes exchange, with its tag.
+
+    router  ── Reserve ──▶ decode        router  ── Prefill(grant) ──▶ prefill
+    decode  ── Granted ──▶ router        prefill ── units, Commit ───▶ decode
+    prefill, decode ── Tokens ──▶ router
+
+`docs/protocol.md` tells the story; `TAGS` at the end is the table. A tag is never used twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from wire.layout import KVLayout
+from wire.types import (
+    U64,
+    AttemptId,
+    BlockHandle,
+    Count,
+    Digest,
+    FinishReason,
+    Flag,
+    Name,
+    NodeId,
+    NodeLoad,
+    Role,
+    SamplingParams,
+    Seconds,
+    Secret,
+    Text,
+    TokenIds,
+    TransportAddress,
+)
+
+PROTOCOL_VERSION = 1
+
+# ---------------------------------------------------------------- registration and health
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the router must know of the model that a node serves."""
+
+    name: Name
+    fingerprint: Name  # of config and weights; nodes of one fleet must agree
+    numerics: Text  # equal strings compute bit-equal results
+    max_model_len: Count
+    vocab_size: Count
+    eos_token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """node → router: first message of an incarnation."""
+
+    role: Role
+    model: ModelInfo
+    layout: KVLayout
+    num_blocks: Count
+    peer_url: Name  # where other nodes reach this one
+    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16)]
+    http_url: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """router → node: registered; send heartbeats at this interval."""
+
+    heartbeat_s: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Unwelcome:
+    """router → node: not registered, and why; the node ends with this text."""
+
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """node → router, at the agreed interval and off the step loop."""
+
+    load: NodeLoad
+
+
+@dataclass(frozen=True, slots=True)
+class RouterHeartbeat:
+    """router → node: without it a node drops this router's requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """node → router: finish what is here, send nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """node → router: this incarnation ends now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Answer to a message that was meant for another incarnation of the receiver."""
+
+    meant_for: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTokenizer:
+    """router → node: send me the model's tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """node → router: the tokenizer's files as they lie in the model's folder."""
+
+    tokenizer_json: Annotated[bytes, Field(strict=True, max_length=64 << 20)]
+    tokenizer_config_json: Annotated[bytes, Field(strict=True, max_length=8 << 20)]
+    chat_template: Annotated[bytes, Field(strict=True, max_length=1 << 20)] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """node → router: prefix blocks that became findable or were evicted.
+
+    `number` grows by one per message; a gap makes the router ask for a snapshot.
+    """
+
+    number: U64
+    added: Annotated[tuple[Digest, ...], Field(max_length=1 << 20)] = ()
+    removed: Annotated[tuple[Digest, ...], Field(max_length=1 << 20)] = ()
+    snapshot: Flag = False  # `added` is the whole content
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCacheSnapshot:
+    """router → node: events were lost; send the whole content."""
+
+
+# ---------------------------------------------------------------- a request's life
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """router → decode node: hold blocks for this attempt.
+
+    `tokens` is the prompt followed by what earlier attempts have already produced;
+    `num_prompt_tokens` stays the client's own prompt length.
+    """
+
+    id: AttemptId
+    tokens: TokenIds
+    num_prompt_tokens: Count
+    sampling: SamplingParams
+    prefill: NodeId  # the only node that may fill the blocks
+    cache_salt: Text = ""
+    deadline_s: Seconds = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a decode node promises: these blocks are yours to fill until the lease ends."""
+
+    lease: U64
+    capability: Secret  # proves to the decode node that a sender belongs to this lease
+    digest_key: Secret
+    decode: NodeId
+    peer_url: Name
+    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16)]
+    layout: KVLayout
+    handles: Annotated[tuple[BlockHandle, ...], Field(max_length=1 << 20)]
+    num_cached_tokens: Count  # the decode node already has the KV of these first tokens
+    ttl_s: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """decode node → router."""
+
+    id: AttemptId
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """decode node → router: nothing was taken. `cause`: capacity, draining, superseded, too_long."""
+
+    id: AttemptId
+    cause: Name
+    message: Text
+    retry_after_s: Seconds = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """router → prefill node. Without a grant the request must end with its first token."""
+
+    id: AttemptId
+    tokens: TokenIds
+    num_prompt_tokens: Count
+    sampling: SamplingParams
+    grant: Grant | None
+    cache_salt: Text = ""
+    deadline_s: Seconds = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUpdate:
+    """New output tokens of one attempt; `index` counts the request's output tokens from 0."""
+
+    id: AttemptId
+    index: Count
+    tokens: TokenIds
+    finish: FinishReason | None = None
+    num_cached_tokens: Count | None = None  # prompt tokens that needed no computation
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """node → router: everything that one step produced for this router."""
+
+    updates: Annotated[tuple[TokenUpdate, ...], Field(max_length=1 << 16)]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """node → router: this attempt is over without a result; what it held is free or quarantined.
+
+    `cause` is a metric label: expired, revoked, stale, digest, transport, superseded, gone, drained,
+    capacity, too_long, internal.
+    """
+
+    id: AttemptId
+    cause: Name
+    message: Text
+    retryable: Flag
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """router → node: nobody waits for this attempt, nor for any lower one, any more."""
+
+    id: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """router → decode node: the finished attempt's tokens were logged and may be forgotten."""
+
+    id: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """router → node: repeat this attempt's output tokens from `index` on."""
+
+    id: AttemptId
+    index: Count
+
+
+# ---------------------------------------------------------------- the handoff, between nodes
+
+
+@dataclass(frozen=True, slots=True)
+class UnitHeader:
+    """Precedes the bytes of one unit on a transport: slots [token_start, token_end) of one block."""
+
+    lease: U64
+    capability: Secret
+    unit: Count  # index of the block in the grant's handles
+    handle: BlockHandle
+    token_start: Count
+    token_end: Count
+    num_bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsReceived:
+    """decode → prefill: bytes of this lease that left the wire; opens the sender's window."""
+
+    lease: U64
+    num_bytes: U64  # since the last such message
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSeal:
+    """One line of a manifest: what the sender says that a unit holds."""
+
+    unit: Count
+    token_start: Count
+    token_end: Count
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """prefill → decode: the manifest, and all output tokens so far. May overtake the data.
+
+    Idempotent: asked again until it is answered, and answered the same each time.
+    """
+
+    id: AttemptId
+    lease: U64
+    capability: Secret
+    units: Annotated[tuple[UnitSeal, ...], Field(max_length=1 << 20)]
+    output_tokens: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """decode → prefill: verified; the decode node owns the request from here on."""
+
+    id: AttemptId
+    lease: U64
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """decode → prefill: the lease will not be committed; stop sending and drop the references."""
+
+    id: AttemptId
+    lease: U64
+    cause: Name  # as in AttemptFailed
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLease:
+    """prefill → decode: no handoff is needed (the first token ended the request) or possible."""
+
+    id: AttemptId
+    lease: U64
+    capability: Secret
+    cause: Name
+
+
+Message: TypeAlias = (
+    Register
+    | Welcome
+    | Unwelcome
+    | Heartbeat
+    | RouterHeartbeat
+    | Draining
+    | Goodbye
+    | Gone
+    | FetchTokenizer
+    | TokenizerFiles
+    | CacheEvents
+    | FetchCacheSnapshot
+    | Reserve
+    | Granted
+    | Refused
+    | Prefill
+    | Tokens
+    | AttemptFailed
+    | Abort
+    | Ack
+    | Resend
+    | UnitHeader
+    | UnitsReceived
+    | Commit
+    | Committed
+    | LeaseEnded
+    | ReleaseLease
+)
+
+TAGS: dict[int, type[Message]] = {
+    1: Register,
+    2: Welcome,
+    3: Unwelcome,
+    4: Heartbeat,
+    5: RouterHeartbeat,
+    6: Draining,
+    7: Goodbye,
+    8: Gone,
+    9: FetchTokenizer,
+    10: TokenizerFiles,
+    11: CacheEvents,
+    12: FetchCacheSnapshot,
+    20: Reserve,
+    21: Granted,
+    22: Refused,
+    23: Prefill,
+    24: Tokens,
+    25: AttemptFailed,
+    26: Abort,
+    27: Ack,
+    28: Resend,
+    40: UnitHeader,
+    41: UnitsReceived,
+    42: Commit,
+    43: Committed,
+    44: LeaseEnded,
+    45: ReleaseLease,
+}

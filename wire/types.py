@@ -1,0 +1,121 @@
+"""The values that messages are made of.
+
+Every field that can come from the network is strict and bounded by its annotation, so that the codec
+checks type and size in one place. Own code builds these objects without paying for validation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+MAX_REQUEST_TOKENS = 1 << 20
+"""No request is longer than this many tokens, whatever the model allows."""
+
+U64 = Annotated[int, Field(strict=True, ge=0, lt=1 << 64)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MAX_REQUEST_TOKENS)]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
+Text = Annotated[str, Field(strict=True, max_length=4096)]
+Seconds = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Digest = Annotated[bytes, Field(strict=True, min_length=16, max_length=16)]
+Secret = Annotated[bytes, Field(strict=True, min_length=16, max_length=32)]
+
+
+class Role(StrEnum):
+    """What a node does for the fleet."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; `stop` and `length` mean what OpenAI's API means by them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeId:
+    """One life of one node: a restarted node has the same name and another incarnation."""
+
+    name: Name
+    incarnation: U64
+
+    def __str__(self) -> str:
+        return f"{self.name}#{self.incarnation:016x}"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptId:
+    """One try to serve one choice of a request. A higher attempt supersedes a lower one."""
+
+    request: Name
+    attempt: Count
+
+    def __str__(self) -> str:
+        return f"{self.request}/{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one choice is sampled. All limits are on output tokens of the whole request.
+
+    The noise is a pure function of (`seed`, position, token id), so two nodes given the same logits
+    draw the same token. The router has already folded the choice's index into `seed`.
+    """
+
+    seed: U64 = 0
+    max_tokens: Count = 16
+    min_tokens: Count = 0
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    top_k: Count = 0  # 0: no limit
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=4096)
+    ] = field(default_factory=dict)
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
+    ignore_eos: Flag = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHandle:
+    """Names the content of a block, not only its place: a reused block has another generation."""
+
+    epoch: U64  # random per process start
+    block_id: Count
+    generation: U64
+
+
+@dataclass(frozen=True, slots=True)
+class TransportAddress:
+    """Where a node receives KV blocks by one transport."""
+
+    transport: Name
+    url: Name
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLoad:
+    """A snapshot of a node, sent with every heartbeat; the router's policies read only this."""
+
+    step: U64 = 0  # forward passes so far
+    stalled_s: Seconds = 0.0  # age of the oldest runnable request without progress
+    num_running: Count = 0
+    num_waiting: Count = 0
+    queued_tokens: Count = 0  # prompt tokens not yet computed
+    blocks_total: Count = 0
+    blocks_free: Count = 0  # free or evictable
+    blocks_promised: Count = 0  # predicted growth of what is admitted

@@ -15,5 +15,5 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     kv_overcommit: float = 1.0
-    """Predicted growth may promise up to this many times the pool; above 1 requests can be preempted."""
+    """Predicted growth may promise this many times the pool; above 1, requests can be preempted."""
     enable_prefix_caching: bool = True

@@ -1,4 +1,4 @@
-"""A request as the engine sees it: tokens, how many of them are computed, and the blocks that hold them.
+"""A request as the engine sees it: tokens, how many are computed, and the blocks that hold them.
 
     tokens:   | prompt .................... | output ......... |
               0            num_computed_tokens          num_tokens

@@ -1,6 +1,6 @@
 """Messages to bytes and back: msgpack, with version, tag, sender and receiver in front.
 
-    [version, tag, sender name, sender incarnation, receiver name | nil, incarnation, {field: value}]
+    [version, tag, sender, its incarnation, receiver | nil, its incarnation, {field: value}]
 
 Decoding trusts nothing: msgpack's own limits bound the work, the tag table picks the type, and the
 type's annotations check every field.
@@ -8,6 +8,7 @@ type's annotations check every field.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, cast
@@ -21,6 +22,9 @@ from wire.types import NodeId
 
 MAX_MESSAGE_BYTES = 128 << 20
 _TAG_OF = {message: tag for tag, message in TAGS.items()}
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (NodeId, *TAGS.values())
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +87,13 @@ def decode(data: bytes | memoryview) -> Envelope:
 
 
 def _validate(kind: type[Any], body: dict[str, Any]) -> Any:
-    return _adapter(kind).validate_python(body)
+    return _ADAPTERS[kind].validate_python(body)
 
 
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-@cache
-def _field_names(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
-
-
-def _as_dict(value: object) -> dict[str, Any]:
+def _as_dict(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in _field_names(type(value))}
+
+
+@cache
+def _field_names(kind: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cast(Any, kind)))

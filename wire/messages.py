@@ -186,7 +186,10 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """decode node → router: nothing was taken. `cause`: capacity, draining, superseded, too_long."""
+    """decode node → router: nothing was taken.
+
+    `cause`: capacity, draining, superseded, too_long.
+    """
 
     id: AttemptId
     cause: Name
@@ -229,8 +232,8 @@ class Tokens:
 class AttemptFailed:
     """node → router: this attempt is over without a result; what it held is free or quarantined.
 
-    `cause` is a metric label: expired, revoked, stale, digest, transport, superseded, gone, drained,
-    capacity, too_long, internal.
+    `cause` is a metric label: expired, revoked, stale, digest, transport, superseded, gone,
+    drained, capacity, too_long, internal.
     """
 
     id: AttemptId
@@ -266,7 +269,7 @@ class Resend:
 
 @dataclass(frozen=True, slots=True)
 class UnitHeader:
-    """Precedes the bytes of one unit on a transport: slots [token_start, token_end) of one block."""
+    """Precedes a unit's bytes on a transport: slots [token_start, token_end) of one block."""
 
     lease: U64
     capability: Secret

@@ -1,7 +1,7 @@
 """Names of cached prefixes: a chained hash per full block.
 
-A block's hash covers everything before it, so equal hashes mean equal prefixes. The chain starts from
-the model and the tenant's salt: prefixes of two tenants never meet.
+A block's hash covers everything before it, so equal hashes mean equal prefixes. The chain starts
+from the model and the tenant's salt: prefixes of two tenants never meet.
 """
 
 from __future__ import annotations

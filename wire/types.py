@@ -1,11 +1,12 @@
 """The values that messages are made of.
 
-Every field that can come from the network is strict and bounded by its annotation, so that the codec
-checks type and size in one place. Own code builds these objects without paying for validation.
+Every field that can come from the network is strict and bounded by its annotation, so that the
+codec checks type and size in one place. Own code builds these objects without that cost.
 """
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -119,3 +120,8 @@ class NodeLoad:
     blocks_total: Count = 0
     blocks_free: Count = 0  # free or evictable
     blocks_promised: Count = 0  # predicted growth of what is admitted
+
+
+def new_node_id(name: str) -> NodeId:
+    """A fresh life of the node called `name`."""
+    return NodeId(name, secrets.randbits(64))

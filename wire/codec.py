@@ -8,9 +8,7 @@ type's annotations check every field.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgpack
@@ -91,9 +89,4 @@ def _validate(kind: type[Any], body: dict[str, Any]) -> Any:
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in _field_names(type(value))}
-
-
-@cache
-def _field_names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cast(Any, kind)))
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

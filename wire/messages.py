@@ -339,6 +339,21 @@ class ReleaseLease:
     cause: Name
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseClaim:
+    """A lease and the proof that the sender belongs to it."""
+
+    lease: U64
+    capability: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class RenewLeases:
+    """prefill → decode: these requests still wait or compute here; do not expire their leases."""
+
+    claims: Annotated[tuple[LeaseClaim, ...], Field(max_length=1 << 16)]
+
+
 Message: TypeAlias = (
     Register
     | Welcome
@@ -367,6 +382,7 @@ Message: TypeAlias = (
     | Committed
     | LeaseEnded
     | ReleaseLease
+    | RenewLeases
 )
 
 TAGS: dict[int, type[Message]] = {
@@ -397,4 +413,5 @@ TAGS: dict[int, type[Message]] = {
     43: Committed,
     44: LeaseEnded,
     45: ReleaseLease,
+    46: RenewLeases,
 }

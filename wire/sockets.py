@@ -2,8 +2,8 @@
 
 `Hub` (ROUTER, bound) talks to many peers, `Link` (DEALER, connected) to one hub. Both check what
 they receive before anybody sees it: the codec checks the bytes, the routing id must name the
-sender, and a message that was meant for an earlier life of this process is answered `Gone` (messages that
-were queued for a dead process do reach its successor on the same port).
+sender, and a message that was meant for an earlier life of this process is answered `Gone`
+(messages that were queued for a dead process do reach its successor on the same port).
 
 Why not zmq.asyncio: its receive costs a future and two loop turns per message, and its send is a
 future as well; here a message costs one call, and a full outbox is an exception where it is sent.

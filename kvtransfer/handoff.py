@@ -1,0 +1,156 @@
+"""The prefill side of one handoff.
+
+    COMPUTING → SENDING → AWAITING_COMMIT → DONE
+        any state → ABORTED   (cancelled, lease lost, deadline)
+
+COMPUTING: the prompt is still being computed, finished units leave meanwhile. SENDING: the first
+token is known and the commit was asked, units still wait for the window. AWAITING_COMMIT: all units
+left. The commit is asked as soon as the first token is known (it may overtake the data) and asked
+again until it is answered; silence is never taken as failure.
+
+Pure: time is an argument, sends are taken out by the caller.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kvtransfer.units import Unit, unit_bytes, units_of
+from wire.messages import Commit, Grant, UnitHeader, UnitSeal
+from wire.types import AttemptId, BlockHandle
+
+
+class HandoffState(Enum):
+    """Where a handoff is in its life; see the picture above."""
+
+    COMPUTING = auto()
+    SENDING = auto()
+    AWAITING_COMMIT = auto()
+    DONE = auto()
+    ABORTED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyUnit:
+    """A sealed unit that waits for the window, and the local block that holds it."""
+
+    unit: Unit
+    source: BlockHandle
+
+
+class Handoff:
+    """One request's way from this node to the decode node that granted it.
+
+    Args:
+        num_tokens: tokens whose KV is handed over.
+        window_bytes: unacknowledged bytes that may be on the way; one unit always may.
+    """
+
+    def __init__(
+        self,
+        id: AttemptId,
+        grant: Grant,
+        *,
+        num_tokens: int,
+        window_bytes: int,
+        deadline: float,
+        ask_again_s: float = 0.5,
+    ) -> None:
+        self.id = id
+        self.grant = grant
+        self.deadline = deadline
+        self.state = HandoffState.COMPUTING
+        self.cause = ""
+        self.units = {
+            unit.index: unit for unit in units_of(num_tokens, grant.num_cached_tokens, grant.layout)
+        }
+        self.bytes_sent = 0
+        self._window_bytes = window_bytes
+        self._ask_again_s = ask_again_s
+        self._next_ask = 0.0
+        self._ready: deque[ReadyUnit] = deque()
+        self._seals: dict[int, UnitSeal] = {}
+        self._unacked_bytes = 0
+        self._output_tokens: tuple[int, ...] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in (HandoffState.DONE, HandoffState.ABORTED)
+
+    def wants(self, index: int) -> bool:
+        """Whether the unit at this index must be sent and was not offered yet."""
+        return not self.ended and index in self.units and index not in self._seals
+
+    def offer(self, index: int, source: BlockHandle, digest: bytes) -> None:
+        """A unit is computed and sealed; `source` is the local block that holds it."""
+        assert self.wants(index), f"unit {index} is offered twice or not wanted"
+        unit = self.units[index]
+        self._seals[index] = UnitSeal(index, unit.token_start, unit.token_end, digest)
+        self._ready.append(ReadyUnit(unit, source))
+
+    def next_send(self) -> tuple[UnitHeader, ReadyUnit] | None:
+        """The next unit that the window admits; the caller sends it now."""
+        if self.ended or not self._ready:
+            return None
+        size = unit_bytes(self._ready[0].unit.num_tokens, self.grant.layout)
+        if self._unacked_bytes and self._unacked_bytes + size > self._window_bytes:
+            return None
+        ready = self._ready.popleft()
+        self._unacked_bytes += size
+        self.bytes_sent += size
+        self._update_state()
+        return self._header(ready.unit, size), ready
+
+    def acknowledged(self, num_bytes: int) -> None:
+        """The receiver has taken this many bytes off the wire."""
+        self._unacked_bytes = max(0, self._unacked_bytes - num_bytes)
+
+    def finish(self, output_tokens: tuple[int, ...]) -> None:
+        """The prompt is computed and the next token sampled; the commit is due from now on."""
+        assert self.state is HandoffState.COMPUTING
+        assert self._seals.keys() == self.units.keys(), "units are missing"
+        self._output_tokens = output_tokens
+        self.state = HandoffState.SENDING
+        self._update_state()
+
+    def next_commit(self, now: float) -> Commit | None:
+        """The commit, if it is time to ask (again)."""
+        if self._output_tokens is None or self.ended or now < self._next_ask:
+            return None
+        self._next_ask = now + self._ask_again_s
+        return Commit(
+            self.id,
+            self.grant.lease,
+            self.grant.capability,
+            tuple(self._seals[index] for index in sorted(self._seals)),
+            self._output_tokens,
+        )
+
+    def committed(self) -> None:
+        """The decode node owns the request now."""
+        if not self.ended:
+            self.state = HandoffState.DONE
+
+    def abort(self, cause: str) -> None:
+        """Nothing more is sent; what is on the way may still read its blocks."""
+        if not self.ended:
+            self.state = HandoffState.ABORTED
+            self.cause = cause
+            self._ready.clear()
+
+    def _update_state(self) -> None:
+        if self.state is HandoffState.SENDING and not self._ready:
+            self.state = HandoffState.AWAITING_COMMIT
+
+    def _header(self, unit: Unit, size: int) -> UnitHeader:
+        return UnitHeader(
+            lease=self.grant.lease,
+            capability=self.grant.capability,
+            unit=unit.index,
+            handle=self.grant.handles[unit.index],
+            token_start=unit.token_start,
+            token_end=unit.token_end,
+            num_bytes=size,
+        )

@@ -1,0 +1,345 @@
+"""The decode side's leases: who may fill which blocks, until when, and whether it was done right.
+
+    GRANTED → RECEIVING → COMMITTING → COMMITTED   the request owns the blocks
+       │          │            ├─ a digest, generation or manifest contradicts → REJECTED
+       └──────────┴────────────┴─ deadline → EXPIRED, abort or new attempt → REVOKED,
+                                  the sender needs it no more → RELEASED
+
+The machine is pure: no socket, no clock (`now` is an argument, in seconds), no block pool. Whatever
+ends a lease, the lease comes out of `take_ended` exactly once, and the caller acts on its blocks
+there. Entering COMMITTED is the one linearization point of a handoff.
+
+Every operation is idempotent on (request, attempt). Outcomes stay as bounded tombstones, so that a
+question asked again gets the answer it got before.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from hmac import compare_digest
+
+from kvtransfer.units import Unit
+from wire.errors import TransferError
+from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
+from wire.types import AttemptId, BlockHandle, NodeId
+
+
+class LeaseState(Enum):
+    """Where a lease is in its life; see the picture above."""
+
+    GRANTED = auto()
+    RECEIVING = auto()
+    COMMITTING = auto()
+    COMMITTED = auto()
+    REJECTED = auto()
+    EXPIRED = auto()
+    REVOKED = auto()
+    RELEASED = auto()
+
+
+LIVE = frozenset({LeaseState.GRANTED, LeaseState.RECEIVING, LeaseState.COMMITTING})
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The right of one sender to fill the blocks of one attempt."""
+
+    number: int
+    id: AttemptId
+    sender: NodeId
+    capability: bytes
+    digest_key: bytes
+    units: dict[int, Unit]  # what must arrive, by index in the block table
+    handles: tuple[BlockHandle, ...]  # of the whole block table
+    ttl_s: float
+    hard_deadline: float  # renewals never go past the request's own deadline
+    deadline: float
+    state: LeaseState = LeaseState.GRANTED
+    cause: str = ""  # why it ended, where it was not committed
+    landing: set[int] = field(default_factory=set)  # units whose bytes are being written now
+    landed: dict[int, bytes] = field(default_factory=dict)  # unit: digest of what arrived
+    manifest: dict[int, UnitSeal] | None = None
+    output_tokens: tuple[int, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+    @property
+    def complete(self) -> bool:
+        return not self.landing and self.landed.keys() == self.units.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What remains of an ended attempt."""
+
+    attempt: int
+    lease: int  # 0: it never had one
+    committed: bool
+    cause: str
+    at: float
+
+
+class LeaseTable:
+    """All leases of one decode node.
+
+    Args:
+        ttl_s: a lease without progress or heartbeat ends after this time.
+        memory_s: how long outcomes are remembered; longer than anybody retries.
+        max_outcomes: and how many at most.
+    """
+
+    def __init__(
+        self, *, ttl_s: float, memory_s: float = 900.0, max_outcomes: int = 100_000
+    ) -> None:
+        self._ttl_s = ttl_s
+        self._memory_s = memory_s
+        self._max_outcomes = max_outcomes
+        self._leases: dict[int, Lease] = {}
+        self._by_request: dict[str, Lease] = {}
+        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
+        self._deadlines: list[tuple[float, int]] = []
+        self._ended: list[Lease] = []
+        self._last_number = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    # ------------------------------------------------------------ granting
+
+    def find(self, id: AttemptId) -> Lease | None:
+        """The live lease of exactly this attempt."""
+        lease = self._by_request.get(id.request)
+        return lease if lease and lease.id == id else None
+
+    def superseded(self, id: AttemptId) -> bool:
+        """Whether this attempt has ended, or a higher one is known."""
+        lease = self._by_request.get(id.request)
+        outcome = self._outcomes.get(id.request)
+        return bool(
+            (lease and lease.id.attempt > id.attempt) or (outcome and outcome.attempt >= id.attempt)
+        )
+
+    def grant(
+        self,
+        id: AttemptId,
+        *,
+        sender: NodeId,
+        units: Iterable[Unit],
+        handles: tuple[BlockHandle, ...],
+        capability: bytes,
+        digest_key: bytes,
+        now: float,
+        deadline_s: float,
+    ) -> Lease:
+        """A new lease for `id`, which ends the lease of any lower attempt."""
+        assert not self.superseded(id), "ask `superseded` first"
+        assert self.find(id) is None, "ask `find` first"
+        older = self._by_request.get(id.request)
+        if older:
+            self._end(older, LeaseState.REVOKED, "superseded", now)
+        self._last_number += 1
+        lease = Lease(
+            number=self._last_number,
+            id=id,
+            sender=sender,
+            capability=capability,
+            digest_key=digest_key,
+            units={unit.index: unit for unit in units},
+            handles=handles,
+            ttl_s=self._ttl_s,
+            hard_deadline=now + deadline_s,
+            deadline=now + min(self._ttl_s, deadline_s),
+        )
+        self._leases[lease.number] = lease
+        self._by_request[id.request] = lease
+        heapq.heappush(self._deadlines, (lease.deadline, lease.number))
+        return lease
+
+    # ------------------------------------------------------------ receiving
+
+    def begin_unit(self, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+        """Allow the bytes behind `header` to be written into their block.
+
+        Raises:
+            TransferError: they must go nowhere; `cause` says why.
+        """
+        self.expire(now)
+        lease = self._claimed(header.lease, header.capability, sender)
+        unit = lease.units.get(header.unit)
+        if unit is None or (unit.token_start, unit.token_end) != (
+            header.token_start,
+            header.token_end,
+        ):
+            raise TransferError("refused", f"unit {header.unit} is not part of the lease")
+        if lease.handles[unit.index] != header.handle:
+            raise TransferError("stale", f"unit {header.unit} names another generation")
+        if unit.index in lease.landed or unit.index in lease.landing:
+            raise TransferError("duplicate", f"unit {header.unit} was written before")
+        lease.landing.add(unit.index)
+        if lease.state is LeaseState.GRANTED:
+            lease.state = LeaseState.RECEIVING
+        return lease
+
+    def end_unit(self, lease: Lease, index: int, digest: bytes | None, now: float) -> None:
+        """The bytes of a unit have landed with this digest (None: they were cut short)."""
+        lease.landing.discard(index)
+        if not lease.live:
+            return
+        if digest is None:
+            self._end(lease, LeaseState.REJECTED, "transport", now)
+            return
+        lease.landed[index] = digest
+        self._renew(lease, now)
+        self._judge(lease, now)
+
+    # ------------------------------------------------------------ committing
+
+    def commit(self, message: Commit, sender: NodeId, now: float) -> Lease | Outcome:
+        """Judge a manifest: the lease (committed, ended, or waiting for late data) or what it was.
+
+        Raises:
+            TransferError: the sender has no such lease.
+        """
+        self.expire(now)
+        outcome = self._outcomes.get(message.id.request)
+        if message.lease not in self._leases and outcome:
+            if outcome.attempt > message.id.attempt:
+                raise TransferError("superseded", "a later attempt is known")
+            return outcome
+        lease = self._claimed(message.lease, message.capability, sender)
+        if lease.id != message.id:
+            raise TransferError("refused", f"lease {message.lease} is another attempt's")
+        if lease.manifest is None:
+            lease.manifest = {seal.unit: seal for seal in message.units}
+            lease.output_tokens = message.output_tokens
+            lease.state = LeaseState.COMMITTING
+            self._renew(lease, now)
+        elif not _repeats(lease, message):
+            self._end(lease, LeaseState.REJECTED, "manifest", now)
+        self._judge(lease, now)
+        return lease
+
+    def _judge(self, lease: Lease, now: float) -> None:
+        """Reject on the first contradiction; commit when everything is there and agrees."""
+        if not lease.live or lease.manifest is None:
+            return
+        if not _covers(lease.manifest, lease.units):
+            self._end(lease, LeaseState.REJECTED, "manifest", now)
+        elif any(lease.manifest[index].digest != d for index, d in lease.landed.items()):
+            self._end(lease, LeaseState.REJECTED, "digest", now)
+        elif lease.complete:
+            self._end(lease, LeaseState.COMMITTED, "", now)
+
+    # ------------------------------------------------------------ ending
+
+    def release(
+        self, number: int, capability: bytes, sender: NodeId, cause: str, now: float
+    ) -> None:
+        """The sender gives the lease back. An unknown or ended lease is left as it is.
+
+        Raises:
+            TransferError: the lease belongs to somebody else.
+        """
+        if number in self._leases:
+            self._end(self._claimed(number, capability, sender), LeaseState.RELEASED, cause, now)
+
+    def abort(self, id: AttemptId, now: float) -> None:
+        """Nobody waits for this attempt or a lower one; leaves a tombstone even if unknown."""
+        lease = self._by_request.get(id.request)
+        if lease and lease.id.attempt <= id.attempt:
+            self._end(lease, LeaseState.REVOKED, "revoked", now)
+        outcome = self._outcomes.get(id.request)
+        if outcome is None or outcome.attempt < id.attempt:
+            self._remember(id.request, Outcome(id.attempt, 0, False, "revoked", now))
+
+    def end_sender(self, sender: NodeId, now: float) -> None:
+        """The sender's process has died: nothing more will arrive."""
+        for lease in [lease for lease in self._leases.values() if lease.sender == sender]:
+            self._end(lease, LeaseState.REVOKED, "gone", now)
+
+    def renew(self, claims: Iterable[LeaseClaim], sender: NodeId, now: float) -> None:
+        """Heartbeats that name their leases; claims that are not the sender's are ignored."""
+        self.expire(now)
+        for claim in claims:
+            lease = self._leases.get(claim.lease)
+            if lease and lease.sender == sender and _proves(lease, claim.capability):
+                self._renew(lease, now)
+
+    def expire(self, now: float) -> None:
+        """End every lease whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = heapq.heappop(self._deadlines)
+            lease = self._leases.get(number)
+            if lease is None:
+                continue
+            if lease.deadline > now:  # renewed since this entry was made
+                heapq.heappush(self._deadlines, (lease.deadline, number))
+            else:
+                self._end(lease, LeaseState.EXPIRED, "expired", now)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` should be called next; may be early, never late."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_ended(self) -> list[Lease]:
+        """Leases that ended since the last call, each one once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # ------------------------------------------------------------ inside
+
+    def _claimed(self, number: int, capability: bytes, sender: NodeId) -> Lease:
+        lease = self._leases.get(number)
+        if lease is None:
+            raise TransferError("expired", f"lease {number} is not live")
+        if lease.sender != sender or not _proves(lease, capability):
+            raise TransferError("refused", f"lease {number} belongs to somebody else")
+        return lease
+
+    def _renew(self, lease: Lease, now: float) -> None:
+        lease.deadline = max(lease.deadline, min(now + lease.ttl_s, lease.hard_deadline))
+
+    def _end(self, lease: Lease, state: LeaseState, cause: str, now: float) -> None:
+        assert lease.live, f"lease {lease.number} ended twice"
+        lease.state = state
+        lease.cause = cause
+        del self._leases[lease.number]
+        del self._by_request[lease.id.request]
+        committed = state is LeaseState.COMMITTED
+        self._remember(
+            lease.id.request, Outcome(lease.id.attempt, lease.number, committed, cause, now)
+        )
+        self._ended.append(lease)
+
+    def _remember(self, request: str, outcome: Outcome) -> None:
+        self._outcomes[request] = outcome
+        self._outcomes.move_to_end(request)
+        while self._outcomes and self._is_forgettable(next(iter(self._outcomes.values())), outcome):
+            self._outcomes.popitem(last=False)
+
+    def _is_forgettable(self, oldest: Outcome, newest: Outcome) -> bool:
+        too_many = len(self._outcomes) > self._max_outcomes
+        return too_many or oldest.at < newest.at - self._memory_s
+
+
+def _proves(lease: Lease, capability: bytes) -> bool:
+    return compare_digest(lease.capability, capability)
+
+
+def _covers(manifest: dict[int, UnitSeal], units: dict[int, Unit]) -> bool:
+    """Whether the manifest names exactly the units, each with its token range."""
+    return manifest.keys() == units.keys() and all(
+        (seal.token_start, seal.token_end) == (units[index].token_start, units[index].token_end)
+        for index, seal in manifest.items()
+    )
+
+
+def _repeats(lease: Lease, message: Commit) -> bool:
+    manifest = {seal.unit: seal for seal in message.units}
+    return manifest == lease.manifest and message.output_tokens == lease.output_tokens

@@ -1,0 +1,205 @@
+"""`baton bench` against a small server in this process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tuner.bench import add_arguments, run
+from tuner.settings import settings_from
+from wire.errors import ConfigError
+
+
+class FakeServer:
+    """An endpoint that streams `max_tokens` chunks of one token, and can be told to misbehave."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fault: str | None = None
+        self.interrupt_at: int | None = None  # Ctrl-C comes with this request, which gets no answer
+        self.url = ""
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/v1/completions", self.generate)
+        app.router.add_post("/v1/chat/completions", self.generate)
+        return app
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "first"}, {"id": "second"}]})
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        if len(self.bodies) == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(30)
+        if self.fault == "busy":
+            return web.json_response({"error": {"message": "busy"}}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await self.stream(response, body)
+        return response
+
+    async def stream(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
+        number = body.get("max_tokens") or body["max_completion_tokens"]
+        for index in range(number):
+            finish = "length" if index == number - 1 else None
+            choice = {"index": 0, "text": "x", "finish_reason": finish}
+            data = b"data: " + json.dumps({"choices": [choice]}).encode() + b"\r\n\r\n"
+            await response.write(data[:9])  # a chunk border inside an event
+            await response.write(data[9:] + b": ping\n\n")
+            if self.fault == "cut" and index == 1:
+                return
+        usage = {"prompt_tokens": 11, "completion_tokens": number}
+        event = json.dumps({"choices": [], "usage": usage}).encode()
+        await response.write(b"data: " + event + b"\n\ndata: [DONE]\n\n")
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    """Runs in its own thread, because `run` owns this thread's event loop."""
+    fake = FakeServer()
+    ready, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        runner = web.AppRunner(fake.application(), handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        ready.set()
+        await stop.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(10)
+    yield fake
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def bench(url: str, *flags: str) -> int:
+    return run(arguments("--url", url, *flags))
+
+
+def test_completions_report(server: FakeServer, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    flags = ("--num-requests", "6", "--concurrency", "3", "--warmup", "1", "--json", str(path))
+    assert bench(server.url + "/v1/", "--input-len", "4:8", "--output-len", "5", *flags) == 0
+    report = json.loads(path.read_text())
+    assert report["num_completed"] == 6
+    assert (report["prompt_tokens"], report["output_tokens"]) == (66, 30)
+    assert report["ttft_ms"]["count"] == 6
+    assert report["itl_ms"]["count"] == 24
+    assert report["settings"]["target"]["model"] == "first"
+    assert len(server.bodies) == 7
+    for body in server.bodies:
+        assert body["stream_options"] == {"include_usage": True}
+        assert 4 <= len(body["prompt"]) <= 8
+        assert all(isinstance(token, int) for token in body["prompt"])
+        assert "ignore_eos" not in body
+
+
+def test_chat_with_rate_key_and_header(server: FakeServer, capsys: Any) -> None:
+    load = ("--rate", "500", "--num-requests", "5", "--arrival", "poisson", "--ignore-eos")
+    access = ("--api-key", "secret", "--header", "X-Team: red", "--model", "second")
+    assert bench(server.url, "--endpoint", "chat", *load, *access, "--json", "-") == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["num_completed"] == 5
+    assert "secret" not in out
+    assert "red" not in out
+    body, headers = server.bodies[0], server.headers[0]
+    assert body["model"] == "second"
+    assert len(body["messages"][0]["content"].split()) == 128
+    assert body["max_completion_tokens"] == 64
+    assert body["ignore_eos"] is True
+    assert headers["Authorization"] == "Bearer secret"
+    assert headers["X-Team"] == "red"
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("busy", "http_503"), ("cut", "truncated")])
+def test_failures_are_counted_and_nothing_completed_is_exit_1(
+    server: FakeServer, capsys: Any, fault: str, kind: str
+) -> None:
+    server.fault = fault
+    assert bench(server.url, "--num-requests", "3") == 1
+    out = capsys.readouterr().out
+    assert "0 of 3 completed" in out
+    assert f"3 x {kind}" in out
+
+
+def test_unknown_model_is_one_line(server: FakeServer, capsys: Any) -> None:
+    assert bench(server.url, "--model", "third") == 1
+    lines = capsys.readouterr().err.splitlines()
+    expected = f"baton bench: {server.url} does not serve 'third'; it serves first, second"
+    assert lines == [expected]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "ftp://127.0.0.1"])
+def test_unusable_url_is_one_line(capsys: Any, url: str) -> None:
+    assert bench(url) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert url in line
+
+
+def test_unwritable_report_is_one_line(server: FakeServer, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "absent" / "report.json"
+    assert bench(server.url, "--num-requests", "1", "--json", str(path)) == 1
+    assert capsys.readouterr().err.startswith(f"baton bench: cannot write {path}")
+
+
+def test_ctrl_c_reports_what_was_measured(server: FakeServer, capsys: Any) -> None:
+    server.interrupt_at = 3
+    assert bench(server.url, "--num-requests", "9", "--concurrency", "1") == 130
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.err
+    assert "2 of 2 completed" in captured.out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--endpoint", "chat", "--prompt-kind", "tokens"), ("--header", "nocolon")],
+)
+def test_contradicting_flags(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError):
+        settings_from(arguments(*flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--input-len", "5:2"),
+        ("--concurrency", "0"),
+        ("--rate", "0"),
+        ("--duration", "inf"),
+        ("--endpoint", "other"),
+    ],
+)
+def test_bad_values_are_refused_by_name(flags: tuple[str, ...], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        arguments(*flags)
+    assert caught.value.code == 2
+    assert flags[0] in capsys.readouterr().err

@@ -21,6 +21,9 @@ from kvtransfer.units import Unit, unit_bytes, units_of
 from wire.messages import Commit, Grant, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle
 
+CREDIT_BYTES = 1 << 20
+"""The receiver gathers acknowledgements up to this size; so many bytes may stay unacknowledged."""
+
 
 class HandoffState(Enum):
     """Where a handoff is in its life; see the picture above."""
@@ -95,7 +98,8 @@ class Handoff:
         if self.ended or not self._ready:
             return None
         size = unit_bytes(self._ready[0].unit.num_tokens, self.grant.layout)
-        if self._unacked_bytes and self._unacked_bytes + size > self._window_bytes:
+        full = self._unacked_bytes + size > self._window_bytes
+        if full and self._unacked_bytes >= CREDIT_BYTES:
             return None
         ready = self._ready.popleft()
         self._unacked_bytes += size
@@ -133,12 +137,17 @@ class Handoff:
         if not self.ended:
             self.state = HandoffState.DONE
 
-    def abort(self, cause: str) -> None:
-        """Nothing more is sent; what is on the way may still read its blocks."""
+    def abort(self, cause: str) -> list[ReadyUnit]:
+        """Nothing more is sent; what is on the way may still read its blocks.
+
+        Returns the units that will not be sent.
+        """
+        unsent = list(self._ready)
         if not self.ended:
             self.state = HandoffState.ABORTED
             self.cause = cause
             self._ready.clear()
+        return unsent
 
     def _update_state(self) -> None:
         if self.state is HandoffState.SENDING and not self._ready:

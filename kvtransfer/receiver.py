@@ -1,0 +1,234 @@
+"""The decode node's end of the handoff: places bytes under live leases, verifies, commits.
+
+Runs in the event loop. All decisions are the lease table's; this file connects them to memory,
+messages and time. Whatever an event did, `_settle` hands every ended lease to its owner once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from kvtransfer.digest import UnitSealer
+from kvtransfer.handoff import CREDIT_BYTES
+from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.transport import BlockMemory, TransferStats
+from kvtransfer.units import Unit, scatter, unit_bytes, units_of
+from wire.errors import TransferError, WireError
+from wire.messages import (
+    Commit,
+    Committed,
+    LeaseEnded,
+    Message,
+    ReleaseLease,
+    RenewLeases,
+    UnitHeader,
+    UnitsReceived,
+)
+from wire.types import AttemptId, BlockHandle, NodeId
+
+
+class KVReceiver:
+    """All incoming handoffs of one decode node.
+
+    Args:
+        send: sends a message to a prefill node; may raise WireError, which is not fatal here
+            because the prefill node asks again.
+        on_ended: called once per lease, in the loop, in whatever state it ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: BlockMemory,
+        table: LeaseTable,
+        send: Callable[[NodeId, Message], None],
+        on_ended: Callable[[Lease], None],
+        model_fingerprint: str,
+        stats: TransferStats,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.table = table
+        self._memory = memory
+        self._send = send
+        self._on_ended = on_ended
+        self._fingerprint = model_fingerprint
+        self._stats = stats
+        self._clock = clock
+        self._sealers: dict[int, UnitSealer] = {}
+        self._credit: dict[int, int] = {}
+
+    # ------------------------------------------------------------ for the decode role
+
+    def grant(
+        self,
+        id: AttemptId,
+        *,
+        sender: NodeId,
+        tokens: Sequence[int],
+        num_cached_tokens: int,
+        handles: tuple[BlockHandle, ...],
+        cache_salt: str,
+        deadline_s: float,
+    ) -> Lease:
+        """Let `sender` fill `handles` with the KV of `tokens` beyond the cached ones."""
+        lease = self.table.grant(
+            id,
+            sender=sender,
+            units=units_of(len(tokens), num_cached_tokens, self._memory.layout),
+            handles=handles,
+            capability=secrets.token_bytes(16),
+            digest_key=secrets.token_bytes(16),
+            now=self._clock(),
+            deadline_s=deadline_s,
+        )
+        self._sealers[lease.number] = UnitSealer(
+            key=lease.digest_key,
+            id=id,
+            lease=lease.number,
+            tokens=tokens,
+            block_size=self._memory.layout.block_size,
+            model_fingerprint=self._fingerprint,
+            cache_salt=cache_salt,
+        )
+        self._settle()
+        return lease
+
+    def abort(self, id: AttemptId) -> None:
+        """The router gave this attempt up."""
+        self.table.abort(id, self._clock())
+        self._settle()
+
+    def end_sender(self, sender: NodeId) -> None:
+        """A prefill node's process is known to have died."""
+        self.table.end_sender(sender, self._clock())
+        self._settle()
+
+    def tick(self) -> None:
+        """Let time pass: expire what is due."""
+        self.table.expire(self._clock())
+        self._settle()
+
+    # ------------------------------------------------------------ messages of prefill nodes
+
+    def handle(self, sender: NodeId, message: Message) -> None:
+        """One message of a prefill node; others are ignored."""
+        now = self._clock()
+        try:
+            if isinstance(message, Commit):
+                self._commit(sender, message, now)
+            elif isinstance(message, ReleaseLease):
+                self.table.release(message.lease, message.capability, sender, message.cause, now)
+            elif isinstance(message, RenewLeases):
+                self.table.renew(message.claims, sender, now)
+        finally:
+            self._settle()
+
+    def _commit(self, sender: NodeId, message: Commit, now: float) -> None:
+        try:
+            verdict = self.table.commit(message, sender, now)
+        except TransferError as error:
+            self._reply(sender, LeaseEnded(message.id, message.lease, error.cause))
+            return
+        if isinstance(verdict, Outcome):  # asked again: the answer got lost
+            self._reply(sender, _answer(message, verdict))
+
+    # ------------------------------------------------------------ bytes (UnitSink)
+
+    def begin(self, sender: NodeId, header: UnitHeader) -> _BlockLanding | None:
+        """See UnitSink: only a live lease's own sender may write, and each unit once."""
+        try:
+            lease = self.table.begin_unit(header, sender, self._clock())
+        except TransferError as error:
+            self._drop(sender, header, error.cause)
+            return None
+        finally:
+            self._settle()
+        if not self._memory.begin_io(header.handle):
+            self.table.end_unit(lease, header.unit, None, self._clock())
+            self._settle()
+            self._drop(sender, header, "stale")
+            return None
+        return _BlockLanding(self, lease, lease.units[header.unit], header)
+
+    def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
+        lease, unit = landing.lease, landing.unit
+        digest = self._place(landing, num_bytes)
+        self._memory.end_io(landing.header.handle)
+        self._stats.units_received += 1
+        self._stats.bytes_received += num_bytes
+        self._acknowledge(lease, num_bytes)
+        self.table.end_unit(lease, unit.index, digest, self._clock())
+        self._settle()
+
+    def _place(self, landing: _BlockLanding, num_bytes: int) -> bytes | None:
+        """Finish the write and compute what the bytes are; None if some are missing."""
+        sealer = self._sealers.get(landing.lease.number)
+        if num_bytes != len(landing.view) or sealer is None:
+            return None
+        if landing.unit.num_tokens < self._memory.layout.block_size:
+            block = self._memory.block_bytes(landing.header.handle.block_id)
+            scatter(landing.view, block, landing.unit.num_tokens, self._memory.layout)
+        return sealer.digest(landing.unit, landing.view)
+
+    def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
+        """The block itself for a full unit, else a buffer that `scatter` spreads over the slots."""
+        layout = self._memory.layout
+        if unit.num_tokens == layout.block_size:
+            return self._memory.block_bytes(header.handle.block_id)
+        return memoryview(bytearray(unit_bytes(unit.num_tokens, layout)))
+
+    def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
+        self._stats.units_dropped[cause] += 1
+        if cause == "expired":
+            self._reply(sender, LeaseEnded(AttemptId("-", 0), header.lease, cause))
+
+    def _acknowledge(self, lease: Lease, num_bytes: int) -> None:
+        credit = self._credit.get(lease.number, 0) + num_bytes
+        if credit >= CREDIT_BYTES:
+            self._reply(lease.sender, UnitsReceived(lease.number, credit))
+            credit = 0
+        self._credit[lease.number] = credit
+
+    # ------------------------------------------------------------ endings
+
+    def _settle(self) -> None:
+        for lease in self.table.take_ended():
+            self._sealers.pop(lease.number, None)
+            self._credit.pop(lease.number, None)
+            committed = lease.state is LeaseState.COMMITTED
+            self._stats.handoffs["committed" if committed else lease.cause] += 1
+            self._on_ended(lease)
+            answer = (
+                Committed(lease.id, lease.number)
+                if committed
+                else LeaseEnded(lease.id, lease.number, lease.cause)
+            )
+            self._reply(lease.sender, answer)
+
+    def _reply(self, to: NodeId, message: Message) -> None:
+        try:
+            self._send(to, message)
+        except WireError:
+            self._stats.units_dropped["unanswered"] += 1  # it asks again, or is dead
+
+
+class _BlockLanding:
+    """See Landing: the place of one unit under one lease."""
+
+    def __init__(self, receiver: KVReceiver, lease: Lease, unit: Unit, header: UnitHeader) -> None:
+        self.lease = lease
+        self.unit = unit
+        self.header = header
+        self.view = receiver._landing_view(unit, header)
+        self._receiver = receiver
+
+    def end(self, num_bytes: int) -> None:
+        self._receiver._landed(self, num_bytes)
+
+
+def _answer(message: Commit, outcome: Outcome) -> Message:
+    if outcome.committed and outcome.lease == message.lease:
+        return Committed(message.id, message.lease)
+    return LeaseEnded(message.id, message.lease, outcome.cause or "superseded")

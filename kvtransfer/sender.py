@@ -1,0 +1,258 @@
+"""The prefill node's end of the handoff: seals, sends and commits.
+
+Runs in the event loop. Units are sealed when they are computed, while the request still holds their
+blocks; from then on an io reference keeps each block from being reused until its send is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvtransfer.digest import UnitSealer
+from kvtransfer.handoff import Handoff, HandoffState, ReadyUnit
+from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
+from kvtransfer.units import gather
+from wire.errors import TransferError, WireError
+from wire.messages import (
+    Committed,
+    Gone,
+    Grant,
+    LeaseClaim,
+    LeaseEnded,
+    Message,
+    ReleaseLease,
+    RenewLeases,
+    UnitHeader,
+    UnitsReceived,
+)
+from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    handoff: Handoff
+    sealer: UnitSealer
+    address: TransportAddress
+
+
+class KVSender:
+    """All outgoing handoffs of one prefill node.
+
+    Args:
+        transports: the sending ends this node has, by name; the first one that the decode node
+            has too is used.
+        send: sends a message to a decode node; may raise WireError, and is then asked again later.
+        on_ended: called once per handoff, in the loop, when it is DONE or ABORTED.
+        window_bytes: unacknowledged bytes per handoff.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: BlockMemory,
+        transports: dict[str, UnitSender],
+        send: Callable[[Grant, Message], None],
+        on_ended: Callable[[Handoff], None],
+        model_fingerprint: str,
+        stats: TransferStats,
+        window_bytes: int = 32 << 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._memory = memory
+        self._transports = transports
+        self._send = send
+        self._on_ended = on_ended
+        self._fingerprint = model_fingerprint
+        self._stats = stats
+        self._window_bytes = window_bytes
+        self._clock = clock
+        self._outgoing: dict[AttemptId, _Outgoing] = {}
+
+    def __len__(self) -> int:
+        return len(self._outgoing)
+
+    # ------------------------------------------------------------ for the prefill role
+
+    def start(
+        self,
+        id: AttemptId,
+        grant: Grant,
+        *,
+        tokens: Sequence[int],
+        cache_salt: str,
+        deadline_s: float,
+    ) -> None:
+        """Begin a handoff under `grant`.
+
+        Raises:
+            TransferError: the two nodes cannot exchange blocks; the text says why.
+        """
+        layout = self._memory.layout
+        if grant.layout != layout:
+            raise TransferError("layout", f"layouts differ: {layout} here, {grant.layout} there")
+        if len(grant.handles) != layout.num_blocks(len(tokens)):
+            raise TransferError("refused", "the grant does not fit the request")
+        self._outgoing[id] = _Outgoing(
+            Handoff(
+                id,
+                grant,
+                num_tokens=len(tokens),
+                window_bytes=self._window_bytes,
+                deadline=self._clock() + deadline_s,
+            ),
+            UnitSealer(
+                key=grant.digest_key,
+                id=id,
+                lease=grant.lease,
+                tokens=tokens,
+                block_size=layout.block_size,
+                model_fingerprint=self._fingerprint,
+                cache_salt=cache_salt,
+            ),
+            self._choose_transport(grant),
+        )
+
+    def blocks_finished(self, id: AttemptId, blocks: Iterable[tuple[int, BlockHandle]]) -> None:
+        """Blocks of the request are computed: (index in its block table, local handle) each."""
+        out = self._outgoing.get(id)
+        if out is None:
+            return
+        for index, source in blocks:
+            # A stale source belongs to a preempted run; the block comes again when recomputed.
+            if out.handoff.wants(index) and self._memory.begin_io(source):
+                digest = out.sealer.digest(
+                    out.handoff.units[index], self._payload(out, index, source)
+                )
+                out.handoff.offer(index, source, digest)
+        self._pump(out)
+
+    def first_token(self, id: AttemptId, output_tokens: Sequence[int]) -> None:
+        """The prompt is done and the request goes on: ask for the commit."""
+        out = self._outgoing.get(id)
+        if out is not None:
+            out.handoff.finish(tuple(output_tokens))
+            self._pump(out)
+            self._ask_commit(out.handoff)
+
+    def abort(self, id: AttemptId, cause: str) -> None:
+        """End a handoff from this side and give the lease back."""
+        out = self._outgoing.get(id)
+        if out is not None:
+            grant = out.handoff.grant
+            self._try_send(grant, ReleaseLease(id, grant.lease, grant.capability, cause))
+            self._end(out, cause)
+
+    def tick(self) -> None:
+        """Let time pass: ask again for commits, renew leases, end what is past its deadline."""
+        now = self._clock()
+        for out in list(self._outgoing.values()):
+            if now >= out.handoff.deadline:
+                self.abort(out.handoff.id, "expired")
+            else:
+                self._ask_commit(out.handoff)
+
+    def renew_leases(self) -> None:
+        """Tell every decode node which leases are still worked on; call well within their TTL."""
+        claims: defaultdict[NodeId, list[LeaseClaim]] = defaultdict(list)
+        grants: dict[NodeId, Grant] = {}
+        for out in self._outgoing.values():
+            grant = out.handoff.grant
+            grants[grant.decode] = grant
+            claims[grant.decode].append(LeaseClaim(grant.lease, grant.capability))
+        for decode, grant in grants.items():
+            self._try_send(grant, RenewLeases(tuple(claims[decode])))
+
+    # ------------------------------------------------------------ messages of decode nodes
+
+    def handle(self, sender: NodeId, message: Message) -> None:
+        """One message of a decode node; others are ignored."""
+        if isinstance(message, Gone):
+            self._end_all(message.meant_for)
+        elif isinstance(message, UnitsReceived | Committed | LeaseEnded):
+            out = self._find(sender, message.lease)
+            if out is not None:
+                self._advance(out, message)
+
+    def _advance(self, out: _Outgoing, message: UnitsReceived | Committed | LeaseEnded) -> None:
+        if isinstance(message, UnitsReceived):
+            out.handoff.acknowledged(message.num_bytes)
+            self._pump(out)
+        elif isinstance(message, Committed):
+            out.handoff.committed()
+            self._finish(out)
+        else:
+            self._end(out, message.cause)
+
+    def _find(self, decode: NodeId, lease: int) -> _Outgoing | None:
+        for out in self._outgoing.values():
+            if out.handoff.grant.lease == lease and out.handoff.grant.decode == decode:
+                return out
+        return None
+
+    def _end_all(self, decode: NodeId) -> None:
+        for out in list(self._outgoing.values()):
+            if out.handoff.grant.decode == decode:
+                self._end(out, "gone")
+
+    # ------------------------------------------------------------ inside
+
+    def _pump(self, out: _Outgoing) -> None:
+        """Send what the window admits."""
+        while (ready := out.handoff.next_send()) is not None:
+            header, unit = ready
+            try:
+                self._send_unit(out, header, unit)
+            except TransferError as error:
+                self._memory.end_io(unit.source)
+                self.abort(out.handoff.id, error.cause)
+
+    def _send_unit(self, out: _Outgoing, header: UnitHeader, ready: ReadyUnit) -> None:
+        self._transports[out.address.transport].send(
+            out.address.url,
+            out.handoff.grant.decode,
+            header,
+            self._payload(out, ready.unit.index, ready.source),
+            partial(self._memory.end_io, ready.source),
+        )
+        self._stats.bytes_sent += header.num_bytes
+
+    def _payload(self, out: _Outgoing, index: int, source: BlockHandle) -> memoryview:
+        block = self._memory.block_bytes(source.block_id)
+        return gather(block, out.handoff.units[index].num_tokens, self._memory.layout)
+
+    def _ask_commit(self, handoff: Handoff) -> None:
+        commit = handoff.next_commit(self._clock())
+        if commit is not None:
+            self._try_send(handoff.grant, commit)
+
+    def _end(self, out: _Outgoing, cause: str) -> None:
+        for unsent in out.handoff.abort(cause):
+            self._memory.end_io(unsent.source)
+        self._finish(out)
+
+    def _finish(self, out: _Outgoing) -> None:
+        handoff = out.handoff
+        if self._outgoing.pop(handoff.id, None) is not None:
+            done = handoff.state is HandoffState.DONE
+            self._stats.handoffs["committed" if done else handoff.cause] += 1
+            self._on_ended(handoff)
+
+    def _choose_transport(self, grant: Grant) -> TransportAddress:
+        theirs = {address.transport: address for address in grant.transports}
+        for name in self._transports:
+            if name in theirs:
+                return theirs[name]
+        raise TransferError(
+            "transport",
+            f"no common transport: {', '.join(self._transports)} here, {', '.join(theirs)} there",
+        )
+
+    def _try_send(self, grant: Grant, message: Message) -> None:
+        try:
+            self._send(grant, message)
+        except WireError:
+            self._stats.units_dropped["unanswered"] += 1  # asked again by `tick`

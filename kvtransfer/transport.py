@@ -1,0 +1,95 @@
+"""What a transport is: it carries units from a sender's memory to a receiver's sink.
+
+A transport moves bytes and judges nothing. The owner of the memory places them: before the bytes
+are written the sink is asked where they may go, and its answer may be "nowhere".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from wire.layout import KVLayout
+from wire.messages import UnitHeader
+from wire.types import BlockHandle, NodeId, TransportAddress
+
+
+class BlockMemory(Protocol):
+    """The block pool as a transfer sees it."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    def block_bytes(self, block_id: int) -> memoryview:
+        """The block's memory, flat and writable, without a copy."""
+        ...
+
+    def begin_io(self, handle: BlockHandle) -> bool:
+        """Keep the block's memory from being reused; False if it was reused already."""
+        ...
+
+    def end_io(self, handle: BlockHandle) -> None:
+        """One transfer less touches the block."""
+        ...
+
+
+class Landing(Protocol):
+    """A place where the bytes of one unit may be written, once."""
+
+    @property
+    def view(self) -> memoryview: ...
+
+    def end(self, num_bytes: int) -> None:
+        """The bytes are in `view`; `num_bytes` is how many really came."""
+        ...
+
+
+class UnitSink(Protocol):
+    """Decides where a unit's bytes go."""
+
+    def begin(self, sender: NodeId, header: UnitHeader) -> Landing | None:
+        """A place for the unit, or None: its bytes must go nowhere."""
+        ...
+
+
+class UnitSender(Protocol):
+    """The sending end of a transport; one per node and transport, for all peers."""
+
+    def send(
+        self,
+        url: str,
+        to: NodeId,
+        header: UnitHeader,
+        payload: memoryview,
+        on_done: Callable[[], None],
+    ) -> None:
+        """Send one unit. `payload` must not change until `on_done` is called from the loop.
+
+        Raises:
+            TransferError: nothing was sent, and `on_done` will not be called.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class UnitReceiver(Protocol):
+    """The receiving end of a transport."""
+
+    @property
+    def address(self) -> TransportAddress: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Counts of one node's transfers; the node exports them as metrics."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    units_received: int = 0
+    units_dropped: Counter[str] = field(default_factory=Counter)  # by cause
+    handoffs: Counter[str] = field(default_factory=Counter)  # by outcome: committed, or the cause

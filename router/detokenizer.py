@@ -5,7 +5,7 @@ is a fixed string of bytes, so an incremental UTF-8 decoder is exact and costs o
 Otherwise (SentencePiece and kin) a token's text depends on its neighbours: decode a short window
 twice, with and without the new token, and show the difference once it ends with a whole character.
 
-Text does not depend on how tokens are grouped into messages; streamed and unstreamed texts are equal.
+Text does not depend on how tokens are grouped into messages: streamed or not, it is the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text: nothing of a stop string is shown, nothing after it, nothing twice.
+"""Stop strings in streamed text: nothing of one is shown, nothing after it, nothing twice.
 
 Text is held back only while it could be the beginning of a stop string. Which stop wins does not
 depend on how the text is cut into pieces: the one that is complete first, of two the longer one.
@@ -17,7 +17,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that may be shown, and whether a stop string was found (then the text ends there)."""
+        """Text that may be shown, and whether a stop string ends it there."""
         if not self._stops:
             return text, False
         text = self._held + text

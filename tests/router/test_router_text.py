@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -57,7 +58,7 @@ def test_no_prefix_ever_shows_half_a_character(text: str) -> None:
 def test_bytes_decode_as_a_whole_however_they_are_cut(data: bytes, cuts: list[int]) -> None:
     detokenizer = ByteDetokenizer(BYTES)
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    pieces = [tuple(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [tuple(data[a:b]) for a, b in itertools.pairwise(edges)]
     shown = "".join(detokenizer.push(piece) for piece in pieces) + detokenizer.flush()
     assert shown == data.decode("utf-8", "replace")
 
@@ -80,7 +81,7 @@ def test_window_text_equals_the_whole_decoded_at_once(words: list[str]) -> None:
 
 
 def test_window_keeps_the_space_after_the_prompt() -> None:
-    hello, world = FALLBACK.token_to_id("▁hello"), FALLBACK.token_to_id("▁world")
+    hello, world = (FALLBACK.get_vocab()[word] for word in ("▁hello", "▁world"))
     assert WindowDetokenizer(decode_fallback, [hello]).push((world,)) == " world"
     assert WindowDetokenizer(decode_fallback).push((world,)) == "world"
 
@@ -182,7 +183,7 @@ def test_text_and_count_do_not_depend_on_messages(
     expected = whole.push(tokens, FinishReason.LENGTH)
     edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
     shown = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if pieces.finish is None:
             shown += pieces.push(tokens[start:end], None)
     if pieces.finish is None:

@@ -1,0 +1,1 @@
+"""The one table of metric names, and logging."""

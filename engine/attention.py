@@ -1,0 +1,68 @@
+"""Baton's attention inside a transformers model: write keys and values into blocks, then attend.
+
+transformers calls the registered function once per layer. The step's metadata is a keyword argument
+of the model's forward pass, which hands it down to every layer; nothing is global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.kv_store import KVStore
+from kernels.paged_attention import RequestRows
+from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
+
+PAGED = "baton_paged"
+"""Name under which transformers knows the attention; no mask is registered, so none is built."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the rows of one forward pass belong, and where their keys and values go."""
+
+    store: KVStore
+    requests: tuple[RequestRows, ...]
+    slot_mapping: Tensor  # [T]: block * block_size + offset of each row
+    masks: Masks = field(default_factory=dict)
+
+
+class MissingBatch(RuntimeError):
+    """The model did not hand the step's metadata to its attention."""
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,  # [1, Hkv, T, D]
+    attention_mask: object,
+    *,
+    attention_batch: AttentionBatch | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,  # the probe has refused what would matter
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: output [1, T, Hq, D] and no weights."""
+    if attention_batch is None:
+        raise MissingBatch(type(module).__name__)
+    layer: Any = getattr(module, "layer_idx", None)
+    store = attention_batch.store
+    rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
+    store.write(layer, attention_batch.slot_mapping, rows[1], rows[2])
+    output = paged_attention_sdpa(
+        rows[0],
+        store.keys(layer),
+        store.values(layer),
+        attention_batch.requests,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        masks=attention_batch.masks,
+    )
+    return output.unsqueeze(0), None

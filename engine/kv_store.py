@@ -1,0 +1,57 @@
+"""The memory of the KV cache: one tensor of blocks, each contiguous, so that it is sent as it lies.
+
+[num_blocks, num_layers, 2 (K, V), block_size, num_kv_heads, head_dim]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wire.layout import KVLayout
+
+
+class KVStore:
+    """K and V of `num_blocks` blocks; which block holds what is the block pool's business."""
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: str | torch.device = "cpu"
+    ) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.blocks = torch.empty(  # untouched pages cost nothing until they are written
+            (
+                num_blocks,
+                layout.num_layers,
+                2,
+                layout.block_size,
+                layout.num_kv_heads,
+                layout.head_dim,
+            ),
+            dtype=getattr(torch, layout.dtype),
+            device=device,
+        )
+
+    def keys(self, layer: int) -> Tensor:
+        """View [num_blocks, block_size, num_kv_heads, head_dim] of one layer's keys."""
+        return self.blocks[:, layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        """View [num_blocks, block_size, num_kv_heads, head_dim] of one layer's values."""
+        return self.blocks[:, layer, 1]
+
+    def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v [T, num_kv_heads, head_dim] into slots [T] = block * block_size + offset."""
+        block_size = self.layout.block_size
+        place = (slot_mapping // block_size, slot_mapping % block_size)
+        self.keys(layer)[place] = k
+        self.values(layer)[place] = v
+
+    def block_bytes(self, block_id: int) -> memoryview:
+        """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""
+        if not 0 <= block_id < self.num_blocks:
+            raise IndexError(f"block {block_id} of {self.num_blocks}")
+        raw: Any = self.blocks[block_id].view(torch.uint8).flatten().numpy()
+        return memoryview(raw)

@@ -1,0 +1,201 @@
+"""Loads a model through transformers, and refuses what would be served wrongly.
+
+    check headers → fingerprint → from_pretrained → nothing missing → finite → fix RoPE → probe
+
+transformers fills a missing tensor with random numbers and only warns; here that is an error.
+Importing transformers costs seconds, so it happens inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.attention import PAGED, paged_attention_forward
+from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
+from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
+from engine.numerics import has_bf16_units, numerics_fingerprint, resolve_dtype
+from engine.probe import OBSERVED, mask_rule, observing_attention, probe
+from engine.rope import fix_frequencies
+from wire.errors import ConfigError, UnsupportedModelError
+
+FINITE_CHUNK = 1 << 22  # elements checked at once
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    max_model_len: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> LoadedModel:
+    """Load the model folder at `path` and prove that it can be served.
+
+    Raises ConfigError where files or arguments are wrong and UnsupportedModelError where the
+    architecture cannot be served; both in one line that says what to do.
+    """
+    checkpoint = open_checkpoint(path)
+    config, architecture = _read_config(checkpoint)
+    length = resolve_max_model_len(config, max_model_len)
+    chosen = _choose_dtype(config, dtype, device)
+    digest = fingerprint(checkpoint, progress)
+    model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
+    _check_finite(model, progress)
+    model = _to_device(model.eval(), device)
+    fix_frequencies(model, length)
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    shape = probe(model, architecture, num_layers, length)
+    return LoadedModel(
+        model=model,
+        config=config,
+        name=checkpoint.folder.resolve().name,
+        architecture=architecture,
+        dtype=chosen,
+        device=device,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_model_len=length,
+        eos_token_ids=eos_token_ids(config, checkpoint.folder),
+        fingerprint=digest,
+        numerics=numerics_fingerprint(dtype=chosen, device=device),
+        num_weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        unexpected_tensors=unexpected,
+    )
+
+
+def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
+    """The config and the architecture's name; refuses what the config alone rules out."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    listed = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")]
+    architecture = str(listed[0])
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # whatever transformers thinks of a foreign file
+        raise UnsupportedModelError(
+            f"{architecture}: transformers cannot read its config: {_first_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{architecture} is an encoder-decoder; only decoders are served"
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(f"{architecture} is no causal language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{architecture}: quantized checkpoints are not supported; use the 16-bit one"
+        )
+    return config, architecture
+
+
+def _choose_dtype(config: Any, requested: str, device: str) -> torch.dtype:
+    stored = config.dtype or config.get_text_config(decoder=True).dtype
+    stored = stored if isinstance(stored, torch.dtype) else torch.float32
+    return resolve_dtype(requested, stored, device=device, has_bf16_units=has_bf16_units())
+
+
+def _load(
+    checkpoint: Checkpoint, config: Any, dtype: torch.dtype, architecture: str, progress: Progress
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with all its tensors from the files, and names of tensors that it did not take."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(PAGED, paged_attention_forward)
+    AttentionInterface.register(OBSERVED, observing_attention)
+    AttentionMaskInterface.register(OBSERVED, mask_rule)
+    progress("loading weights", 0, checkpoint.num_tensors)
+    try:
+        with _quiet(), _silent_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PAGED,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with names and shapes
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever transformers thinks of a foreign checkpoint
+        raise ConfigError(f"{architecture} cannot be loaded: {_first_line(error)}") from error
+    progress("loading weights", checkpoint.num_tensors, checkpoint.num_tensors)
+    _check_complete(checkpoint.folder, info)
+    return model, tuple(sorted(info["unexpected_keys"]))
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Refuse a model that would run on tensors that transformers made up."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ConfigError(
+            f"{folder}: tensor {name} has shape {list(stored)}, the config wants {list(wanted)} "
+            f"({len(mismatched)} such tensors); config and weights do not belong together"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; "
+            "the checkpoint is incomplete"
+        )
+    if info["error_msgs"]:
+        raise ConfigError(f"{folder}: {info['error_msgs'][0]}")
+
+
+def _check_finite(model: Any, progress: Progress) -> None:
+    """Refuse NaN and infinity in weights; the sum of a chunk is finite only if all of it is."""
+    named = list(model.named_parameters())
+    for done, (name, tensor) in enumerate(named):
+        progress("checking weights", done, len(named))
+        for chunk in tensor.detach().flatten().split(FINITE_CHUNK):
+            if not chunk.sum().isfinite() and not chunk.isfinite().all():
+                raise ConfigError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
+    progress("checking weights", len(named), len(named))
+
+
+def _to_device(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device} cannot be used: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers logs what is raised here as errors; it keeps quiet meanwhile."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    """No progress bars of transformers' own: the caller draws one from `progress`."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

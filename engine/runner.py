@@ -1,0 +1,81 @@
+"""Runs the model on a step: one flattened row of tokens in, a row of logits per sample out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBatch
+from engine.kv_store import KVStore
+from engine.model_info import LoadedModel
+from engine.plan import ScheduledRequest, StepPlan
+from kernels.paged_attention import RequestRows
+
+
+class ModelRunner:
+    """A loaded model and the KV store that it computes into."""
+
+    def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
+        self._model = loaded.model
+        self._store = store
+        self._device = store.blocks.device
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor:
+        """One forward pass. fp32 logits [rows that sample, vocab], in the plan's order."""
+        sampled = self._tensor(_sampled_rows(plan))
+        output = self._model(
+            input_ids=self._tensor(_token_ids(plan)).unsqueeze(0),
+            position_ids=self._tensor(_positions(plan)).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=sampled,
+            attention_batch=self._attention_batch(plan),
+        )
+        logits: Tensor = output.logits
+        return logits.squeeze(0).float()
+
+    def _attention_batch(self, plan: StepPlan) -> AttentionBatch:
+        block_size = self._store.layout.block_size
+        slots = [slot for item in plan.scheduled for slot in _slots(item, block_size)]
+        return AttentionBatch(
+            store=self._store,
+            requests=tuple(self._request_rows(plan)),
+            slot_mapping=self._tensor(slots),
+        )
+
+    def _request_rows(self, plan: StepPlan) -> list[RequestRows]:
+        rows, first_row = [], 0
+        for item in plan.scheduled:
+            num_blocks = self._store.layout.num_blocks(item.end)
+            table = self._tensor(item.request.block_table[:num_blocks])
+            rows.append(RequestRows(first_row, item.num_new_tokens, item.end, table))
+            first_row += item.num_new_tokens
+        return rows
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _token_ids(plan: StepPlan) -> list[int]:
+    return [t for item in plan.scheduled for t in item.request.tokens[item.start : item.end]]
+
+
+def _positions(plan: StepPlan) -> list[int]:
+    return [p for item in plan.scheduled for p in range(item.start, item.end)]
+
+
+def _slots(item: ScheduledRequest, block_size: int) -> list[int]:
+    table = item.request.block_table
+    return [
+        table[p // block_size] * block_size + p % block_size for p in range(item.start, item.end)
+    ]
+
+
+def _sampled_rows(plan: StepPlan) -> list[int]:
+    """The last row of each request that samples."""
+    rows, end = [], 0
+    for item in plan.scheduled:
+        end += item.num_new_tokens
+        if item.samples:
+            rows.append(end - 1)
+    return rows

@@ -1,0 +1,194 @@
+"""`baton doctor`: what this machine has, and what Baton would choose on it.
+
+Reads files and package metadata only, so that it starts at once; torch is loaded (seconds) only
+where an accelerator's device file says that there is something to ask it about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from baton import machine
+from baton.model_report import choose_dtype, report_on
+from wire.errors import ConfigError
+
+PACKAGES = (
+    *("torch", "transformers", "safetensors", "tokenizers", "numpy", "triton"),
+    *("aiohttp", "msgpack", "pydantic", "pyzmq", "prometheus-client", "jinja2", "xxhash"),
+)
+UCX_PACKAGES = ("ucxx-cu12", "ucxx-cu13", "ucxx")  # one library under three names
+TRANSPORTS = {"loopback": (), "zmq": ("pyzmq",), "shm": (), "ucx": UCX_PACKAGES}
+
+Section = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `baton doctor`."""
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="folder of a model to look at as well"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 0 if nothing speaks against serving, else 1."""
+    findings = examine(args.model)
+    if args.json:
+        print(json.dumps(findings, indent=2))
+    else:
+        _print(findings)
+    return 1 if findings["problems"] else 0
+
+
+def examine(model: Path | None) -> dict[str, Any]:
+    """All findings by section, and a list of what is wrong."""
+    found = machine.look()
+    versions = {name: version_of(name) for name in PACKAGES}
+    findings: dict[str, Any] = {
+        "machine": machine_section(found),
+        "software": {"python": platform.python_version(), "baton-serve": version_of("baton-serve")},
+        "transports": {name: transport_state(name) for name in TRANSPORTS},
+        "choices": choices_section(found),
+    }
+    findings["software"] |= versions | {"ucxx": _ucxx_version()}
+    problems = list(_problems(versions))
+    if model is not None:
+        try:
+            findings["model"] = report_on(model, has_bf16_units=found.has_bf16_units)
+        except ConfigError as error:
+            problems.append(str(error))
+    return findings | {"problems": problems}
+
+
+def machine_section(found: machine.Machine) -> Section:
+    """Hardware and the limits of this process."""
+    return {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": found.cpu_model,
+        "usable_cores": found.num_cores,
+        "instruction_sets": found.shown_flags,
+        "bf16_units": found.has_bf16_units,
+        "memory_bytes": found.memory_bytes,
+        "available_bytes": found.available_bytes,
+        "shared_memory_bytes": _free_bytes(Path("/dev/shm")),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "gpus": _gpus() if found.accelerator_devices else [],
+    }
+
+
+def choices_section(found: machine.Machine) -> Section:
+    """What `baton serve` does here without flags."""
+    return {
+        "device": "cpu",
+        "dtype_of_bfloat16_models": choose_dtype("bfloat16", has_bf16_units=found.has_bf16_units),
+        "dtype_of_other_models": "float32",
+        "nodes": "1 prefill, 1 decode",
+        "threads_per_node": max(1, found.num_cores // 2),
+        "transport": "zmq",
+        "kv_memory_bytes_per_node": min(found.available_bytes // 5, 1 << 30),
+    }
+
+
+def transport_state(name: str) -> str:
+    """Whether a KV transport can be used: its module and the package that it needs are here."""
+    modules = (f"kvtransfer.{name}_transport", f"kvtransfer.{name}")
+    if not any(util.find_spec(module) for module in modules):
+        return "not built in yet"
+    packages = TRANSPORTS[name]
+    if packages and not any(version_of(package) for package in packages):
+        return f"needs the package {packages[0]}"
+    return "ready, inside one process" if name == "loopback" else "ready"
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _ucxx_version() -> str | None:
+    return next((version for name in UCX_PACKAGES if (version := version_of(name))), None)
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def _gpus() -> list[str]:
+    """Names of the accelerators that torch sees."""
+    print("an accelerator's device file is here; loading torch to ask about it", file=sys.stderr)
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _problems(versions: dict[str, str | None]) -> Iterator[str]:
+    """What would keep Baton from working, one line each."""
+    for name, version in versions.items():
+        if version is None:
+            yield f"the package {name} is not installed"
+    if version_of("kernels"):
+        yield "the package `kernels` is installed; it hides Baton's folder of that name"
+    if os.name != "posix":
+        yield f"{platform.system()} is not supported"
+
+
+def _print(findings: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for title, section in findings.items():
+        if title == "problems":
+            continue
+        table.add_row(f"[bold]{title}[/bold]")
+        for name, value in section.items():
+            table.add_row(f"  {_label(name)}", _text(name, value))
+    console.print(table)
+    for problem in findings["problems"]:
+        console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
+    if not findings["problems"]:
+        console.print("no problems found")
+
+
+def _label(name: str) -> str:
+    return name.replace("_bytes", "").replace("_", " ")
+
+
+def _text(name: str, value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return size(value) if "_bytes" in name else str(value)
+
+
+def size(num_bytes: int) -> str:
+    """`"1.5 GiB"`."""
+    amount = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"

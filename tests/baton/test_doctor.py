@@ -1,0 +1,136 @@
+"""`baton doctor` on this machine and on model folders, whole and damaged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from baton import doctor, machine
+from baton.model_report import choose_dtype, kv_bytes_per_token, report_on
+from engine.numerics import DTYPES, has_bf16_units, resolve_dtype
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "max_position_embeddings": 256,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_file({"a": np.zeros((10, 10), np.float16)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def run(*flags: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    return doctor.run(parser.parse_args(flags))
+
+
+def test_table(capsys: Any) -> None:
+    assert run() == 0
+    out = capsys.readouterr().out
+    for text in ("usable cores", "instruction sets", "transformers", "zmq", "threads per node"):
+        assert text in out
+    assert "no problems found" in out
+
+
+def test_json(capsys: Any) -> None:
+    assert run("--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert set(findings) == {"machine", "software", "transports", "choices", "problems"}
+    assert findings["software"]["torch"] == torch.__version__
+    assert findings["machine"]["usable_cores"] >= 1
+
+
+def test_starts_without_torch() -> None:
+    code = (
+        "import sys, argparse; from baton import doctor, machine; machine.ACCELERATOR_DEVICES = ();"
+        "doctor.run(argparse.Namespace(model=None, json=True)); sys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_model(folder: Path, capsys: Any) -> None:
+    assert run(str(folder), "--json") == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert model["architecture"] == "LlamaForCausalLM"
+    assert model["num_tensors"] == 1
+    assert model["max_model_len"] == 256
+    assert model["stored_dtype"] == "bfloat16"
+
+
+def test_kv_bytes_follow_the_dtype(folder: Path) -> None:
+    fast, slow = (report_on(folder, has_bf16_units=units) for units in (True, False))
+    assert (fast["dtype"], fast["kv_bytes_per_token"]) == ("bfloat16", 3 * 2 * 2 * 8 * 2)
+    assert (slow["dtype"], slow["kv_bytes_per_token"]) == ("float32", 3 * 2 * 2 * 8 * 4)
+    assert slow["weight_bytes_in_memory"] == 2 * fast["weight_bytes_in_memory"]
+
+
+def test_truncated_model_is_a_problem_that_names_the_file(folder: Path, capsys: Any) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert run(str(folder)) == 1
+    assert "model.safetensors is truncated" in capsys.readouterr().out
+
+
+def test_missing_folder_and_missing_tokenizer_are_problems(folder: Path, capsys: Any) -> None:
+    assert run(str(folder / "absent")) == 1
+    assert "no model folder" in capsys.readouterr().out
+    (folder / "tokenizer.json").unlink()
+    assert run(str(folder)) == 1
+    assert "no tokenizer.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token"),
+    [
+        ({"n_layer": 2, "n_head": 4, "n_embd": 16}, 2 * 2 * 4 * 4 * 4),
+        ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "head_dim": 8}, 512),
+        ({"num_hidden_layers": 2}, None),
+    ],
+)
+def test_kv_bytes_of_other_configs(config: dict[str, int], per_token: int | None) -> None:
+    assert kv_bytes_per_token(config, "float32") == per_token
+
+
+def test_the_engine_agrees_on_dtype_and_bf16_units() -> None:
+    assert machine.look().has_bf16_units == has_bf16_units()
+    for name, dtype in DTYPES.items():
+        for units in (True, False):
+            theirs = resolve_dtype("auto", dtype, device="cpu", has_bf16_units=units)
+            assert str(theirs) == f"torch.{choose_dtype(name, has_bf16_units=units)}"
+
+
+def test_transports_come_from_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.transport_state("zmq") == "ready"
+    monkeypatch.setitem(doctor.TRANSPORTS, "pigeon", ())
+    assert doctor.transport_state("pigeon") == "not built in yet"
+    monkeypatch.setitem(doctor.TRANSPORTS, "zmq", ("no-such-package",))
+    assert doctor.transport_state("zmq") == "needs the package no-such-package"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1536, "1.5 KiB"), (1 << 30, "1 GiB"), (3 << 40, "3072 GiB")],
+)
+def test_size(num_bytes: int, text: str) -> None:
+    assert doctor.size(num_bytes) == text

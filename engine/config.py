@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wire.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -17,3 +19,25 @@ class EngineConfig:
     kv_overcommit: float = 1.0
     """Predicted growth may promise this many times the pool; above 1, requests can be preempted."""
     enable_prefix_caching: bool = True
+    max_num_waiting: int = 4096
+    """Requests beyond this many waiting ones are refused."""
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` slots."""
+        return -(-num_tokens // self.block_size)
+
+
+_AT_LEAST_ONE = (
+    "block_size",
+    "num_blocks",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_waiting",
+    "kv_overcommit",
+)

@@ -34,13 +34,22 @@ class StepPlan:
     num_preempted: int = 0
 
     @property
+    def sampling(self) -> list[Request]:
+        """The requests of the rows of logits, in order; true until the step is committed."""
+        return [item.request for item in self.scheduled if item.samples]
+
+    @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestProgress:
-    """What one step did for one request."""
+    """What one step did for one request.
+
+    A prefill-only request is over with its first new token. Its `finish_reason` is None where the
+    request goes on elsewhere.
+    """
 
     request_id: str
     num_computed_tokens: int
@@ -50,7 +59,8 @@ class RequestProgress:
     num_cached_tokens: int
     finished_blocks: tuple[tuple[int, BlockHandle], ...] = ()
     """Prefill-only requests: (index in the block table, handle) of blocks that this step filled;
-    the last, partly filled one with the step that samples."""
+    the last, partly filled one with the step that samples. Cached blocks come with the request's
+    first step; after a preemption all blocks come again, with other handles."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of full computed or known blocks
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache, or received, when first scheduled
+    num_reported_blocks: int = 0  # prefill-only: blocks already given to the handoff
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
@@ -45,6 +46,16 @@ class Request:
     def num_behind(self) -> int:
         """Tokens whose KV is not computed yet; at least one until the request ends."""
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def token_limit(self) -> int:
+        """The request ends when it has this many tokens."""
+        return min(self.max_num_tokens, self.num_prompt_tokens + self.sampling.max_tokens)
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Slots that the request can come to need: the last token's KV is never computed."""
+        return self.num_tokens if self.prefill_only else self.token_limit - 1
 
     @property
     def output_tokens(self) -> list[int]:

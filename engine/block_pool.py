@@ -1,0 +1,273 @@
+"""The blocks of one KV pool: who needs each, which may be given out, and what each is called.
+
+A block's state follows from its counts, so that it cannot contradict them:
+
+    running refs > 0                 RUNNING       a request of this engine computes with it
+    leased refs > 0                  LEASED        a reservation or a handoff counts on it
+    io_refs > 0                      QUARANTINED   not needed, but a transfer may still touch it
+    published                        CACHED        evictable, least recently used first
+    otherwise                        FREE
+
+Only FREE and CACHED blocks are given out. An allocation for new content grows the block's
+generation; a handle names (epoch, block, generation).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from wire.errors import CapacityError
+from wire.types import BlockHandle
+
+
+class Owner(Enum):
+    """On whose behalf a reference is held."""
+
+    RUNNING = auto()
+    LEASED = auto()
+
+
+class BlockState(Enum):
+    FREE = auto()
+    CACHED = auto()
+    LEASED = auto()
+    RUNNING = auto()
+    QUARANTINED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """How many blocks are in each state."""
+
+    free: int
+    cached: int
+    leased: int
+    running: int
+    quarantined: int
+    total: int
+
+    @property
+    def balanced(self) -> bool:
+        states = self.free + self.cached + self.leased + self.running + self.quarantined
+        return states == self.total
+
+
+@dataclass(slots=True)
+class _Block:
+    generation: int = 0
+    running: int = 0
+    leased: int = 0
+    io_refs: int = 0
+    content_hash: bytes | None = None  # set while the prefix cache can find the block
+
+    @property
+    def held(self) -> bool:
+        return self.running > 0 or self.leased > 0
+
+    @property
+    def state(self) -> BlockState:
+        if self.running:
+            return BlockState.RUNNING
+        if self.leased:
+            return BlockState.LEASED
+        if self.io_refs:
+            return BlockState.QUARANTINED
+        return BlockState.FREE if self.content_hash is None else BlockState.CACHED
+
+
+def _keep_quiet(_content_hash: bytes) -> None:
+    """Nobody asked to be told of evictions."""
+
+
+class BlockPool:
+    """Block accounting; every operation is O(1) per block.
+
+    `on_evict` is called with the content hash of a cached block that is about to be given out.
+    """
+
+    def __init__(self, num_blocks: int, epoch: int) -> None:
+        self.num_blocks = num_blocks
+        self.epoch = epoch
+        self.on_evict: Callable[[bytes], None] = _keep_quiet
+        self._blocks = [_Block() for _ in range(num_blocks)]
+        self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end
+        self._lru: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
+        self._num_in: Counter[BlockState] = Counter({BlockState.FREE: num_blocks})
+
+    # ------------------------------------------------------------ who needs a block
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that an allocation may take: free or evictable."""
+        return len(self._free) + len(self._lru)
+
+    def allocate(self, count: int, owner: Owner) -> list[int]:
+        """`count` blocks for new content; raises CapacityError where there are fewer."""
+        if count > self.num_available:
+            raise CapacityError(f"{count} blocks wanted, {self.num_available} available")
+        return [self._allocate_one(owner) for _ in range(count)]
+
+    def _allocate_one(self, owner: Owner) -> int:
+        if not self._free:
+            self._evict(next(iter(self._lru)))
+        block_id = self._free[-1]
+        self._blocks[block_id].generation += 1
+        self._hold(block_id, owner, 1)
+        return block_id
+
+    def _evict(self, block_id: int) -> None:
+        content_hash = self._blocks[block_id].content_hash
+        assert content_hash is not None
+        self.unpublish(block_id)
+        self.on_evict(content_hash)
+
+    def acquire(self, block_ids: Iterable[int], owner: Owner) -> None:
+        """Add a reference to blocks that have content: held already, or published."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            assert block.held or block.content_hash is not None, f"block {block_id} has no content"
+            self._hold(block_id, owner, 1)
+
+    def release(self, block_ids: Iterable[int], owner: Owner) -> None:
+        """Drop a reference to each; what is released last is evicted last."""
+        for block_id in block_ids:
+            self._hold(block_id, owner, -1)
+
+    def hand_over(self, block_ids: Iterable[int], old: Owner, new: Owner) -> None:
+        """Turn one owner's references into the other's."""
+        for block_id in block_ids:
+            self._hold(block_id, new, 1)
+            self._hold(block_id, old, -1)
+
+    def _hold(self, block_id: int, owner: Owner, change: int) -> None:
+        block = self._blocks[block_id]
+        before = block.state
+        if owner is Owner.RUNNING:
+            block.running += change
+        else:
+            block.leased += change
+        assert block.running >= 0 <= block.leased, f"block {block_id} released too often"
+        self._moved(block_id, before)
+
+    def _moved(self, block_id: int, before: BlockState) -> None:
+        """Bring lists and counts in line with the block's state."""
+        after = self._blocks[block_id].state
+        if after is before:
+            return
+        self._num_in[before] -= 1
+        self._num_in[after] += 1
+        if before is BlockState.FREE:
+            popped = self._free.pop()
+            assert popped == block_id
+        elif before is BlockState.CACHED:
+            del self._lru[block_id]
+        if after is BlockState.FREE:
+            self._free.append(block_id)
+        elif after is BlockState.CACHED:
+            self._lru[block_id] = None
+
+    # ------------------------------------------------------------ content
+
+    def publish(self, block_id: int, content_hash: bytes) -> None:
+        """Mark a held block's content as complete and findable; it never changes from here on."""
+        block = self._blocks[block_id]
+        assert block.held, f"block {block_id} is published by nobody"
+        assert block.content_hash is None, f"block {block_id} is already published"
+        block.content_hash = content_hash
+
+    def unpublish(self, block_id: int) -> None:
+        """The content is not findable any more; a cached block becomes free."""
+        block = self._blocks[block_id]
+        before = block.state
+        block.content_hash = None
+        self._moved(block_id, before)
+
+    def content_hash(self, block_id: int) -> bytes | None:
+        return self._blocks[block_id].content_hash
+
+    def touch(self, block_id: int) -> None:
+        """Make a cached block the last to be evicted; others are not concerned."""
+        if block_id in self._lru:
+            self._lru.move_to_end(block_id)
+
+    def num_cached_among(self, block_ids: Iterable[int]) -> int:
+        """How many of the blocks would stop being available when acquired."""
+        return sum(block_id in self._lru for block_id in block_ids)
+
+    # ------------------------------------------------------------ names and transfers
+
+    def handle(self, block_id: int) -> BlockHandle:
+        """The name of the block's present content."""
+        return BlockHandle(self.epoch, block_id, self._blocks[block_id].generation)
+
+    def handles(self, block_ids: Sequence[int]) -> tuple[BlockHandle, ...]:
+        return tuple(self.handle(block_id) for block_id in block_ids)
+
+    def is_current(self, handle: BlockHandle) -> bool:
+        """Whether the block still has this content: named so, and held or published."""
+        block = self._named(handle)
+        return block is not None and (block.held or block.content_hash is not None)
+
+    def begin_io(self, handle: BlockHandle) -> bool:
+        """Let a transfer touch the block until `end_io`; False if nobody holds that content now."""
+        block = self._named(handle)
+        if block is None or not block.held:
+            return False
+        block.io_refs += 1
+        return True
+
+    def end_io(self, block_id: int) -> None:
+        """A transfer will not touch the block any more; the last one ends its quarantine."""
+        block = self._blocks[block_id]
+        assert block.io_refs > 0, f"block {block_id} has no transfer to end"
+        before = block.state
+        block.io_refs -= 1
+        self._moved(block_id, before)
+
+    def _named(self, handle: BlockHandle) -> _Block | None:
+        if handle.epoch != self.epoch or not 0 <= handle.block_id < self.num_blocks:
+            return None
+        block = self._blocks[handle.block_id]
+        return block if block.generation == handle.generation else None
+
+    # ------------------------------------------------------------ accounting
+
+    def state(self, block_id: int) -> BlockState:
+        return self._blocks[block_id].state
+
+    def counts(self) -> BlockCounts:
+        num_in = self._num_in
+        return BlockCounts(
+            free=num_in[BlockState.FREE],
+            cached=num_in[BlockState.CACHED],
+            leased=num_in[BlockState.LEASED],
+            running=num_in[BlockState.RUNNING],
+            quarantined=num_in[BlockState.QUARANTINED],
+            total=self.num_blocks,
+        )
+
+    def num_references(self, owner: Owner) -> int:
+        """All references that one kind of owner holds; the holders' own count must agree."""
+        running = owner is Owner.RUNNING
+        return sum(block.running if running else block.leased for block in self._blocks)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where counts, lists and states contradict each other. O(blocks)."""
+        assert self.counts().balanced, f"blocks do not add up: {self.counts()}"
+        found = Counter(block.state for block in self._blocks)
+        for state in BlockState:
+            assert found[state] == self._num_in[state], (
+                f"{found[state]} blocks are {state.name}, {self._num_in[state]} are counted"
+            )
+        self._check_list("free list", self._free, BlockState.FREE)
+        self._check_list("cached list", list(self._lru), BlockState.CACHED)
+
+    def _check_list(self, name: str, listed: list[int], state: BlockState) -> None:
+        assert len(set(listed)) == len(listed), f"a block is in the {name} twice"
+        assert len(listed) == self._num_in[state], f"the {name} is incomplete"
+        for block_id in listed:
+            actual = self._blocks[block_id].state
+            assert actual is state, f"block {block_id} in the {name} is {actual.name}"

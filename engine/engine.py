@@ -1,0 +1,197 @@
+"""The engine: requests in, tokens out, one step at a time; safe to call from two threads.
+
+One lock guards queues and blocks. It is held while a step is planned and committed, never during
+the forward pass, so that requests, aborts and reservations do not wait for the model. Meanwhile the
+blocks of the requests in the step are theirs: an abort of one of them takes effect at the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.block_pool import BlockCounts, BlockPool
+from engine.config import EngineConfig
+from engine.plan import RequestProgress, StepPlan, StepResult
+from engine.prefix_cache import CacheChanges, PrefixCache
+from engine.request import Request
+from engine.reservations import Reservation
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from wire.types import BlockHandle, NodeLoad
+
+
+class Runner(Protocol):
+    """Executes a plan on a model and its KV pool."""
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Logits of the sampling rows in the plan's order, fp32 [rows, vocabulary]."""
+        ...
+
+
+class Engine:
+    """One model's scheduler, block pool and sampler around one runner."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        epoch: int,
+        model_fingerprint: str,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.config = config
+        self._runner = runner
+        self._sampler = Sampler(eos_token_ids)
+        self._pool = BlockPool(config.num_blocks, epoch)
+        self._cache = PrefixCache(
+            self._pool,
+            config.block_size,
+            model_fingerprint,
+            enabled=config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(config, self._pool, self._cache, eos_token_ids)
+        self._lock = Lock()
+        self._num_steps = 0
+        self._step_request_ids: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------ the step
+
+    def step(self) -> StepResult | None:
+        """Schedule → run → sample → commit; None if nothing can be computed now.
+
+        An error of the runner or the sampler comes through. The step has then not happened: its
+        requests (`step_request_ids`) are as before and may be tried again or aborted.
+        """
+        plan = self._plan()
+        if not plan.scheduled:
+            return None
+        try:
+            logits = self._runner.run(plan)
+            tokens = self._sampler.sample(logits, plan.sampling)
+        except BaseException:
+            self._abandon()
+            raise
+        progress = self._commit(plan, tokens)
+        return StepResult(self._num_steps, progress, plan.num_tokens, plan.num_preempted)
+
+    def _plan(self) -> StepPlan:
+        with self._lock:
+            plan = self._scheduler.plan()
+            self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
+            return plan
+
+    def _commit(self, plan: StepPlan, tokens: list[int]) -> tuple[RequestProgress, ...]:
+        with self._lock:
+            self._num_steps += 1
+            return self._scheduler.commit(plan, tokens)
+
+    def _abandon(self) -> None:
+        with self._lock:
+            self._scheduler.end_step()
+
+    @property
+    def step_request_ids(self) -> tuple[str, ...]:
+        """The requests of the step that runs or was the last to run."""
+        return self._step_request_ids
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished; `step` still returns None if all wait for blocks."""
+        with self._lock:
+            return self._scheduler.has_work
+
+    # ------------------------------------------------------------ requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises CapacityError or ValueError and takes nothing."""
+        hashes = self._cache.hashes(request.tokens, request.cache_salt)
+        with self._lock:
+            request.block_hashes = hashes
+            self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free what it holds; False if it is not here.
+
+        If it is in the running step, that step's commit frees it. No later result mentions it.
+        """
+        with self._lock:
+            return self._scheduler.abort(request_id)
+
+    def release_held(self, request_id: str) -> bool:
+        """Prefill side: the handoff needs a prefilled request's blocks no more."""
+        with self._lock:
+            return self._scheduler.release_held(request_id)
+
+    # ------------------------------------------------------------ reservations
+
+    def reserve(
+        self, tokens: Sequence[int], max_num_tokens: int, cache_salt: str = ""
+    ) -> Reservation:
+        """Decode side: hold blocks for tokens that are computed elsewhere; raises CapacityError.
+
+        `max_num_tokens` is the most that the request can come to, output included.
+        """
+        if not tokens or not len(tokens) <= max_num_tokens <= self.config.max_model_len:
+            raise ValueError(f"cannot reserve {len(tokens)} tokens of at most {max_num_tokens}")
+        hashes = self._cache.hashes(tokens, cache_salt)
+        with self._lock:
+            return self._scheduler.reserve(tuple(tokens), max_num_tokens, hashes)
+
+    def adopt(self, reservation_id: int, request: Request) -> None:
+        """Decode side: all blocks were received and verified; run the request on them.
+
+        Raises KeyError if the reservation is not known, ValueError if the request contradicts it.
+        """
+        with self._lock:
+            self._scheduler.adopt(reservation_id, request)
+
+    def cancel_reservation(self, reservation_id: int) -> bool:
+        """Decode side: the request will not come; blocks under transfer are quarantined."""
+        with self._lock:
+            return self._scheduler.cancel_reservation(reservation_id)
+
+    # ------------------------------------------------------------ transfers
+
+    def begin_io(self, handle: BlockHandle) -> bool:
+        """Let a transfer read or write a block until `end_io`; False if its content is not held."""
+        with self._lock:
+            return self._pool.begin_io(handle)
+
+    def end_io(self, handle: BlockHandle) -> None:
+        """The transfer will not touch the block any more."""
+        with self._lock:
+            self._pool.end_io(handle.block_id)
+
+    def is_current(self, handle: BlockHandle) -> bool:
+        """Whether the block still has the content that the handle names."""
+        with self._lock:
+            return self._pool.is_current(handle)
+
+    # ------------------------------------------------------------ what others may know
+
+    def take_cache_events(self) -> CacheChanges:
+        """Prefix blocks that became findable or were evicted since the last call."""
+        with self._lock:
+            return self._cache.take_events()
+
+    def cached_hashes(self) -> tuple[bytes, ...]:
+        """All findable prefix blocks."""
+        with self._lock:
+            return self._cache.snapshot()
+
+    def load(self) -> NodeLoad:
+        with self._lock:
+            return self._scheduler.load(self._num_steps)
+
+    def block_counts(self) -> BlockCounts:
+        with self._lock:
+            return self._pool.counts()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the engine's books contradict each other. O(blocks)."""
+        with self._lock:
+            self._scheduler.check_integrity()

@@ -1,0 +1,146 @@
+"""Finds blocks by the content they hold: one chained hash per full block.
+
+    hash[i] = H(hash[i-1], tokens of block i),   hash[-1] = root(model, tenant salt)
+
+so one lookup per block walks the longest known prefix. The first block published under a hash is
+the one found; an equal block computed at the same time stays private to its request.
+
+Eviction takes suffixes before prefixes: tables are released from the back, and a block whose
+content is published by another one refreshes that one instead. (Only a block that leaves quarantine
+comes back alone; it may outlive its prefix, unreachable, until its turn comes.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool, Owner
+from wire.prefix import block_hashes, child_hash, root_hash
+
+MAX_PENDING_CHANGES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """Hashes that became findable or ceased to be; in a `snapshot`, `added` is all there is."""
+
+    added: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+    snapshot: bool = False
+
+    def __bool__(self) -> bool:
+        return self.snapshot or bool(self.added) or bool(self.removed)
+
+
+class PrefixCache:
+    """The findable blocks of one pool. Disabled, it knows no hashes and finds nothing."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        model_fingerprint: str,
+        *,
+        enabled: bool = True,
+        max_pending_changes: int = MAX_PENDING_CHANGES,
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._model_fingerprint = model_fingerprint
+        self._enabled = enabled
+        self._block_of: dict[bytes, int] = {}
+        self._max_pending_changes = max_pending_changes
+        # The last state of each hash that changed, not the net change: who took a snapshot in
+        # between must still hear of the removal of what was in it.
+        self._changed: dict[bytes, bool] = {}
+        self._lost_changes = False
+        pool.on_evict = self._forget
+
+    # ------------------------------------------------------------ hashes
+
+    def hashes(self, tokens: Sequence[int], cache_salt: str) -> list[bytes]:
+        """One hash per full block of `tokens`; needs no lock."""
+        if not self._enabled:
+            return []
+        root = root_hash(self._model_fingerprint, cache_salt)
+        return block_hashes(tokens, self._block_size, root)
+
+    def extend(self, hashes: list[bytes], tokens: Sequence[int], cache_salt: str) -> None:
+        """Append to `hashes` what the full blocks of `tokens` still lack."""
+        if not self._enabled:
+            return
+        size = self._block_size
+        for start in range(len(hashes) * size, len(tokens) - size + 1, size):
+            parent = hashes[-1] if hashes else root_hash(self._model_fingerprint, cache_salt)
+            hashes.append(child_hash(parent, tokens[start : start + size]))
+
+    # ------------------------------------------------------------ blocks
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest known prefix. They are found, not held: acquire them at once."""
+        found = []
+        for content_hash in hashes:
+            block_id = self._block_of.get(content_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Make held, completely computed blocks findable where their content is not yet."""
+        for block_id, content_hash in zip(block_ids, hashes, strict=False):
+            if content_hash not in self._block_of:
+                self._pool.publish(block_id, content_hash)
+                self._block_of[content_hash] = block_id
+                self._note(content_hash, True)
+
+    def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
+        """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
+        self.publish(block_ids, hashes)
+        for index in reversed(range(len(block_ids))):
+            self._pool.release([block_ids[index]], owner)
+            if index < len(hashes):
+                self._pool.touch(self._block_of[hashes[index]])
+
+    def _forget(self, content_hash: bytes) -> None:
+        del self._block_of[content_hash]
+        self._note(content_hash, False)
+
+    # ------------------------------------------------------------ telling others
+
+    def _note(self, content_hash: bytes, findable: bool) -> None:
+        self._changed[content_hash] = findable
+        if len(self._changed) > self._max_pending_changes:
+            self._changed.clear()
+            self._lost_changes = True
+
+    def take_events(self) -> CacheChanges:
+        """What changed since the last call; a snapshot if nobody called for too long."""
+        changed, self._changed = self._changed, {}
+        lost, self._lost_changes = self._lost_changes, False
+        if lost:
+            return CacheChanges(self.snapshot(), (), snapshot=True)
+        added = tuple(h for h, findable in changed.items() if findable)
+        removed = tuple(h for h, findable in changed.items() if not findable)
+        return CacheChanges(added, removed)
+
+    def snapshot(self) -> tuple[bytes, ...]:
+        """All findable hashes."""
+        return tuple(self._block_of)
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the index and the pool disagree. O(blocks)."""
+        for content_hash, block_id in self._block_of.items():
+            actual = self._pool.content_hash(block_id)
+            assert actual == content_hash, f"block {block_id} is indexed under another content"
+        published = sum(
+            self._pool.content_hash(block_id) is not None
+            for block_id in range(self._pool.num_blocks)
+        )
+        assert published == len(self._block_of), (
+            f"{published} blocks are published, {len(self._block_of)} can be found"
+        )

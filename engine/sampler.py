@@ -1,0 +1,127 @@
+"""Draws the next token of each request from its row of logits.
+
+Each row goes through, in this order (as in vLLM):
+
+    min_tokens mask → logit_bias → repetition → frequency and presence penalty
+        temperature 0: argmax
+        else: divide by temperature → min_p → top_k → top_p → Gumbel-max
+
+The noise is a pure function of (seed, position, token id); nothing is remembered between steps, and
+a row's token does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.request import Request
+from kernels.noise import row_keys
+from kernels.sampling import filter_floor, gumbel_argmax, penalize
+from wire.types import SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them overflows fp32."""
+
+
+class Sampler:
+    """Chooses one token per row of logits."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
+
+        Raises FloatingPointError where a row has a NaN or its maximum is infinite.
+        """
+        if not requests:
+            return []
+        _check_finite(logits, requests)
+        logits = self._adjust(logits, requests)
+        tokens = logits.argmax(-1)
+        drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
+        if drawn:
+            tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
+        return [int(token) for token in tokens.tolist()]
+
+    def _adjust(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """The logits with masks, biases and penalties applied; a copy if there are any."""
+        touched = [i for i, r in enumerate(requests) if _adjusts(r)]
+        if touched:
+            logits = logits.clone()
+        for i in touched:
+            self._adjust_row(logits[i], requests[i])
+        return logits
+
+    def _adjust_row(self, row: Tensor, request: Request) -> None:
+        sampling = request.sampling
+        if request.num_output_tokens < sampling.min_tokens:
+            stops = self._eos_token_ids | set(sampling.stop_token_ids)
+            row[_ids(stops, row)] = -torch.inf
+        if sampling.logit_bias:
+            ids = _ids(sampling.logit_bias, row)
+            row[ids] += row.new_tensor([sampling.logit_bias[i] for i in ids.tolist()])
+        if sampling.repetition_penalty != 1:
+            penalize(row, _ids(set(request.tokens), row), sampling.repetition_penalty)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            _penalize_output(row, request)
+
+
+def _check_finite(logits: Tensor, requests: Sequence[Request]) -> None:
+    finite = logits.amax(-1).isfinite()  # a NaN anywhere in the row is its maximum
+    if not finite.all():
+        bad = [r.request_id for r, ok in zip(requests, finite.tolist(), strict=True) if not ok]
+        raise FloatingPointError(f"logits are not finite for {', '.join(bad)}")
+
+
+def _adjusts(request: Request) -> bool:
+    sampling = request.sampling
+    return bool(
+        request.num_output_tokens < sampling.min_tokens
+        or sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+    )
+
+
+def _ids(ids: Collection[int], row: Tensor) -> Tensor:
+    """Sorted ids as an index; one beyond the vocabulary can never be sampled, so it is left out."""
+    vocab_size = row.shape[-1]
+    inside = sorted(i for i in ids if i < vocab_size)
+    return torch.tensor(inside, dtype=torch.int64, device=row.device)
+
+
+def _penalize_output(row: Tensor, request: Request) -> None:
+    occurrences = Counter(request.output_tokens)
+    ids = _ids(occurrences, row)
+    counts = row.new_tensor([occurrences[i] for i in ids.tolist()])
+    sampling = request.sampling
+    row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Sampled tokens, int64 [R], of rows with a temperature."""
+    params = [r.sampling for r in requests]
+    device = logits.device
+    x = logits / logits.new_tensor([p.temperature for p in params]).unsqueeze(1)
+    seeds = torch.tensor([_as_int64(p.seed) for p in params], device=device)
+    positions = torch.tensor([r.num_tokens for r in requests], device=device)
+    return gumbel_argmax(x, _floors(x, params), row_keys(seeds, positions))
+
+
+def _floors(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    return filter_floor(
+        x,
+        torch.tensor([p.top_k for p in params], device=x.device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=x.device),
+        torch.tensor([p.min_p for p in params], dtype=torch.float64, device=x.device),
+    )
+
+
+def _as_int64(seed: int) -> int:
+    return seed - (1 << 64) if seed >> 63 else seed

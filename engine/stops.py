@@ -1,0 +1,22 @@
+"""When a request ends."""
+
+from __future__ import annotations
+
+from engine.request import Request
+from wire.types import FinishReason, SamplingParams
+
+
+def ends_request(token: int, sampling: SamplingParams, eos_token_ids: frozenset[int]) -> bool:
+    """Whether sampling `token` stops the request."""
+    if token in sampling.stop_token_ids:
+        return True
+    return token in eos_token_ids and not sampling.ignore_eos
+
+
+def finish_reason(request: Request, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    """Why `request` ends with its last token, or None where it goes on."""
+    if ends_request(request.tokens[-1], request.sampling, eos_token_ids):
+        return FinishReason.STOP
+    if request.num_tokens >= request.token_limit:
+        return FinishReason.LENGTH
+    return None

@@ -1,0 +1,1 @@
+"""The shell that both roles stand in: identity, registration, heartbeat, drain, health, engine."""

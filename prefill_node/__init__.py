@@ -1,0 +1,1 @@
+"""The prefill role: turns prompts into KV cache and hands it to decode nodes."""

@@ -1,42 +1,111 @@
 """The one table of metric names.
 
-Where vLLM has a metric of the same meaning, its name is used, so that existing dashboards work.
-Baton's own begin with `baton_`. Names stand here without the suffix that a counter gets on export.
+A name with `vllm:` means what it means in vLLM, so that existing dashboards work; `baton_` is ours.
+Counters are written without `_total`, which the exposition format adds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 600)
+SHORT_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 200_000)
+SMALL_COUNTS = (1, 2, 5, 10, 20, 50, 100)
+
 
 @dataclass(frozen=True, slots=True)
-class MetricName:
-    """A metric's name and what it tells."""
+class Metric:
+    """One name, what it counts, its labels, and a histogram's upper bounds."""
 
     name: str
     help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def counter(self, registry: CollectorRegistry) -> Counter:
+        return Counter(self.name, self.help, self.labels, registry=registry)
+
+    def gauge(self, registry: CollectorRegistry) -> Gauge:
+        return Gauge(self.name, self.help, self.labels, registry=registry)
+
+    def histogram(self, registry: CollectorRegistry) -> Histogram:
+        return Histogram(self.name, self.help, self.labels, registry=registry, buckets=self.buckets)
 
 
-# ---------------------------------------------------------------- nodes
+_MODEL = ("model_name",)
 
-NUM_REQUESTS_RUNNING = MetricName(
-    "vllm:num_requests_running", "Requests in the running batch of this process."
+# ---------------------------------------------------------------- requests, seen by the router
+
+NUM_REQUESTS_RUNNING = Metric("vllm:num_requests_running", "Choices on nodes", _MODEL)
+NUM_REQUESTS_WAITING = Metric("vllm:num_requests_waiting", "Choices in the router's queue", _MODEL)
+PROMPT_TOKENS = Metric("vllm:prompt_tokens", "Prompt tokens of finished choices", _MODEL)
+PROMPT_TOKENS_CACHED = Metric(
+    "vllm:prompt_tokens_cached", "Prompt tokens that a prefix cache spared", _MODEL
 )
-NUM_REQUESTS_WAITING = MetricName(
-    "vllm:num_requests_waiting", "Requests that wait to be scheduled in this process."
+GENERATION_TOKENS = Metric("vllm:generation_tokens", "Output tokens", _MODEL)
+REQUEST_SUCCESS = Metric(
+    "vllm:request_success", "Finished choices by reason", (*_MODEL, "finished_reason")
 )
-KV_CACHE_USAGE = MetricName(
-    "vllm:kv_cache_usage_perc",
-    "KV blocks in use; 1 means all of them. Cached blocks count as free.",
+ADMISSION_REJECTIONS = Metric(
+    "vllm:admission_rejections", "Requests answered with 429 or 503 before any work", _MODEL
 )
-NODE_BLOCKS = MetricName(
-    "baton_blocks", "KV blocks by state; the states sum to baton_blocks_total."
+TIME_TO_FIRST_TOKEN = Metric(
+    "vllm:time_to_first_token_seconds", "From arrival to the first token", _MODEL, SECONDS
 )
-NODE_BLOCKS_TOTAL = MetricName("baton_blocks_total", "KV blocks of this node.")
-NODE_STEPS = MetricName("baton_steps", "Forward passes of this node.")
-TRANSFER_BYTES_SENT = MetricName("baton_transfer_bytes_sent", "KV bytes handed to a transport.")
-TRANSFER_BYTES_RECEIVED = MetricName("baton_transfer_bytes_received", "KV bytes placed in blocks.")
-TRANSFER_UNITS_DROPPED = MetricName(
-    "baton_transfer_units_dropped", "KV units that were placed nowhere, by cause."
+INTER_TOKEN_LATENCY = Metric(
+    "vllm:inter_token_latency_seconds", "Between token messages of a choice", _MODEL, SECONDS
 )
-HANDOFFS = MetricName("baton_handoffs", "Handoffs that ended here, by outcome.")
+TIME_PER_OUTPUT_TOKEN = Metric(
+    "vllm:request_time_per_output_token_seconds", "Mean after the first token", _MODEL, SECONDS
+)
+E2E_LATENCY = Metric(
+    "vllm:e2e_request_latency_seconds", "From arrival to the last token", _MODEL, SECONDS
+)
+QUEUE_TIME = Metric(
+    "vllm:request_queue_time_seconds", "From arrival to the dispatch to a node", _MODEL, SECONDS
+)
+PREFILL_TIME = Metric(
+    "vllm:request_prefill_time_seconds", "From dispatch to the first token", _MODEL, SECONDS
+)
+DECODE_TIME = Metric(
+    "vllm:request_decode_time_seconds", "From the first to the last token", _MODEL, SECONDS
+)
+INFERENCE_TIME = Metric(
+    "vllm:request_inference_time_seconds", "From dispatch to the last token", _MODEL, SECONDS
+)
+REQUEST_PROMPT_TOKENS = Metric(
+    "vllm:request_prompt_tokens", "Prompt length of finished choices", _MODEL, TOKENS
+)
+REQUEST_GENERATION_TOKENS = Metric(
+    "vllm:request_generation_tokens", "Output length of finished choices", _MODEL, TOKENS
+)
+REQUEST_MAX_TOKENS = Metric("vllm:request_params_max_tokens", "max_tokens asked", _MODEL, TOKENS)
+REQUEST_N = Metric("vllm:request_params_n", "n asked", _MODEL, SMALL_COUNTS)
+
+# ---------------------------------------------------------------- the router itself
+
+ROUTER_NODES = Metric("baton_router_nodes", "Registered nodes", ("role", "state"))
+ROUTER_STREAMS = Metric("baton_router_streams", "Open event streams")
+ROUTER_ATTEMPTS = Metric("baton_router_attempts", "Attempts begun")
+ROUTER_ATTEMPTS_ENDED = Metric(
+    "baton_router_attempts_ended", "Attempts given up before their end, by cause", ("cause",)
+)
+ROUTER_RESERVE_REFUSALS = Metric(
+    "baton_router_reserve_refusals", "Reservations that a decode node refused", ("cause",)
+)
+ROUTER_DISCONNECTS = Metric("baton_router_client_disconnects", "Clients that left early")
+ROUTER_SLOW_CLIENTS = Metric("baton_router_slow_clients", "Streams ended because nobody read")
+ROUTER_RESPONSES = Metric("baton_router_http_responses", "Answers", ("route", "status"))
+ROUTER_ADDED = Metric(
+    "baton_router_added_seconds",
+    "From a node's message to its text handed to the sockets",
+    (),
+    SHORT_SECONDS,
+)
+ROUTER_TOKENIZE = Metric(
+    "baton_router_tokenize_seconds", "Chat template and tokenization", (), SHORT_SECONDS
+)
+ROUTER_MALFORMED = Metric("baton_router_malformed_messages", "Messages dropped as malformed")

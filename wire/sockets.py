@@ -161,15 +161,28 @@ class Hub:
 
 
 class Link:
-    """A DEALER socket connected to one hub; reconnects by itself while the hub is away."""
+    """A DEALER socket connected to one hub; reconnects by itself while the hub is away.
 
-    def __init__(self, me: NodeId, url: str, on_message: Handler, context: zmq.Context[Any]):
+    Args:
+        queue_while_away: keep messages for a hub that is not connected (yet); else `send` raises.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        url: str,
+        on_message: Handler,
+        context: zmq.Context[Any],
+        *,
+        queue_while_away: bool = True,
+    ):
         self._inbox = Inbox(me, on_message)
         self.url = url
         socket = context.socket(zmq.DEALER)
         socket.routing_id = _routing_id(me)
         socket.reconnect_ivl = 100
         socket.reconnect_ivl_max = 1000
+        socket.immediate = not queue_while_away
         _set_limits(socket)
         try:
             socket.connect(url)

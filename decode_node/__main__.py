@@ -1,0 +1,30 @@
+"""`python -m decode_node` and `baton decode`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from node import main as node_main
+from wire.types import Role
+
+if TYPE_CHECKING:
+    from decode_node.role import DecodeRole
+    from node.shell import NodeShell
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a decode node; returns the exit code."""
+    return node_main.main(Role.DECODE, make_role, argv)
+
+
+def make_role(shell: NodeShell) -> DecodeRole:
+    """The role of this node. Imported late: it loads torch."""
+    from decode_node.role import DecodeRole
+
+    return DecodeRole(shell)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""What a decode node does with a request.
+
+    Reserve ─▶ engine.reserve ─▶ lease ─▶ Granted      before any prefill is spent
+    units, Commit ─▶ lease committed ─▶ engine.adopt ─▶ joins the next step
+    steps ─▶ Tokens to the router ─▶ Ack
+
+A reservation's blocks belong to its lease until the lease ends; `_lease_ended` is the one place
+where they become the request's or free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.plan import StepResult
+from engine.request import Request
+from engine.reservations import Reservation
+from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.receiver import KVReceiver
+from kvtransfer.transport import TransferStats
+from kvtransfer.zmq_transport import ZmqUnitReceiver
+from node.router_link import RouterLink
+from node.shell import NodeShell
+from node.token_outbox import TokenOutbox
+from wire.errors import CapacityError
+from wire.messages import (
+    Abort,
+    Ack,
+    AttemptFailed,
+    Grant,
+    Granted,
+    Message,
+    Refused,
+    Resend,
+    Reserve,
+)
+from wire.types import AttemptId, NodeId, Role, TransportAddress
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An attempt whose KV has not arrived yet."""
+
+    link: RouterLink
+    message: Reserve
+    reservation: Reservation
+    grant: Grant
+
+    @property
+    def id(self) -> AttemptId:
+        return self.message.id
+
+
+@dataclass(slots=True)
+class _Running:
+    """An attempt that generates."""
+
+    id: AttemptId
+    link: RouterLink
+    request: Request
+
+
+class DecodeRole:
+    """See node.role.Role."""
+
+    name = Role.DECODE
+
+    def __init__(self, shell: NodeShell) -> None:
+        self.stats = TransferStats()
+        self._shell = shell
+        self._engine = shell.engine
+        self._outbox = TokenOutbox()
+        self._receiver = KVReceiver(
+            memory=shell.built.memory,
+            table=LeaseTable(ttl_s=shell.config.lease_ttl_s),
+            send=shell.send_peer,
+            on_ended=self._lease_ended,
+            model_fingerprint=shell.built.info.fingerprint,
+            stats=self.stats,
+        )
+        self._zmq = ZmqUnitReceiver(
+            shell.me, f"tcp://{shell.config.host}:*", self._receiver, self.stats, shell.context
+        )
+        address = self._zmq.address
+        self.transports = (TransportAddress(address.transport, shell.public_url(address.url)),)
+        self._pending: dict[str, _Pending] = {}  # by request: at most one attempt of each
+        self._running: dict[str, _Running] = {}
+        self._draining = False
+
+    @property
+    def num_attempts(self) -> int:
+        return len(self._pending) + len(self._running)
+
+    # ------------------------------------------------------------ messages of routers
+
+    def handle(self, link: RouterLink, message: Message) -> None:
+        if isinstance(message, Reserve):
+            self._reserve(link, message)
+        elif isinstance(message, Abort):
+            self._abort(message.id)
+        elif isinstance(message, Resend):
+            self._outbox.resend(message.id, message.index)
+        elif isinstance(message, Ack):
+            self._outbox.forget(message.id)
+
+    def _reserve(self, link: RouterLink, message: Reserve) -> None:
+        id = message.id
+        pending = self._pending.get(id.request)
+        if pending is not None and pending.id == id:
+            link.send(Granted(id, pending.grant))  # asked again: the same answer
+            return
+        refusal = self._refusal(message)
+        if refusal is not None:
+            link.send(refusal)
+            return
+        self._end_running(id)
+        try:
+            granted = self._grant(link, message)
+        except CapacityError as error:
+            link.send(Refused(id, "capacity", str(error), error.retry_after_s))
+        else:
+            link.send(granted)
+
+    def _refusal(self, message: Reserve) -> Refused | None:
+        """Why this attempt cannot be served here whatever is free; None if it can."""
+        id = message.id
+        running = self._running.get(id.request)
+        superseded = self._receiver.table.superseded(id)
+        if superseded or (running is not None and running.id.attempt >= id.attempt):
+            return Refused(id, "superseded", "this attempt has ended or a later one is known")
+        if self._draining:
+            return Refused(id, "draining", "the node is shutting down")
+        if len(message.tokens) + 1 >= self._max_num_tokens(message):
+            # One token comes from the prefill node, so at least one more must fit here.
+            return Refused(id, "too_long", "no room for output")
+        return None
+
+    def _grant(self, link: RouterLink, message: Reserve) -> Granted:
+        reservation = self._engine.reserve(
+            list(message.tokens), self._max_num_tokens(message), message.cache_salt
+        )
+        lease = self._receiver.grant(
+            message.id,
+            sender=message.prefill,
+            tokens=message.tokens,
+            num_cached_tokens=reservation.num_cached_tokens,
+            handles=reservation.handles,
+            cache_salt=message.cache_salt,
+            deadline_s=message.deadline_s,
+        )
+        grant = self._grant_message(lease, reservation)
+        self._pending[message.id.request] = _Pending(link, message, reservation, grant)
+        return Granted(message.id, grant)
+
+    def _grant_message(self, lease: Lease, reservation: Reservation) -> Grant:
+        return Grant(
+            lease=lease.number,
+            capability=lease.capability,
+            digest_key=lease.digest_key,
+            decode=self._shell.me,
+            peer_url=self._shell.peer_url,
+            transports=self.transports,
+            layout=self._shell.built.layout,
+            handles=reservation.handles,
+            num_cached_tokens=reservation.num_cached_tokens,
+            ttl_s=self._shell.config.lease_ttl_s,
+        )
+
+    def _max_num_tokens(self, message: Reserve) -> int:
+        limit = message.num_prompt_tokens + message.sampling.max_tokens
+        return min(limit, self._shell.built.max_model_len)
+
+    def _abort(self, id: AttemptId) -> None:
+        """End this attempt and any lower one of the request, wherever they are."""
+        self._outbox.forget(id)
+        self._receiver.abort(id)  # a pending one comes back through `_lease_ended`
+        self._end_running(id)
+
+    def _end_running(self, id: AttemptId) -> None:
+        running = self._running.get(id.request)
+        if running is not None and running.id.attempt <= id.attempt:
+            del self._running[id.request]
+            self._outbox.forget(running.id)
+            self._engine.abort(running.request.request_id)
+
+    # ------------------------------------------------------------ the handoff
+
+    def handle_peer(self, sender: NodeId, message: Message) -> None:
+        self._receiver.handle(sender, message)
+
+    def _lease_ended(self, lease: Lease) -> None:
+        """Called once per lease, whatever ended it."""
+        pending = self._pending[lease.id.request]
+        assert pending.id == lease.id, "a new lease is granted only after the old one ended"
+        del self._pending[lease.id.request]
+        if lease.state is LeaseState.COMMITTED and self._continues(pending, lease.output_tokens):
+            self._begin(pending, lease.output_tokens)
+            return
+        self._engine.cancel_reservation(pending.reservation.id)
+        if lease.state in (LeaseState.REJECTED, LeaseState.EXPIRED) or lease.cause == "gone":
+            self._fail(pending.link, lease.id, lease.cause, "the KV cache did not arrive whole")
+        elif lease.state is LeaseState.COMMITTED:
+            self._fail(pending.link, lease.id, "manifest", "the commit names other output tokens")
+
+    def _continues(self, pending: _Pending, output_tokens: tuple[int, ...]) -> bool:
+        """Whether the output is what the reservation had, and exactly one token more."""
+        message = pending.message
+        known = message.tokens[message.num_prompt_tokens :]
+        return output_tokens[:-1] == known and len(output_tokens) == len(known) + 1
+
+    def _begin(self, pending: _Pending, output_tokens: tuple[int, ...]) -> None:
+        message = pending.message
+        request = Request(
+            request_id=str(message.id),
+            tokens=[*message.tokens, output_tokens[-1]],
+            num_prompt_tokens=message.num_prompt_tokens,
+            sampling=message.sampling,
+            max_num_tokens=self._max_num_tokens(message),
+            cache_salt=message.cache_salt,
+        )
+        self._engine.adopt(pending.reservation.id, request)
+        self._running[message.id.request] = _Running(message.id, pending.link, request)
+        # The new holder repeats all output tokens: the router compares them with its log.
+        self._outbox.open(message.id, pending.link)
+        self._outbox.add(message.id, output_tokens, None)
+        self._outbox.flush()
+        self._shell.wake()
+
+    # ------------------------------------------------------------ steps
+
+    def on_step(self, result: StepResult) -> None:
+        for progress in result.progress:
+            request, _, attempt = progress.request_id.rpartition("/")
+            running = self._running.get(request)
+            if running is None or running.id.attempt != int(attempt) or not progress.new_tokens:
+                continue
+            self._outbox.add(running.id, progress.new_tokens, progress.finish_reason)
+            if progress.finish_reason is not None:
+                del self._running[request]
+        self._outbox.flush()
+
+    # ------------------------------------------------------------ endings
+
+    def _fail(self, link: RouterLink, id: AttemptId, cause: str, message: str) -> None:
+        self._outbox.forget(id)
+        link.send(AttemptFailed(id, cause, message, retryable=True))
+
+    def fail_all(self, cause: str, message: str) -> None:
+        self._fail_where(lambda link: True, cause, message)
+
+    def router_lost(self, link: RouterLink) -> None:
+        self._fail_where(lambda other: other is link, "revoked", "the router is gone")
+
+    def _fail_where(self, affected: Callable[[RouterLink], bool], cause: str, message: str) -> None:
+        for running in [r for r in self._running.values() if affected(r.link)]:
+            self._end_running(running.id)
+            self._fail(running.link, running.id, cause, message)
+        for pending in [p for p in self._pending.values() if affected(p.link)]:
+            self._receiver.abort(pending.id)
+            self._fail(pending.link, pending.id, cause, message)
+
+    def drain(self) -> None:
+        self._draining = True
+
+    def tick(self) -> None:
+        self._receiver.tick()
+        self._outbox.expire()
+
+    def close(self) -> None:
+        self._zmq.close()

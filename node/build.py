@@ -1,0 +1,145 @@
+"""Makes a node's engine from its config: loaded model, KV memory, scheduler, runner."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.kv_store import KVStore
+from engine.loader import load_model
+from engine.model_info import LoadedModel
+from engine.runner import ModelRunner
+from node.config import NodeConfig
+from node.machine import default_kv_memory
+from wire.errors import ConfigError
+from wire.layout import KVLayout
+from wire.messages import ModelInfo, TokenizerFiles
+from wire.types import BlockHandle
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMemory:
+    """The engine's blocks as a transfer sees them (see kvtransfer.transport.BlockMemory)."""
+
+    engine: Engine
+    store: KVStore
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.store.layout
+
+    def block_bytes(self, block_id: int) -> memoryview:
+        return self.store.block_bytes(block_id)
+
+    def begin_io(self, handle: BlockHandle) -> bool:
+        return self.engine.begin_io(handle)
+
+    def end_io(self, handle: BlockHandle) -> None:
+        self.engine.end_io(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """Everything of a node that computes."""
+
+    config: NodeConfig
+    model: LoadedModel
+    engine: Engine
+    memory: NodeMemory
+    num_blocks: int
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.memory.layout
+
+    @property
+    def max_model_len(self) -> int:
+        return self.model.max_model_len
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            name=self.config.served_model_name,
+            fingerprint=self.model.fingerprint,
+            numerics=self.model.numerics,
+            max_model_len=self.model.max_model_len,
+            vocab_size=self.model.vocab_size,
+            eos_token_ids=tuple(self.model.eos_token_ids),
+        )
+
+
+def build_engine(config: NodeConfig, progress: Progress) -> BuiltEngine:
+    """Load the model and make the engine. Raises ConfigError with what to do."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load_model(
+        config.model, dtype=config.dtype, max_model_len=config.max_model_len, progress=progress
+    )
+    layout = model.kv_layout(config.block_size)
+    num_blocks = _num_blocks(config, layout)
+    store = KVStore(layout, num_blocks)
+    engine = Engine(
+        _engine_config(config, model, num_blocks),
+        ModelRunner(model.model, store),
+        epoch=secrets.randbits(64),
+        model_fingerprint=model.fingerprint,
+        eos_token_ids=frozenset(model.eos_token_ids),
+    )
+    return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks)
+
+
+def _engine_config(config: NodeConfig, model: LoadedModel, num_blocks: int) -> EngineConfig:
+    return EngineConfig(
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_overcommit=config.kv_overcommit,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _num_blocks(config: NodeConfig, layout: KVLayout) -> int:
+    memory = config.kv_memory or default_kv_memory()
+    num_blocks = memory // layout.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"--kv-memory {memory} holds no block of {layout.block_bytes} bytes; give more"
+        )
+    return num_blocks
+
+
+def read_tokenizer(folder: Path) -> TokenizerFiles:
+    """The tokenizer's files for a router. Raises ConfigError if the model has none."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json; save the model with a fast tokenizer")
+    return TokenizerFiles(
+        tokenizer.read_bytes(), _tokenizer_config(folder), _read(folder / "chat_template.jinja")
+    )
+
+
+def _tokenizer_config(folder: Path) -> bytes:
+    data = _read(folder / "tokenizer_config.json") or b"{}"
+    try:
+        json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'tokenizer_config.json'} is not JSON: {error}") from error
+    return data
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""

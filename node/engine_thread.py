@@ -1,0 +1,116 @@
+"""The thread that runs the engine's steps, and nothing else.
+
+The event loop adds and aborts requests under the engine's own lock, then calls `wake`; results go
+back to the loop in order. Between steps the thread sleeps on a condition, so an idle node costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from engine.engine import Engine
+from engine.plan import StepResult
+
+log = logging.getLogger(__name__)
+
+_MAX_FAILURES = 5  # steps in a row that may fail before the node gives up
+
+
+class EngineThread:
+    """Owns the engine's step loop.
+
+    Args:
+        on_result: called in the event loop after every step.
+        on_failure: called in the event loop when a step raised; the requests must be ended there.
+        on_death: called in the event loop when steps keep failing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_result: Callable[[StepResult], None],
+        on_failure: Callable[[Exception], None],
+        on_death: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._on_result = on_result
+        self._on_failure = on_failure
+        self._on_death = on_death
+        self._loop = asyncio.get_running_loop()
+        self._wakeup = threading.Condition()
+        self._woken = False
+        self._stopping = False
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.num_steps = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be work now."""
+        with self._wakeup:
+            self._woken = True
+            self._wakeup.notify()
+
+    def stop(self) -> None:
+        """End after the current step."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify()
+        self._thread.join(timeout=30)
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long there has been work without a finished step."""
+        if not self._engine.has_work():
+            return 0.0
+        return max(0.0, time.monotonic() - self._last_progress)
+
+    def _run(self) -> None:
+        failures = 0
+        while self._wait_for_work():
+            try:
+                result = self._engine.step()
+                failures = 0
+            except Exception as error:
+                log.exception("a step failed")
+                failures += 1
+                self._post(self._on_failure, error)
+                result = None
+            self._last_progress = time.monotonic()
+            if failures >= _MAX_FAILURES:
+                self._post(self._on_death)
+                return
+            if result is not None:
+                self.num_steps += 1
+                self._post(self._on_result, result)
+            else:
+                self._rest()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is work; False when the thread must end."""
+        while not self._engine.has_work():
+            with self._wakeup:
+                self._wakeup.wait_for(lambda: self._woken or self._stopping)
+                self._woken = False
+                self._last_progress = time.monotonic()
+            if self._stopping:
+                return False
+        return not self._stopping
+
+    def _rest(self) -> None:
+        """Work that cannot run now (no free block): wait for an event, or look again soon."""
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: self._woken or self._stopping, timeout=0.01)
+            self._woken = False
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)

@@ -1,0 +1,99 @@
+"""What `python -m prefill_node` and `python -m decode_node` do."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from node.config import NodeConfig, add_arguments, from_args, split_url
+from telemetry.logs import set_up_logging
+from telemetry.progress import ProgressLine
+from wire.errors import BatonError, ConfigError
+from wire.types import Role as RoleName
+from wire.types import new_node_id
+
+if TYPE_CHECKING:
+    from node.role import Role
+    from node.shell import NodeShell  # loads torch: only once the flags are known to be right
+
+
+MakeRole: TypeAlias = "Callable[[NodeShell], Role]"
+
+
+def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int:
+    """Parse flags and run a node of this role; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"baton {role}",
+        description=_DESCRIPTIONS[role],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        config = from_args(args, role=role, pid=os.getpid())
+        set_up_logging(config.name)
+        return run_node(role, make_role, config)
+    except BatonError as error:
+        print(f"baton {role}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
+    """Wait for a router, load the model, serve. Raises ConfigError with what to do."""
+    from node.build import build_engine, read_tokenizer
+    from node.shell import NodeShell
+
+    if not config.model.is_dir():
+        raise ConfigError(f"there is no model folder {str(config.model)!r}")
+    tokenizer = read_tokenizer(config.model)
+    wait_for_routers(config.routers, config.router_timeout_s)
+    with ProgressLine(f"{config.name}: loading {config.model.name}") as progress:
+        built = build_engine(config, progress.update)
+
+    def tell_ready(http_url: str) -> None:
+        print(f"baton {role} ready name={config.name} http={http_url}", flush=True)
+
+    async def run() -> int:
+        me = new_node_id(config.name)
+        return await NodeShell(config, built, tokenizer, make_role, me, tell_ready).run()
+
+    return asyncio.run(run())
+
+
+def wait_for_routers(urls: Sequence[str], timeout_s: float) -> None:
+    """Return when every router accepts connections. Raises ConfigError after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    for url in urls:
+        while (error := _connection_error(url)) is not None:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"no router at {url} after {timeout_s:g} s ({error}); start `baton router` "
+                    "there or give its control address with --router"
+                )
+            time.sleep(0.1)
+
+
+def _connection_error(url: str) -> str | None:
+    try:
+        socket.create_connection(split_url(url), timeout=2.0).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+_DESCRIPTIONS = {
+    RoleName.PREFILL: """\
+Start a prefill node: it computes the KV cache of prompts and hands it to decode nodes.
+
+  baton prefill ./my-model --router tcp://127.0.0.1:7400""",
+    RoleName.DECODE: """\
+Start a decode node: it receives the KV cache of prompts and generates the answers.
+
+  baton decode ./my-model --router tcp://127.0.0.1:7400""",
+}

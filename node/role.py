@@ -1,0 +1,62 @@
+"""What a role must do for the shell it stands in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.plan import StepResult
+from kvtransfer.transport import TransferStats
+from node.router_link import RouterLink
+from wire.messages import Message
+from wire.types import NodeId, TransportAddress
+from wire.types import Role as RoleName
+
+
+class Role(Protocol):
+    """Prefill or decode. Every method is called in the event loop."""
+
+    @property
+    def name(self) -> RoleName: ...
+
+    @property
+    def stats(self) -> TransferStats: ...
+
+    @property
+    def transports(self) -> tuple[TransportAddress, ...]:
+        """Where this node receives KV blocks."""
+        ...
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts that hold anything here."""
+        ...
+
+    def handle(self, link: RouterLink, message: Message) -> None:
+        """One message of a registered router."""
+        ...
+
+    def handle_peer(self, sender: NodeId, message: Message) -> None:
+        """One message that another node sent to this node's peer address."""
+        ...
+
+    def on_step(self, result: StepResult) -> None:
+        """A step is done."""
+        ...
+
+    def fail_all(self, cause: str, message: str) -> None:
+        """End every attempt here and tell its router, which may try again elsewhere."""
+        ...
+
+    def router_lost(self, link: RouterLink) -> None:
+        """Drop everything that this router asked for."""
+        ...
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        ...
+
+    def tick(self) -> None:
+        """Let time pass."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,126 @@
+"""A node's connection to one router: registration, heartbeats both ways, and its end.
+
+    connecting ── Register ──▶ (Welcome) ──▶ registered ── silence or Gone ──▶ connecting
+
+Registration is repeated until it is answered, so neither side needs to start first, and a router
+that was restarted gets the node back without anybody's help.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from wire.codec import Envelope
+from wire.errors import WireError
+from wire.messages import Gone, Message, Register, RouterHeartbeat, Unwelcome, Welcome
+from wire.sockets import Link
+from wire.types import NodeId
+
+log = logging.getLogger(__name__)
+
+_ROUTER_TIMEOUT_S = 5.0  # a router that is silent for so long is dead
+_REGISTER_AGAIN_S = 0.5
+
+
+class RouterLink:
+    """One router, as this node sees it.
+
+    Args:
+        on_message: gets everything but registration and heartbeats.
+        on_welcome: called after each registration.
+        on_lost: the router, or this life of it, is gone; its requests are nobody's.
+        on_unwelcome: the router refuses this node for good.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        url: str,
+        register: Register,
+        *,
+        on_message: Callable[[RouterLink, Message], None],
+        on_welcome: Callable[[RouterLink], None],
+        on_lost: Callable[[RouterLink], None],
+        on_unwelcome: Callable[[str], None],
+        context: zmq.Context[Any],
+    ) -> None:
+        self.url = url
+        self.heartbeat_s = _REGISTER_AGAIN_S
+        self._register = register
+        self._on_message = on_message
+        self._on_welcome = on_welcome
+        self._on_lost = on_lost
+        self._on_unwelcome = on_unwelcome
+        self._router: NodeId | None = None
+        self._last_heard = time.monotonic()
+        self._link = Link(me, url, self._receive, context, queue_while_away=False)
+
+    @property
+    def registered(self) -> bool:
+        return self._router is not None
+
+    def send(self, message: Message) -> bool:
+        """Send to the registered router; False if it could not be queued."""
+        if self._router is None:
+            return False
+        try:
+            self._link.send(message, self._router)
+        except WireError as error:
+            log.warning("router %s: %s", self.url, error)
+            self._lose()
+            return False
+        return True
+
+    def beat(self, heartbeat: Message) -> None:
+        """Called at every heartbeat interval: register, or say that this node lives."""
+        if self._router is None:
+            self._try_register()
+        elif time.monotonic() - self._last_heard > _ROUTER_TIMEOUT_S:
+            log.warning("router %s is silent; dropping its requests", self.url)
+            self._lose()
+        else:
+            self.send(heartbeat)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _try_register(self) -> None:
+        try:
+            self._link.send(self._register, None)
+        except WireError:
+            log.debug("router %s is not there yet", self.url)
+
+    def _receive(self, envelope: Envelope) -> None:
+        message = envelope.message
+        if isinstance(message, Welcome):
+            self._welcome(envelope.sender, message)
+        elif isinstance(message, Unwelcome):
+            self._on_unwelcome(f"router {self.url} refused this node: {message.reason}")
+        elif isinstance(message, Gone) and self._router in (message.meant_for, envelope.sender):
+            self._lose()
+        elif envelope.sender != self._router:
+            log.debug("router %s: ignored a message of %s", self.url, envelope.sender)
+        else:
+            self._last_heard = time.monotonic()
+            if not isinstance(message, RouterHeartbeat):
+                self._on_message(self, message)
+
+    def _welcome(self, router: NodeId, message: Welcome) -> None:
+        if router == self._router:
+            return
+        if self._router is not None:
+            self._lose()
+        self._router = router
+        self._last_heard = time.monotonic()
+        self.heartbeat_s = max(0.05, message.heartbeat_s)
+        self._on_welcome(self)
+
+    def _lose(self) -> None:
+        if self._router is not None:
+            self._router = None
+            self._on_lost(self)

@@ -1,0 +1,276 @@
+"""A node's life: register, serve, drain, end.
+
+start     peer socket, role, engine thread, HTTP, router links
+serve     the beat (heartbeats, expiry) runs off the step loop: a long step stops nothing
+drain     on SIGTERM: take nothing new, finish what is here, hand back the rest
+shutdown  in the reverse order of start
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from aiohttp import web
+
+from engine.plan import StepResult
+from node.build import BuiltEngine
+from node.config import NodeConfig
+from node.engine_thread import EngineThread
+from node.http import NodeCollector, serve_http
+from node.role import Role
+from node.router_link import RouterLink
+from wire.codec import Envelope
+from wire.errors import WireError
+from wire.messages import (
+    CacheEvents,
+    Draining,
+    FetchCacheSnapshot,
+    FetchTokenizer,
+    Goodbye,
+    Heartbeat,
+    Message,
+    Register,
+    TokenizerFiles,
+)
+from wire.sockets import Hub
+from wire.types import NodeId, NodeLoad
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.02
+
+
+class NodeShell:
+    """One node: the engine, one role, and what connects them to the fleet.
+
+    Args:
+        make_role: builds the role once sockets exist; it gets this shell.
+        on_ready: called with the node's HTTP address when every router has welcomed it.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        built: BuiltEngine,
+        tokenizer: TokenizerFiles,
+        make_role: Callable[[NodeShell], Role],
+        me: NodeId,
+        on_ready: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.built = built
+        self.engine = built.engine
+        self.me = me
+        self.context: zmq.Context[Any] = zmq.Context()
+        self._tokenizer = tokenizer
+        self._make_role = make_role
+        self._on_ready = on_ready
+        self._stop = asyncio.Event()
+        self._links: list[RouterLink] = []
+        self._events_sent = 0
+        self._ready_told = False
+        self._draining = False
+        self._exit_code = 0
+        self._http_url = ""
+
+    async def run(self) -> int:
+        """Serve until told to stop; returns the process's exit code."""
+        await self._start()
+        beat = asyncio.create_task(self._beat(), name="beat")
+        tick = asyncio.create_task(self._tick(), name="tick")
+        try:
+            await self._stop.wait()
+            await self._drain()
+        finally:
+            for task in (beat, tick):
+                task.cancel()
+            await asyncio.gather(beat, tick, return_exceptions=True)
+            await self._shutdown()
+        return self._exit_code
+
+    def stop(self, exit_code: int = 0) -> None:
+        """Begin to drain; a second call ends at once."""
+        if self._stop.is_set():
+            self._hand_back()
+        self._exit_code = max(self._exit_code, exit_code)
+        self._stop.set()
+
+    def _hand_back(self) -> None:
+        """Give what is still here to other nodes instead of finishing it."""
+        self._role.fail_all("drained", "the node is shutting down")
+
+    def wake(self) -> None:
+        """The engine may have work."""
+        self._thread.wake()
+
+    def send_peer(self, to: NodeId, message: Message) -> None:
+        """Send to a node that is connected to this node's peer address. May raise WireError."""
+        self._peers.send(to, message)
+
+    # ------------------------------------------------------------ start
+
+    async def _start(self) -> None:
+        self._peers = Hub(self.me, f"tcp://{self.config.host}:*", self._from_peer, self.context)
+        self._role = self._make_role(self)
+        self._thread = EngineThread(
+            self.engine,
+            on_result=self._on_step,
+            on_failure=lambda error: self._role.fail_all("internal", f"a step failed: {error}"),
+            on_death=lambda: self._die("the engine fails at every step"),
+        )
+        self._thread.start()
+        collector = NodeCollector(self.engine, self._role.stats, lambda: self._thread.num_steps)
+        self._runner: web.AppRunner
+        self._runner, self._http_url = await serve_http(
+            self.config.host, self.config.port, collector, self._is_ready
+        )
+        self._install_signals()
+        register = self._register_message()
+        self._links = [self._connect(url, register) for url in self.config.routers]
+
+    def _register_message(self) -> Register:
+        return Register(
+            role=self._role.name,
+            model=self.built.info,
+            layout=self.built.layout,
+            num_blocks=self.built.num_blocks,
+            peer_url=self.public_url(self._peers.url),
+            transports=self._role.transports,
+            http_url=self._http_url,
+        )
+
+    def public_url(self, url: str) -> str:
+        """`url` with the host that other machines use."""
+        return f"tcp://{self.config.public_host}:{url.rpartition(':')[2]}"
+
+    @property
+    def peer_url(self) -> str:
+        return self.public_url(self._peers.url)
+
+    def _connect(self, url: str, register: Register) -> RouterLink:
+        return RouterLink(
+            self.me,
+            url,
+            register,
+            on_message=self._from_router,
+            on_welcome=self._welcomed,
+            on_lost=self._router_lost,
+            on_unwelcome=self._die,
+            context=self.context,
+        )
+
+    def _install_signals(self) -> None:
+        """SIGINT is left alone where the parent ignores it (a launcher owns Ctrl-C then)."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.stop)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGINT, self.stop)
+
+    # ------------------------------------------------------------ events
+
+    def _welcomed(self, link: RouterLink) -> None:
+        log.info("registered with router %s", link.url)
+        self._send_snapshot(link)
+        if not self._ready_told and all(link.registered for link in self._links):
+            self._ready_told = True
+            self._on_ready(self._http_url)
+
+    def _router_lost(self, link: RouterLink) -> None:
+        self._role.router_lost(link)
+        self.wake()
+
+    def _from_router(self, link: RouterLink, message: Message) -> None:
+        if isinstance(message, FetchTokenizer):
+            link.send(self._tokenizer)
+        elif isinstance(message, FetchCacheSnapshot):
+            self._send_snapshot(link)
+        else:
+            self._role.handle(link, message)
+            self.wake()
+
+    def _from_peer(self, envelope: Envelope) -> None:
+        self._role.handle_peer(envelope.sender, envelope.message)
+        self.wake()
+
+    def _on_step(self, result: StepResult) -> None:
+        self._role.on_step(result)
+        self._publish_cache_events()
+
+    def _die(self, reason: str) -> None:
+        log.error("%s", reason)
+        self.stop(exit_code=1)
+
+    def _is_ready(self) -> bool:
+        return not self._draining and any(link.registered for link in self._links)
+
+    # ------------------------------------------------------------ time
+
+    async def _beat(self) -> None:
+        while True:
+            heartbeat = Heartbeat(self._load())
+            for link in self._links:
+                link.beat(heartbeat)
+            await asyncio.sleep(min(link.heartbeat_s for link in self._links))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._role.tick()
+            self._publish_cache_events()
+
+    def _load(self) -> NodeLoad:
+        load = self.engine.load()
+        return NodeLoad(
+            step=self._thread.num_steps,
+            stalled_s=self._thread.stalled_s,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            queued_tokens=load.queued_tokens,
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            blocks_promised=load.blocks_promised,
+        )
+
+    def _publish_cache_events(self) -> None:
+        changes = self.engine.take_cache_events()
+        if not changes:
+            return
+        self._events_sent += 1
+        events = CacheEvents(self._events_sent, changes.added, changes.removed, changes.snapshot)
+        for link in self._links:
+            link.send(events)
+
+    def _send_snapshot(self, link: RouterLink) -> None:
+        hashes = tuple(self.engine.cached_hashes())
+        link.send(CacheEvents(self._events_sent, hashes, snapshot=True))
+
+    # ------------------------------------------------------------ end
+
+    async def _drain(self) -> None:
+        self._draining = True
+        self._role.drain()
+        for link in self._links:
+            link.send(Draining())
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.drain_timeout_s
+        while self._role.num_attempts and loop.time() < deadline and not self._exit_code:  # noqa: ASYNC110
+            await asyncio.sleep(_TICK_S)  # attempts end in many places; nobody waits for this
+        self._hand_back()
+
+    async def _shutdown(self) -> None:
+        for link in self._links:
+            link.send(Goodbye())
+            link.close()
+        await self._runner.cleanup()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.stop)
+        self._role.close()
+        self._peers.close()
+        try:
+            self.context.destroy(linger=300)
+        except WireError:
+            log.exception("sockets did not close")

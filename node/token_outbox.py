@@ -1,0 +1,94 @@
+"""Output tokens on their way to the routers: one message per step and router, repeated on request.
+
+An attempt's tokens stay here until the router has acknowledged its end, so a lost connection loses
+no token. A router that does not read is given up with all its requests; tokens are never dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from node.router_link import RouterLink
+from wire.messages import Tokens, TokenUpdate
+from wire.types import AttemptId, FinishReason
+
+_FINISHED_TTL_S = 120.0  # a router that has not acknowledged by then has failed or given up
+
+
+@dataclass(slots=True)
+class _Stream:
+    link: RouterLink
+    tokens: list[int] = field(default_factory=list)  # output tokens from index `base` on
+    base: int = 0
+    finish: FinishReason | None = None
+    num_cached_tokens: int | None = None
+    finished_at: float = 0.0
+
+
+class TokenOutbox:
+    """What this node owes to its routers."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._streams: dict[AttemptId, _Stream] = {}
+        self._pending: dict[RouterLink, list[TokenUpdate]] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, id: AttemptId, link: RouterLink, base: int = 0) -> None:
+        """Tokens of `id` will go to `link`; the first one has output index `base`."""
+        self._streams[id] = _Stream(link, base=base)
+
+    def add(
+        self,
+        id: AttemptId,
+        tokens: tuple[int, ...],
+        finish: FinishReason | None,
+        num_cached_tokens: int | None = None,
+    ) -> None:
+        """Queue new tokens for the next `flush`."""
+        stream = self._streams.get(id)
+        if stream is None:
+            return
+        index = stream.base + len(stream.tokens)
+        stream.tokens.extend(tokens)
+        stream.finish = finish
+        stream.num_cached_tokens = num_cached_tokens
+        if finish is not None:
+            stream.finished_at = self._clock()
+        update = TokenUpdate(id, index, tokens, finish, num_cached_tokens)
+        self._pending.setdefault(stream.link, []).append(update)
+
+    def flush(self) -> None:
+        """Send what is queued: one message per router."""
+        pending, self._pending = self._pending, {}
+        for link, updates in pending.items():
+            link.send(Tokens(tuple(updates)))
+
+    def resend(self, id: AttemptId, index: int) -> None:
+        """Repeat the tokens of `id` from `index` on, with its end if it has ended."""
+        stream = self._streams.get(id)
+        if stream is None:
+            return
+        start = max(index, stream.base)
+        tokens = tuple(stream.tokens[start - stream.base :])
+        update = TokenUpdate(id, start, tokens, stream.finish, stream.num_cached_tokens)
+        stream.link.send(Tokens((update,)))
+
+    def forget(self, id: AttemptId) -> None:
+        """The router has everything, or nobody waits any more."""
+        self._streams.pop(id, None)
+
+    def expire(self) -> None:
+        """Forget ends that nobody acknowledged for long."""
+        horizon = self._clock() - _FINISHED_TTL_S
+        late = [
+            id
+            for id, stream in self._streams.items()
+            if stream.finish is not None and stream.finished_at < horizon
+        ]
+        for id in late:
+            self.forget(id)

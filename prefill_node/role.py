@@ -1,0 +1,236 @@
+"""What a prefill node does with a request.
+
+    Prefill ─▶ engine.add ─▶ steps ─▶ finished blocks leave while the next chunk computes
+                                └──▶ first token: at once to the router, and in the commit
+    Committed ─▶ blocks released
+
+The request's blocks stay held until the handoff has ended; whatever ends the attempt, `_drop` is
+where they are given back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from engine.plan import RequestProgress, StepResult
+from engine.request import Request
+from kvtransfer.handoff import Handoff, HandoffState
+from kvtransfer.sender import KVSender
+from kvtransfer.transport import TransferStats
+from kvtransfer.zmq_transport import ZmqUnitSender
+from node.router_link import RouterLink
+from node.shell import NodeShell
+from node.token_outbox import TokenOutbox
+from prefill_node.peers import PeerLinks
+from wire.errors import CapacityError, TransferError
+from wire.messages import Abort, Ack, AttemptFailed, Message, Prefill, Resend
+from wire.types import AttemptId, NodeId, Role, TransportAddress
+
+
+@dataclass(slots=True)
+class _Work:
+    """One attempt on this node."""
+
+    id: AttemptId
+    link: RouterLink
+    request: Request
+    handed_over: bool  # there is a grant: the request goes on elsewhere after its first token
+
+
+class PrefillRole:
+    """See node.role.Role."""
+
+    name = Role.PREFILL
+    transports: tuple[TransportAddress, ...] = ()  # receives nothing
+
+    def __init__(self, shell: NodeShell) -> None:
+        self.stats = TransferStats()
+        self._shell = shell
+        self._engine = shell.engine
+        self._outbox = TokenOutbox()
+        self._peers = PeerLinks(shell.me, self._from_decode_node, shell.context)
+        self._zmq = ZmqUnitSender(shell.me, shell.context)
+        self._sender = KVSender(
+            memory=shell.built.memory,
+            transports={"zmq": self._zmq},
+            send=self._peers.send,
+            on_ended=self._handoff_ended,
+            model_fingerprint=shell.built.info.fingerprint,
+            stats=self.stats,
+            window_bytes=shell.config.window_bytes,
+        )
+        self._work: dict[str, _Work] = {}  # by request: at most one attempt of each
+        self._draining = False
+        self._renew_every_s = shell.config.lease_ttl_s / 6
+        self._next_renewal = 0.0
+
+    @property
+    def num_attempts(self) -> int:
+        return len(self._work)
+
+    # ------------------------------------------------------------ messages of routers
+
+    def handle(self, link: RouterLink, message: Message) -> None:
+        if isinstance(message, Prefill):
+            self._start(link, message)
+        elif isinstance(message, Abort):
+            self._abort(message.id)
+        elif isinstance(message, Resend):
+            self._outbox.resend(message.id, message.index)
+        elif isinstance(message, Ack):
+            self._outbox.forget(message.id)
+
+    def _start(self, link: RouterLink, message: Prefill) -> None:
+        id = message.id
+        older = self._work.get(id.request)
+        if older is not None and older.id == id:
+            return  # asked twice
+        if older is not None and older.id.attempt > id.attempt:
+            self._refuse(link, id, "superseded", "a later attempt is known", retryable=False)
+            return
+        self._abort(id)
+        if self._draining:
+            self._refuse(link, id, "drained", "the node is shutting down", retryable=True)
+            return
+        self._admit(link, message)
+
+    def _admit(self, link: RouterLink, message: Prefill) -> None:
+        id = message.id
+        request = self._request(message)
+        if request.num_tokens >= request.max_num_tokens:
+            text = f"{request.num_tokens} tokens leave no room for output"
+            self._refuse(link, id, "too_long", text, retryable=False)
+            return
+        try:
+            if message.grant is not None:
+                self._sender.start(
+                    id,
+                    message.grant,
+                    tokens=message.tokens,
+                    cache_salt=message.cache_salt,
+                    deadline_s=message.deadline_s,
+                )
+        except TransferError as error:
+            self._refuse(link, id, error.cause, str(error), retryable=error.cause != "layout")
+            return
+        work = self._work[id.request] = _Work(id, link, request, message.grant is not None)
+        self._outbox.open(id, link, base=request.num_output_tokens)
+        try:
+            self._engine.add(request)
+        except CapacityError as error:
+            self._fail(work, "capacity", str(error), retryable=False)
+
+    def _request(self, message: Prefill) -> Request:
+        limit = message.num_prompt_tokens + message.sampling.max_tokens
+        return Request(
+            request_id=str(message.id),
+            tokens=list(message.tokens),
+            num_prompt_tokens=message.num_prompt_tokens,
+            sampling=message.sampling,
+            max_num_tokens=min(limit, self._shell.built.max_model_len),
+            cache_salt=message.cache_salt,
+            prefill_only=True,
+        )
+
+    def _abort(self, id: AttemptId) -> None:
+        """End this attempt and any lower one of the request."""
+        self._outbox.forget(id)
+        work = self._work.get(id.request)
+        if work is not None and work.id.attempt <= id.attempt:
+            self._outbox.forget(work.id)
+            self._drop(work, "revoked")
+
+    # ------------------------------------------------------------ steps
+
+    def on_step(self, result: StepResult) -> None:
+        for progress in result.progress:
+            work = self._by_key(progress.request_id)
+            if work is not None:
+                self._advance(work, progress)
+        self._outbox.flush()
+
+    def _by_key(self, request_id: str) -> _Work | None:
+        request, _, attempt = request_id.rpartition("/")
+        work = self._work.get(request)
+        return work if work is not None and work.id.attempt == int(attempt) else None
+
+    def _advance(self, work: _Work, progress: RequestProgress) -> None:
+        if work.handed_over:
+            self._sender.blocks_finished(work.id, progress.finished_blocks)
+        if self._work.get(work.id.request) is not work or not progress.new_tokens:
+            return  # the handoff failed just now, or the prompt is not done yet
+        self._outbox.add(
+            work.id, progress.new_tokens, progress.finish_reason, progress.num_cached_tokens
+        )
+        if progress.finish_reason is not None:
+            self._drop(work, "finished")
+        elif work.handed_over:
+            self._sender.first_token(work.id, work.request.output_tokens)
+            self._outbox.flush()
+        else:
+            self._fail(work, "internal", "no grant, but the request goes on", retryable=True)
+
+    # ------------------------------------------------------------ handoffs
+
+    def _from_decode_node(self, sender: NodeId, message: Message) -> None:
+        self._sender.handle(sender, message)
+
+    def handle_peer(self, sender: NodeId, message: Message) -> None:
+        """Nobody connects to a prefill node; decode nodes answer on its own links."""
+
+    def _handoff_ended(self, handoff: Handoff) -> None:
+        """Called once per handoff, whatever ended it."""
+        work = self._work.get(handoff.id.request)
+        if work is None or work.id != handoff.id:
+            return
+        if handoff.state is HandoffState.DONE:
+            self._drop(work, "committed")
+            self._outbox.forget(work.id)  # the decode node repeats all tokens
+        else:
+            self._fail(work, handoff.cause, f"the handoff ended: {handoff.cause}", retryable=True)
+
+    # ------------------------------------------------------------ endings
+
+    def _drop(self, work: _Work, cause: str) -> None:
+        """Forget the attempt and free what it holds. `cause` is told to the decode node."""
+        del self._work[work.id.request]
+        self._sender.abort(work.id, cause)
+        key = work.request.request_id
+        if not self._engine.abort(key):
+            self._engine.release_held(key)
+
+    def _fail(self, work: _Work, cause: str, message: str, *, retryable: bool) -> None:
+        self._drop(work, cause)
+        self._refuse(work.link, work.id, cause, message, retryable=retryable)
+
+    def _refuse(
+        self, link: RouterLink, id: AttemptId, cause: str, message: str, *, retryable: bool
+    ) -> None:
+        self._outbox.forget(id)
+        link.send(AttemptFailed(id, cause, message[:4096], retryable))
+
+    def fail_all(self, cause: str, message: str) -> None:
+        for work in list(self._work.values()):
+            self._fail(work, cause, message, retryable=True)
+
+    def router_lost(self, link: RouterLink) -> None:
+        for work in [work for work in self._work.values() if work.link is link]:
+            self._drop(work, "revoked")
+            self._outbox.forget(work.id)
+
+    def drain(self) -> None:
+        self._draining = True
+
+    def tick(self) -> None:
+        self._sender.tick()
+        self._outbox.expire()
+        self._peers.close_idle()
+        now = time.monotonic()
+        if now >= self._next_renewal:
+            self._next_renewal = now + self._renew_every_s
+            self._sender.renew_leases()
+
+    def close(self) -> None:
+        self._zmq.close()
+        self._peers.close()

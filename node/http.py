@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as Prometheus
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from kvtransfer.transport import TransferStats
-from telemetry import metrics as names
+from telemetry import metrics
 from wire.errors import ConfigError
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -20,57 +21,62 @@ _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class NodeCollector(Collector):
     """Reads the node's state when Prometheus asks; nothing is counted twice on the hot path."""
 
-    def __init__(self, engine: Engine, stats: TransferStats, num_steps: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        engine: Engine,
+        stats: TransferStats,
+        num_steps: Callable[[], int],
+    ) -> None:
+        self._model_name = model_name
         self._engine = engine
         self._stats = stats
         self._num_steps = num_steps
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
         yield from self._transfer_metrics()
 
-    def _engine_metrics(self) -> Iterable[Metric]:
+    def _engine_metrics(self) -> Iterable[Prometheus]:
         load = self._engine.load()
         counts = self._engine.block_counts()
-        yield _gauge(names.NUM_REQUESTS_RUNNING, load.num_running)
-        yield _gauge(names.NUM_REQUESTS_WAITING, load.num_waiting)
+        model = (self._model_name,)
+        yield _gauge(metrics.NUM_REQUESTS_RUNNING, {model: load.num_running})
+        yield _gauge(metrics.NUM_REQUESTS_WAITING, {model: load.num_waiting})
         held = counts.total - counts.free - counts.cached
-        yield _gauge(names.KV_CACHE_USAGE, held / counts.total)
-        blocks = _family(GaugeMetricFamily, names.NODE_BLOCKS, "state")
-        for state in ("free", "cached", "leased", "running", "quarantined"):
-            blocks.add_metric([state], getattr(counts, state))
-        yield blocks
-        yield _gauge(names.NODE_BLOCKS_TOTAL, counts.total)
-        yield _counter(names.NODE_STEPS, self._num_steps())
+        yield _gauge(metrics.KV_CACHE_USAGE, {model: held / counts.total})
+        states = ("free", "cached", "leased", "running", "quarantined")
+        yield _gauge(metrics.NODE_BLOCKS, {(state,): getattr(counts, state) for state in states})
+        yield _gauge(metrics.NODE_BLOCKS_CAPACITY, {(): counts.total})
+        yield _counter(metrics.NODE_STEPS, {(): self._num_steps()})
 
-    def _transfer_metrics(self) -> Iterable[Metric]:
+    def _transfer_metrics(self) -> Iterable[Prometheus]:
         stats = self._stats
-        yield _counter(names.TRANSFER_BYTES_SENT, stats.bytes_sent)
-        yield _counter(names.TRANSFER_BYTES_RECEIVED, stats.bytes_received)
-        dropped = _family(CounterMetricFamily, names.TRANSFER_UNITS_DROPPED, "cause")
-        for cause, count in sorted(stats.units_dropped.items()):
-            dropped.add_metric([cause], count)
-        yield dropped
-        handoffs = _family(CounterMetricFamily, names.HANDOFFS, "outcome")
-        for outcome, count in sorted(stats.handoffs.items()):
-            handoffs.add_metric([outcome], count)
-        yield handoffs
+        yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})
+        yield _counter(metrics.TRANSFER_BYTES_RECEIVED, {(): stats.bytes_received})
+        yield _counter(metrics.TRANSFER_UNITS_DROPPED, _by_label(stats.units_dropped))
+        yield _counter(metrics.HANDOFFS, _by_label(stats.handoffs))
 
 
-def _gauge(metric: names.MetricName, value: float) -> Metric:
-    return GaugeMetricFamily(metric.name, metric.help, value=value)
+Values = Mapping[tuple[str, ...], float]  # by label values
 
 
-def _counter(metric: names.MetricName, value: float) -> Metric:
-    return CounterMetricFamily(metric.name, metric.help, value=value)
+def _by_label(counts: Mapping[str, int]) -> Values:
+    return {(label,): count for label, count in sorted(counts.items())}
 
 
-def _family(
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-    metric: names.MetricName,
-    label: str,
-) -> GaugeMetricFamily | CounterMetricFamily:
-    return kind(metric.name, metric.help, labels=[label])
+def _gauge(metric: metrics.Metric, values: Values) -> Prometheus:
+    family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _counter(metric: metrics.Metric, values: Values) -> Prometheus:
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
 
 
 async def serve_http(
@@ -87,12 +93,12 @@ async def serve_http(
         good = is_ready()
         return web.json_response({"ready": good}, status=200 if good else 503)
 
-    async def metrics(request: web.Request) -> web.Response:
+    async def expose(request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": _CONTENT_TYPE})
 
     app = web.Application()
     app.add_routes(
-        [web.get("/health", health), web.get("/ready", ready), web.get("/metrics", metrics)]
+        [web.get("/health", health), web.get("/ready", ready), web.get("/metrics", expose)]
     )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()

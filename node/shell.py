@@ -124,7 +124,12 @@ class NodeShell:
             on_death=lambda: self._die("the engine fails at every step"),
         )
         self._thread.start()
-        collector = NodeCollector(self.engine, self._role.stats, lambda: self._thread.num_steps)
+        collector = NodeCollector(
+            self.config.served_model_name,
+            self.engine,
+            self._role.stats,
+            lambda: self._thread.num_steps,
+        )
         self._runner: web.AppRunner
         self._runner, self._http_url = await serve_http(
             self.config.host, self.config.port, collector, self._is_ready

@@ -109,3 +109,22 @@ ROUTER_TOKENIZE = Metric(
     "baton_router_tokenize_seconds", "Chat template and tokenization", (), SHORT_SECONDS
 )
 ROUTER_MALFORMED = Metric("baton_router_malformed_messages", "Messages dropped as malformed")
+
+# ---------------------------------------------------------------- nodes
+
+KV_CACHE_USAGE = Metric(
+    "vllm:kv_cache_usage_perc",
+    "Share of KV blocks in use, 0 to 1; cached ones count as free",
+    _MODEL,
+)
+NODE_BLOCKS = Metric(
+    "baton_blocks", "KV blocks by state; they sum to baton_blocks_capacity", ("state",)
+)
+NODE_BLOCKS_CAPACITY = Metric("baton_blocks_capacity", "KV blocks of this node")
+NODE_STEPS = Metric("baton_steps", "Forward passes of this node")
+TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
+TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
+TRANSFER_UNITS_DROPPED = Metric(
+    "baton_transfer_units_dropped", "KV units that were placed nowhere", ("cause",)
+)
+HANDOFFS = Metric("baton_handoffs", "Handoffs that ended here", ("outcome",))

@@ -43,6 +43,29 @@ class StepPlan:
         return sum(item.num_new_tokens for item in self.scheduled)
 
 
+class PlanDraft:
+    """A step plan in the making: what is scheduled so far and what is left of the token budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.items: dict[str, ScheduledRequest] = {}
+        self.num_preempted = 0
+
+    def add(self, request: Request, num_new_tokens: int) -> None:
+        item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens)
+        self.items[request.request_id] = item
+        self.budget -= num_new_tokens
+
+    def remove_preempted(self, request: Request) -> None:
+        self.num_preempted += 1
+        item = self.items.pop(request.request_id, None)
+        if item is not None:
+            self.budget += item.num_new_tokens
+
+    def finish(self) -> StepPlan:
+        return StepPlan(tuple(self.items.values()), self.num_preempted)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestProgress:
     """What one step did for one request.

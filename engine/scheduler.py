@@ -20,41 +20,19 @@ Leased blocks are never taken; who waits for them waits for a deadline that othe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
+from engine.admission import Admission
 from engine.block_pool import BlockPool, Owner
 from engine.config import EngineConfig
-from engine.plan import RequestProgress, ScheduledRequest, StepPlan
+from engine.plan import PlanDraft, RequestProgress, ScheduledRequest, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation, Reservations
 from engine.stops import finish_reason
 from wire.errors import CapacityError
 from wire.types import BlockHandle, NodeLoad
-
-
-class _Draft:
-    """A step plan in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.items: dict[str, ScheduledRequest] = {}
-        self.num_preempted = 0
-
-    def add(self, request: Request, num_new_tokens: int) -> None:
-        item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens)
-        self.items[request.request_id] = item
-        self.budget -= num_new_tokens
-
-    def remove_preempted(self, request: Request) -> None:
-        self.num_preempted += 1
-        item = self.items.pop(request.request_id, None)
-        if item is not None:
-            self.budget += item.num_new_tokens
-
-    def finish(self) -> StepPlan:
-        return StepPlan(tuple(self.items.values()), self.num_preempted)
 
 
 class Scheduler:
@@ -72,13 +50,13 @@ class Scheduler:
         self._cache = cache
         self._eos_token_ids = eos_token_ids
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._overcommitted_blocks = int((config.kv_overcommit - 1) * config.num_blocks)
         self._waiting: deque[Request] = deque()
         self._adopted: deque[Request] = deque()  # have blocks, wait for a seat
         self._running: list[Request] = []  # in order of admission
         self._held: dict[str, Request] = {}  # prefilled; blocks stay for the handoff
         self._requests: dict[str, Request] = {}  # waiting, adopted or running
         self._reservations = Reservations(pool, cache, config.block_size)
+        self._admission = Admission(config, pool, self._reservations)
         self._in_step: frozenset[str] = frozenset()
         self._aborted_in_step: set[str] = set()
 
@@ -87,7 +65,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it makes no sense, CapacityError if it finds no room."""
         self._check_new(request)
-        self._check_fits_pool(request.max_kv_tokens)
+        self._admission.check_fits_pool(request.max_kv_tokens)
         if len(self._waiting) >= self._config.max_num_waiting:
             raise CapacityError(f"{len(self._waiting)} requests are waiting")
         if not request.block_hashes:
@@ -105,11 +83,6 @@ class Scheduler:
             raise ValueError(f"request {name} may exceed max_model_len")
         if request.num_tokens >= request.token_limit:
             raise ValueError(f"request {name} has nothing left to generate")
-
-    def _check_fits_pool(self, num_tokens: int) -> None:
-        needed = self._config.num_blocks_for(num_tokens)
-        if needed > self._pool.num_blocks:
-            raise CapacityError(f"{needed} blocks needed, the pool has {self._pool.num_blocks}")
 
     def abort(self, request_id: str) -> bool:
         """End a request and free what it holds, at the step's commit if it is in one.
@@ -153,16 +126,17 @@ class Scheduler:
     ) -> Reservation:
         """Hold blocks for `tokens`, whose KV will be received; raises CapacityError."""
         max_kv_tokens = max(max_num_tokens - 1, len(tokens))
-        self._check_fits_pool(max_kv_tokens)
+        self._admission.check_fits_pool(max_kv_tokens)
         matched = self._cache.match(hashes)
-        max_blocks = self._config.num_blocks_for(max_kv_tokens)
         preempted = (r for r in self._waiting if r.num_preemptions)
         ahead = [*self._running, *self._adopted, *preempted]
-        if not self._fits(matched, len(tokens), max_blocks, ahead):
+        if not self._admission.fits(len(tokens), max_kv_tokens, matched, ahead):
             raise CapacityError(
                 f"no room for {len(tokens)} tokens that may become {max_num_tokens}: "
-                f"{self._pool.num_available} blocks available, {self.num_promised_blocks} promised"
+                f"{self._pool.num_available} blocks available, "
+                f"{self._admission.promised(ahead)} promised"
             )
+        max_blocks = self._config.num_blocks_for(max_kv_tokens)
         return self._reservations.open(tokens, hashes, matched, max_blocks)
 
     def adopt(self, reservation_id: int, request: Request) -> None:
@@ -195,7 +169,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """What the next forward pass computes; empty if nothing can be computed now."""
-        draft = _Draft(self._config.max_num_batched_tokens)
+        draft = PlanDraft(self._config.max_num_batched_tokens)
         while self._adopted and len(self._running) < self._max_running:
             self._running.append(self._adopted.popleft())
         for request in sorted(self._running, key=lambda r: r.num_behind > 1):
@@ -206,7 +180,7 @@ class Scheduler:
         self._in_step = frozenset(draft.items)
         return draft.finish()
 
-    def _continue(self, request: Request, draft: _Draft) -> None:
+    def _continue(self, request: Request, draft: PlanDraft) -> None:
         """Schedule a running request, or let it stall for a step if there are no blocks for it."""
         num_new_tokens = min(request.num_behind, draft.budget)
         end = request.num_computed_tokens + num_new_tokens
@@ -215,7 +189,7 @@ class Scheduler:
             request.block_table += self._pool.allocate(missing, Owner.RUNNING)
             draft.add(request, num_new_tokens)
 
-    def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
+    def _make_room(self, num_blocks: int, request: Request, draft: PlanDraft) -> bool:
         """Preempt requests newer than `request`, newest first, until `num_blocks` are available."""
         while self._pool.num_available < num_blocks:
             victims = self._adopted or self._running
@@ -224,7 +198,7 @@ class Scheduler:
             self._preempt(victims.pop(), draft)
         return True
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, draft: PlanDraft) -> None:
         draft.remove_preempted(victim)
         self._release_blocks(victim, Owner.RUNNING)
         self._cache.extend(victim.block_hashes, victim.tokens, victim.cache_salt)
@@ -233,7 +207,7 @@ class Scheduler:
         victim.num_preemptions += 1
         self._waiting.appendleft(victim)
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: PlanDraft) -> None:
         """Admit in order, up to the first that does not fit.
 
         A request whose next block a running one is about to compute waits for that block instead
@@ -249,8 +223,8 @@ class Scheduler:
             if self._is_being_computed(usable, len(matched)):
                 continue
             ahead = [*self._running, *self._adopted]
-            max_blocks = self._config.num_blocks_for(request.max_kv_tokens)
-            if not self._fits(matched, request.num_tokens, max_blocks, ahead):
+            limit = request.max_kv_tokens
+            if not self._admission.fits(request.num_tokens, limit, matched, ahead):
                 return
             self._waiting.remove(request)
             self._admit(request, matched, draft)
@@ -265,7 +239,7 @@ class Scheduler:
             for other in self._running
         )
 
-    def _admit(self, request: Request, matched: list[int], draft: _Draft) -> None:
+    def _admit(self, request: Request, matched: list[int], draft: PlanDraft) -> None:
         self._pool.acquire(matched, Owner.RUNNING)
         request.block_table = matched
         request.num_computed_tokens = len(matched) * self._config.block_size
@@ -273,38 +247,6 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         self._running.append(request)
         self._continue(request, draft)
-
-    # ------------------------------------------------------------ admission
-
-    def _fits(
-        self,
-        matched: Sequence[int],
-        num_tokens: int,
-        max_blocks: int,
-        ahead: Iterable[Request],
-    ) -> bool:
-        """Whether a request of `num_tokens` that may grow to `max_blocks` can be let in now.
-
-        What is known to be needed must exist; only predicted growth may be overcommitted.
-        """
-        available = self._pool.num_available - self._pool.num_cached_among(matched)
-        known = self._config.num_blocks_for(num_tokens) - len(matched)
-        promised = max_blocks - len(matched) + self._reservations.growth
-        for request in ahead:
-            held = len(request.block_table)
-            known += self._config.num_blocks_for(request.num_tokens) - held
-            promised += self._growth(request)
-        return known <= available and promised <= available + self._overcommitted_blocks
-
-    def _growth(self, request: Request) -> int:
-        """Blocks that a request may come to need beyond what it holds."""
-        return self._config.num_blocks_for(request.max_kv_tokens) - len(request.block_table)
-
-    @property
-    def num_promised_blocks(self) -> int:
-        """Predicted growth of all that is admitted or reserved."""
-        admitted = (*self._running, *self._adopted)
-        return self._reservations.growth + sum(self._growth(request) for request in admitted)
 
     # ------------------------------------------------------------ after a step
 
@@ -393,7 +335,7 @@ class Scheduler:
             queued_tokens=waiting + catching_up,
             blocks_total=self._pool.num_blocks,
             blocks_free=self._pool.num_available,
-            blocks_promised=max(0, self.num_promised_blocks),
+            blocks_promised=self._admission.promised((*self._running, *self._adopted)),
         )
 
     def check_integrity(self) -> None:

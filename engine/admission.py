@@ -1,0 +1,51 @@
+"""Whether a request may be let in, given what those before it hold and may come to need.
+
+    blocks of one request:   | held | known to be needed now | predicted growth |
+                             0                     ceil(num_tokens)     ceil(max_kv_tokens)
+
+What is known to be needed must exist. Predicted growth must fit too, but it may be overcommitted,
+because most requests end before their limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.request import Request
+from engine.reservations import Reservations
+from wire.errors import CapacityError
+
+
+class Admission:
+    """Counts blocks against promises; decides, and changes nothing."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, reservations: Reservations) -> None:
+        self._pool = pool
+        self._blocks_for = config.num_blocks_for
+        self._reservations = reservations
+        self._overcommitted = int((config.kv_overcommit - 1) * config.num_blocks)
+
+    def check_fits_pool(self, max_kv_tokens: int) -> None:
+        """CapacityError for a request that would not fit if it were alone."""
+        needed = self._blocks_for(max_kv_tokens)
+        if needed > self._pool.num_blocks:
+            raise CapacityError(f"{needed} blocks needed, the pool has {self._pool.num_blocks}")
+
+    def fits(
+        self, num_tokens: int, max_kv_tokens: int, matched: Sequence[int], ahead: Iterable[Request]
+    ) -> bool:
+        """Whether there is room behind `ahead` and all reservations, `matched` being cached."""
+        ahead = list(ahead)
+        available = self._pool.num_available - self._pool.num_cached_among(matched)
+        known = self._blocks_for(num_tokens) - len(matched)
+        known += sum(self._blocks_for(r.num_tokens) - len(r.block_table) for r in ahead)
+        promised = self._blocks_for(max_kv_tokens) - len(matched) + self.promised(ahead)
+        return known <= available and promised <= available + self._overcommitted
+
+    def promised(self, admitted: Iterable[Request]) -> int:
+        """Blocks that the admitted and the reserved may come to need beyond what they hold."""
+        return self._reservations.growth + sum(
+            self._blocks_for(r.max_kv_tokens) - len(r.block_table) for r in admitted
+        )

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from baton import machine
 from baton.model_report import choose_dtype, report_on
+from node import machine
 from wire.errors import ConfigError
 
 PACKAGES = (
@@ -98,7 +98,7 @@ def choices_section(found: machine.Machine) -> Section:
         "nodes": "1 prefill, 1 decode",
         "threads_per_node": max(1, found.num_cores // 2),
         "transport": "zmq",
-        "kv_memory_bytes_per_node": min(found.available_bytes // 5, 1 << 30),
+        "kv_memory_bytes_per_node": machine.default_kv_memory(),
     }
 
 

@@ -1,26 +1,137 @@
-"""What a node may take of the machine it stands on."""
+"""What this machine gives a process: processor, usable cores, memory, accelerator devices.
+
+Only reads files below a root directory (another one in tests) and loads no other package. A
+container may use less than the machine has: affinity, cgroup quotas and limits count.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, Arm
+SHOWN_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),  # x86
+    *("asimd", "sve", "sve2", "i8mm", "bf16"),  # Arm
+)
+ACCELERATOR_DEVICES = ("dev/nvidiactl", "dev/kfd", "dev/dxg")  # NVIDIA, AMD, Windows' subsystem
+ROOT = Path("/")
 MAX_DEFAULT_KV_MEMORY = 1 << 30
+UNKNOWN_MEMORY = 4 << 30  # assumed available where the system does not tell
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a process that starts now may use."""
+
+    cpu_model: str
+    cpu_flags: frozenset[str]
+    num_cores: int  # usable: at least 1
+    memory_bytes: int  # this machine's or this container's; 0 if unknown
+    available_bytes: int  # of it, without swapping; 0 if unknown
+    accelerator_devices: tuple[str, ...]
+
+    @property
+    def has_bf16_units(self) -> bool:
+        """Whether the CPU multiplies bf16 itself."""
+        return not BF16_FLAGS.isdisjoint(self.cpu_flags)
+
+    @property
+    def shown_flags(self) -> list[str]:
+        """The instruction sets that matter for a model's speed."""
+        return [flag for flag in SHOWN_FLAGS if flag in self.cpu_flags]
+
+
+def look(root: Path = ROOT) -> Machine:
+    """Look at the machine whose `/proc`, `/sys` and `/dev` lie below `root`."""
+    cpu = _fields(root / "proc/cpuinfo")
+    memory = _fields(root / "proc/meminfo")
+    total, available = (_kilobytes(memory.get(name)) for name in ("MemTotal", "MemAvailable"))
+    limit = _memory_limit(root)
+    if limit is not None and limit < total:
+        total, available = limit, min(limit, available)
+    return Machine(
+        cpu_model=cpu.get("model name") or platform.processor() or platform.machine(),
+        cpu_flags=frozenset((cpu.get("flags") or cpu.get("Features") or "").split()),
+        num_cores=usable_cores(root),
+        memory_bytes=total,
+        available_bytes=available,
+        accelerator_devices=tuple(
+            f"/{dev}" for dev in ACCELERATOR_DEVICES if (root / dev).exists()
+        ),
+    )
+
+
+def usable_cores(root: Path = ROOT) -> int:
+    """Cores that this process may keep busy: its affinity, or a cgroup's quota if that is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for group in _cgroups(root, "cpu"):
+        period = _number(group / "cpu.cfs_period_us")
+        quota = _number(group / "cpu.cfs_quota_us")
+        limit = _text(group / "cpu.max").split()  # version 2: "max 100000" or "150000 100000"
+        if len(limit) == 2 and limit[0] != "max":
+            quota, period = int(limit[0]), int(limit[1])
+        if quota is not None and period and quota > 0:
+            cores = min(cores, quota / period)
+    return max(1, int(cores))
 
 
 def available_memory() -> int:
     """Bytes that can be taken without swapping, as the kernel estimates it."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 << 30
+    return look().available_bytes or UNKNOWN_MEMORY
 
 
 def default_kv_memory() -> int:
     """A fifth of what is free, at most 1 GiB: several nodes share a small machine."""
     return min(MAX_DEFAULT_KV_MEMORY, available_memory() // 5)
+
+
+def _memory_limit(root: Path) -> int | None:
+    """The smallest cgroup limit in bytes, None without one."""
+    names = ("memory.max", "memory.limit_in_bytes")
+    limits = [_number(group / name) for group in _cgroups(root, "memory") for name in names]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """This process's group and all groups above it: each may set a limit."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":  # version 2
+            base = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            base = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        group = base / path.lstrip("/")
+        yield group
+        if group != base:
+            yield from (above for above in group.parents if above.is_relative_to(base))
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """`name: value` lines up to the first empty one."""
+    lines = _text(path).split("\n\n", 1)[0].splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _kilobytes(text: str | None) -> int:
+    """Bytes of `"123 kB"`."""
+    return int(text.split()[0]) * 1024 if text else 0
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _text(path: Path) -> str:
+    """The file's text; empty if it does not exist or may not be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

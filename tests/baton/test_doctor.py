@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from baton import doctor, machine
+from baton import doctor
 from baton.model_report import choose_dtype, kv_bytes_per_token, report_on
 from engine.numerics import DTYPES, has_bf16_units, resolve_dtype
+from node import machine
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -61,7 +62,7 @@ def test_json(capsys: Any) -> None:
 
 def test_starts_without_torch() -> None:
     code = (
-        "import sys, argparse; from baton import doctor, machine; machine.ACCELERATOR_DEVICES = ();"
+        "import sys, argparse; from baton import doctor; doctor.machine.ACCELERATOR_DEVICES = ();"
         "doctor.run(argparse.Namespace(model=None, json=True)); sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

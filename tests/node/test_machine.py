@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.machine import look, usable_cores
+from node.machine import default_kv_memory, look, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +84,7 @@ def test_no_quota_is_no_limit(tmp_path: Path) -> None:
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
     }
     assert usable_cores(machine(tmp_path, files)) == 8
+
+
+def test_default_kv_memory_is_a_share_of_what_is_free() -> None:
+    assert 0 < default_kv_memory() <= 1 << 30

@@ -1,0 +1,363 @@
+"""One choice on its way over the fleet: a pure state machine.
+
+    WAITING ─place─▶ RESERVING ─granted─▶ PREFILLING ─decode node speaks─▶ DECODING ─finish─▶ ENDED
+       ▲                │ refused by all       │                              │
+       └────────────────┴── attempt ended: node lost, failure, divergence ────┘
+
+Events come in as calls with the time as an argument; what is to be done comes out as a list of
+effects. The log's tokens survive every attempt: the next one continues after the last logged token.
+With one token left to sample nothing is reserved, and the prefill node ends the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol, TypeAlias
+
+from router import errors
+from router.errors import ApiError
+from router.token_log import Accepted, Divergence, Gap, TokenLog
+from router.work import Work
+from wire.messages import (
+    Abort,
+    Ack,
+    AttemptFailed,
+    Grant,
+    Granted,
+    Message,
+    Prefill,
+    Refused,
+    Resend,
+    Reserve,
+    TokenUpdate,
+)
+from wire.types import AttemptId, FinishReason, NodeId
+
+# A poison request must not walk through the fleet.
+MAX_DEATHS = 2
+MAX_DIGEST_FAILURES = 2
+MAX_DIVERGENCES = 2
+MAX_FAILURES = 6
+
+
+class Phase(Enum):
+    """Where a choice stands."""
+
+    WAITING = auto()
+    RESERVING = auto()
+    PREFILLING = auto()
+    DECODING = auto()
+    ENDED = auto()
+
+
+ON_NODES = (Phase.RESERVING, Phase.PREFILLING, Phase.DECODING)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to node `to`; call `cannot_send` if that fails."""
+
+    to: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens in the log; with `finish` they were the last."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsCapacity:
+    """Nobody takes it now; call `place` again when that may have changed."""
+
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """An attempt was given up (counted by cause)."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The choice is over without a result."""
+
+    error: ApiError
+
+
+Effect: TypeAlias = Send | Output | NeedsCapacity | AttemptEnded | Failed
+
+
+class Placer(Protocol):
+    """Chooses nodes (the fleet; a script in tests)."""
+
+    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None: ...
+
+    def pick_decode(
+        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+    ) -> NodeId | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLimits:
+    """How long a choice may wait, in seconds."""
+
+    request_s: float = 600.0
+    queue_s: float = 30.0
+    reserve_s: float = 5.0
+    silence_s: float = 10.0  # without a token for so long: ask the decode node to repeat
+
+
+class Dispatch:
+    """The attempts of one choice and what they have produced."""
+
+    def __init__(self, work: Work, placer: Placer, limits: DispatchLimits, now: float) -> None:
+        self.work = work
+        self.log = TokenLog()
+        self.phase = Phase.WAITING
+        self.prefill: NodeId | None = None
+        self.decode: NodeId | None = None
+        self.num_attempts = 0
+        self._placer = placer
+        self._limits = limits
+        self._deadline = now + limits.request_s
+        self._waiting_since = now
+        self._reserving_since = now
+        self._last_heard = now
+        self._last_word = "No node is free to serve the request."
+        self._failures: dict[str, int] = {}
+        self._avoid: set[NodeId] = set()
+        self._refused: set[NodeId] = set()
+
+    @property
+    def id(self) -> AttemptId:
+        """The current attempt."""
+        return AttemptId(self.work.request, self.num_attempts)
+
+    # ------------------------------------------------------------ forward
+
+    def place(self, now: float) -> list[Effect]:
+        """Begin an attempt, if there are nodes for it."""
+        assert self.phase is Phase.WAITING
+        self._refused.clear()
+        self.prefill = self._placer.pick_prefill(self.work, self._avoid)
+        if self.prefill is None:
+            return self._wait("There is no prefill node to serve the request.", 1.0)
+        if self._num_left == 1:
+            self.decode = None
+            self._begin_attempt()
+            return self._prefill(self.prefill, None, now)
+        self.decode = self._placer.pick_decode(self.work, self._avoid, self._refused)
+        if self.decode is None:
+            return self._wait("There is no decode node to serve the request.", 1.0)
+        self._begin_attempt()
+        return self._reserve(self.decode, self.prefill, now)
+
+    def granted(self, sender: NodeId, message: Granted, now: float) -> list[Effect]:
+        """The decode node holds blocks: the prefill may begin."""
+        if self.phase is not Phase.RESERVING or not self._is_from(sender, message.id):
+            return []
+        assert self.prefill is not None
+        return self._prefill(self.prefill, message.grant, now)
+
+    def refused(self, sender: NodeId, message: Refused, now: float) -> list[Effect]:
+        """The decode node has no room: ask the next one, or wait."""
+        if self.phase is not Phase.RESERVING or not self._is_from(sender, message.id):
+            return []
+        if message.cause == "too_long":
+            return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
+        assert self.prefill is not None
+        self._refused.add(sender)
+        self.decode = self._placer.pick_decode(self.work, self._avoid, self._refused)
+        if self.decode is None:
+            return self._wait(f"No capacity: {message.message}", message.retry_after_s)
+        return self._reserve(self.decode, self.prefill, now)
+
+    def tokens(self, sender: NodeId, update: TokenUpdate, now: float) -> list[Effect]:
+        """New output tokens from either node of the attempt."""
+        working = self.phase in (Phase.PREFILLING, Phase.DECODING)
+        if not working or not self._is_from(sender, update.id):
+            return []
+        if update.finish is FinishReason.ABORT:
+            return self._attempt_over("aborted", now)
+        if sender == self.decode and self.phase is Phase.PREFILLING:
+            self.phase = Phase.DECODING
+        self._last_heard = now
+        verdict = self.log.accept(update.id.attempt, update.index, update.tokens, update.finish)
+        match verdict:
+            case Accepted(tokens=new, finish=finish):
+                return self._output(new, finish)
+            case Gap(resend_from=index):
+                return [Send(sender, Resend(update.id, index))]
+            case Divergence():
+                return self._attempt_over("divergence", now)
+
+    def _output(self, tokens: tuple[int, ...], finish: FinishReason | None) -> list[Effect]:
+        if finish is None:
+            return [Output(tokens, None)] if tokens else []
+        acks: list[Effect] = []
+        if self.phase is Phase.DECODING and self.decode is not None:
+            acks.append(Send(self.decode, Ack(self.id)))
+        self.phase = Phase.ENDED
+        return [*acks, Output(tokens, finish)]
+
+    # ------------------------------------------------------------ what goes wrong
+
+    def attempt_failed(self, sender: NodeId, message: AttemptFailed, now: float) -> list[Effect]:
+        """A node gave up. The prefill node's word counts until the decode node has taken over."""
+        if self.phase not in ON_NODES or not self._is_from(sender, message.id):
+            return []
+        if self.phase is Phase.DECODING and sender != self.decode:
+            return []
+        self._last_word = message.message
+        if message.retryable:
+            return self._attempt_over(message.cause, now)
+        if message.cause == "too_long":
+            return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
+        return self._fail(
+            errors.server_error(f"The request failed on its node: {message.message}", message.cause)
+        )
+
+    def node_lost(self, node: NodeId, now: float, alive: bool = False) -> list[Effect]:
+        """A node died, or (`alive`) has stalled or forgotten what it did.
+
+        Only work on it counts as a death that the request may have caused.
+        """
+        if not self._depends_on(node):
+            return []
+        self._last_word = f"node {node.name} was lost"
+        cause = "reserve_lost" if self.phase is Phase.RESERVING else "node_lost"
+        return self._attempt_over(cause, now, unreachable=None if alive else node)
+
+    def cannot_send(self, node: NodeId, now: float) -> list[Effect]:
+        """A message to this node could not be sent."""
+        if not self._depends_on(node):
+            return []
+        self._last_word = f"node {node.name} does not take messages"
+        self._avoid.add(node)
+        return self._attempt_over("unreachable", now, unreachable=node)
+
+    def cancel(self) -> list[Effect]:
+        """Nobody waits for this choice any more."""
+        aborts = self._aborts(None)
+        self.phase = Phase.ENDED
+        return aborts
+
+    def tick(self, now: float) -> list[Effect]:
+        """Called regularly: whatever is overdue."""
+        if self.phase is Phase.ENDED:
+            return []
+        if now >= self._deadline:
+            message = "The request took longer than this server allows."
+            return self._fail(errors.server_error(message, "timeout", status=504))
+        if self.phase is Phase.WAITING and now - self._waiting_since > self._limits.queue_s:
+            return self._fail(errors.unavailable(self._last_word, "no_capacity", 5.0))
+        if self.phase is Phase.RESERVING and now - self._reserving_since > self._limits.reserve_s:
+            assert self.decode is not None
+            self._last_word = f"node {self.decode.name} does not answer"
+            self._avoid.add(self.decode)
+            return self._attempt_over("reserve_timeout", now)
+        return self._ask_after_silence(now)
+
+    def _ask_after_silence(self, now: float) -> list[Effect]:
+        """A lost connection loses messages: what the decode node sent may have to be repeated."""
+        silent = now - self._last_heard > self._limits.silence_s
+        if not silent or self.decode is None or not self.log.tokens or self.phase not in ON_NODES:
+            return []
+        self._last_heard = now
+        return [Send(self.decode, Resend(self.id, len(self.log.tokens)))]
+
+    # ------------------------------------------------------------ parts
+
+    @property
+    def _num_left(self) -> int:
+        return self.work.sampling.max_tokens - len(self.log.tokens)
+
+    def _is_from(self, sender: NodeId, attempt: AttemptId) -> bool:
+        current = attempt.attempt == self.num_attempts
+        return current and (sender == self.decode or sender == self.prefill)
+
+    def _depends_on(self, node: NodeId) -> bool:
+        if self.phase is Phase.DECODING:
+            return node == self.decode
+        return self.phase in ON_NODES and node in (self.prefill, self.decode)
+
+    def _begin_attempt(self) -> None:
+        self.num_attempts += 1
+        self.log.begin_attempt(self.num_attempts)
+
+    def _tokens_so_far(self) -> tuple[int, ...]:
+        return self.work.prompt.tokens + tuple(self.log.tokens)
+
+    def _reserve(self, decode: NodeId, prefill: NodeId, now: float) -> list[Effect]:
+        self.phase = Phase.RESERVING
+        self._reserving_since = now
+        message = Reserve(
+            id=self.id,
+            tokens=self._tokens_so_far(),
+            num_prompt_tokens=self.work.num_tokens,
+            sampling=self.work.sampling,
+            prefill=prefill,
+            cache_salt=self.work.prompt.cache_salt,
+            deadline_s=self._deadline - now,
+        )
+        return [Send(decode, message)]
+
+    def _prefill(self, prefill: NodeId, grant: Grant | None, now: float) -> list[Effect]:
+        self.phase = Phase.PREFILLING
+        self._last_heard = now
+        message = Prefill(
+            id=self.id,
+            tokens=self._tokens_so_far(),
+            num_prompt_tokens=self.work.num_tokens,
+            sampling=self.work.sampling,
+            grant=grant,
+            cache_salt=self.work.prompt.cache_salt,
+            deadline_s=self._deadline - now,
+        )
+        return [Send(prefill, message)]
+
+    def _wait(self, reason: str, retry_after_s: float) -> list[Effect]:
+        """Back to the queue; its time limit goes on from where it was."""
+        self.phase = Phase.WAITING
+        self._last_word = reason
+        return [NeedsCapacity(retry_after_s)]
+
+    def _attempt_over(
+        self, cause: str, now: float, unreachable: NodeId | None = None
+    ) -> list[Effect]:
+        """End the attempt on both nodes and begin the next, unless too much went wrong."""
+        self._failures[cause] = self._failures.get(cause, 0) + 1
+        ended: list[Effect] = [AttemptEnded(cause), *self._aborts(unreachable)]
+        if self._is_hopeless():
+            self.phase = Phase.ENDED
+            message = f"The request failed {self.num_attempts} times, at last: {self._last_word}"
+            return [*ended, Failed(errors.server_error(message, cause))]
+        self.phase = Phase.WAITING
+        self._waiting_since = now
+        return [*ended, *self.place(now)]
+
+    def _is_hopeless(self) -> bool:
+        failures = self._failures
+        return (
+            failures.get("node_lost", 0) >= MAX_DEATHS
+            or failures.get("digest", 0) >= MAX_DIGEST_FAILURES
+            or failures.get("divergence", 0) >= MAX_DIVERGENCES
+            or sum(failures.values()) >= MAX_FAILURES
+        )
+
+    def _fail(self, error: ApiError) -> list[Effect]:
+        return [*self.cancel(), Failed(error)]
+
+    def _aborts(self, unreachable: NodeId | None) -> list[Effect]:
+        if self.phase not in ON_NODES:
+            return []
+        nodes = dict.fromkeys(node for node in (self.prefill, self.decode) if node is not None)
+        return [Send(node, Abort(self.id)) for node in nodes if node != unreachable]

@@ -1,0 +1,192 @@
+"""The nodes that this router knows: who lives, what they hold, who may get work.
+
+A node is (name, incarnation). A new incarnation ends all that the old one owned, and so does a new
+registration of the same one: a node registers when it knows nothing of this router's requests.
+Pure: no socket, and time is an argument.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from router.cache_index import CacheIndex
+from router.policy import Candidate, choose_decode, choose_prefill
+from router.work import Work
+from wire.messages import ModelInfo, Register
+from wire.types import NodeId, NodeLoad, Role
+
+_MAX_INDEXED_BLOCKS = 1 << 18  # per node; about 20 MB of hashes
+_MAX_SUPERSEDED = 1024
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One registered life of a node."""
+
+    id: NodeId
+    info: Register
+    cache: CacheIndex
+    load: NodeLoad
+    last_seen: float
+    draining: bool = False
+    stalled: bool = False
+    pending_blocks: int = 0
+    assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
+
+    @property
+    def serves(self) -> bool:
+        """Whether it may get new work."""
+        return not self.draining and not self.stalled
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What came of a Register: refused with a reason, or taken; `lost` nodes are no more."""
+
+    refusal: str | None = None
+    lost: tuple[NodeId, ...] = ()
+
+
+class Fleet:
+    """All nodes of one router. One fleet serves one model."""
+
+    def __init__(self, node_timeout_s: float, node_stall_s: float) -> None:
+        self._timeout = node_timeout_s
+        self._stall = node_stall_s
+        self._nodes: dict[NodeId, Node] = {}
+        self._superseded: OrderedDict[NodeId, None] = OrderedDict()
+
+    # ------------------------------------------------------------ who lives
+
+    def register(self, node: NodeId, message: Register, now: float) -> Registration:
+        """A node's first word."""
+        refusal = self._refusal(node, message)
+        if refusal is not None:
+            return Registration(refusal)
+        lost = tuple(other for other in self._nodes if other.name == node.name)
+        for other in lost:
+            del self._nodes[other]
+            if other != node:
+                self._mark_superseded(other)
+        cache = CacheIndex(min(message.num_blocks, _MAX_INDEXED_BLOCKS))
+        load = NodeLoad(blocks_total=message.num_blocks, blocks_free=message.num_blocks)
+        self._nodes[node] = Node(node, message, cache, load, now)
+        return Registration(lost=lost)
+
+    def _refusal(self, node: NodeId, message: Register) -> str | None:
+        if node in self._superseded:
+            return f"another node has registered as {node.name!r} since; give each its own name"
+        for other in self._nodes.values():
+            if other.id.name == node.name:
+                continue
+            theirs, ours = message.model, other.info.model
+            if theirs.fingerprint != ours.fingerprint:
+                return (
+                    f"this fleet serves model {ours.name!r} ({ours.fingerprint}, on {other.id}), "
+                    f"this node has {theirs.name!r} ({theirs.fingerprint})"
+                )
+            if message.layout != other.info.layout:
+                return (
+                    f"KV layouts differ: this node has {message.layout}; "
+                    f"{other.id} has {other.info.layout}"
+                )
+        return None
+
+    def _mark_superseded(self, node: NodeId) -> None:
+        self._superseded[node] = None
+        if len(self._superseded) > _MAX_SUPERSEDED:
+            self._superseded.popitem(last=False)
+
+    def heartbeat(self, node: NodeId, load: NodeLoad, now: float) -> bool:
+        """Take over a node's load; True if it has just stalled, and its requests must move."""
+        known = self._nodes[node]
+        known.load, known.last_seen, known.pending_blocks = load, now, 0
+        was_stalled, known.stalled = known.stalled, load.stalled_s > self._stall
+        return known.stalled and not was_stalled
+
+    def drain(self, node: NodeId) -> None:
+        self._nodes[node].draining = True
+
+    def remove(self, node: NodeId) -> None:
+        self._nodes.pop(node, None)
+
+    def expire(self, now: float) -> list[NodeId]:
+        """Remove and return the nodes whose heartbeat has stopped."""
+        silent = [n.id for n in self._nodes.values() if now - n.last_seen > self._timeout]
+        for node in silent:
+            del self._nodes[node]
+        return silent
+
+    def __contains__(self, node: NodeId) -> bool:
+        return node in self._nodes
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __getitem__(self, node: NodeId) -> Node:
+        return self._nodes[node]
+
+    # ------------------------------------------------------------ what they can do
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model that this fleet serves, with the smallest context of its nodes."""
+        models = [node.info.model for node in self]
+        return min(models, key=lambda model: model.max_model_len, default=None)
+
+    def num_serving(self, role: Role) -> int:
+        return sum(node.info.role is role and node.serves for node in self)
+
+    @property
+    def ready(self) -> bool:
+        return self.num_serving(Role.PREFILL) > 0 and self.num_serving(Role.DECODE) > 0
+
+    # ------------------------------------------------------------ who gets work
+
+    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None:
+        """The best prefill node; one of `avoid` only where there is no other."""
+        nodes = self._candidates(Role.PREFILL, work)
+        preferred = [node for node in nodes if node.id not in avoid]
+        return choose_prefill(preferred or nodes, work.num_tokens)
+
+    def pick_decode(
+        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+    ) -> NodeId | None:
+        """The best decode node that has not refused; `avoid` as for prefill nodes."""
+        nodes = [node for node in self._candidates(Role.DECODE, work) if node.id not in refused]
+        preferred = [node for node in nodes if node.id not in avoid]
+        return choose_decode(preferred or nodes, work.max_num_tokens)
+
+    def _candidates(self, role: Role, work: Work) -> list[Candidate]:
+        nodes = [node for node in self if node.info.role is role and node.serves]
+        return [self._candidate(node, work) for node in nodes]
+
+    def _candidate(self, node: Node, work: Work) -> Candidate:
+        block_size = max(1, node.info.layout.block_size)
+        cached = 0
+        if len(node.cache):
+            hashes = work.block_hashes(node.info.model.fingerprint, block_size)
+            cached = node.cache.num_cached_blocks(hashes) * block_size
+        return Candidate(
+            id=node.id,
+            load=node.load,
+            block_size=block_size,
+            num_cached_tokens=cached,
+            pending_tokens=sum(node.assigned.values()),
+            pending_blocks=node.pending_blocks,
+            num_assigned=len(node.assigned),
+        )
+
+    def assign(self, node: NodeId, request: str, num_tokens: int, num_blocks: int) -> None:
+        """Remember that this router gave `request` to `node`, until the next heartbeat tells."""
+        known = self._nodes.get(node)
+        if known is not None:
+            known.assigned[request] = num_tokens
+            known.pending_blocks += num_blocks
+
+    def unassign(self, node: NodeId, request: str) -> None:
+        known = self._nodes.get(node)
+        if known is not None:
+            known.assigned.pop(request, None)

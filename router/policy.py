@@ -1,0 +1,57 @@
+"""Which nodes serve a request: pure functions of a snapshot.
+
+A prefill node costs the tokens it must compute before ours are done: its queue, plus what its
+prefix cache lacks of our prompt. A decode node costs the share of its KV pool that will be in use:
+what is promised, plus what its prefix cache lacks. The cheapest wins; ties go to the less busy
+node, then to the name, so that a choice is reproducible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wire.types import NodeId, NodeLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node as it looks for one request: its last heartbeat, and what this router sent since."""
+
+    id: NodeId
+    load: NodeLoad
+    block_size: int
+    num_cached_tokens: int = 0  # of this request's prompt
+    pending_tokens: int = 0  # prompt tokens that this router sent here and that are not done
+    pending_blocks: int = 0  # blocks that this router asked for since the node's last heartbeat
+    num_assigned: int = 0  # choices of this router that run here
+
+
+def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> NodeId | None:
+    """The node that would finish a prompt of `num_tokens` first; None if there is none."""
+    best = min(candidates, key=lambda node: _prefill_cost(node, num_tokens), default=None)
+    return None if best is None else best.id
+
+
+def choose_decode(candidates: Iterable[Candidate], max_num_tokens: int) -> NodeId | None:
+    """The node that would have the most KV memory left; None if there is none.
+
+    `max_num_tokens`: prompt and output together may grow to that.
+    """
+    best = min(candidates, key=lambda node: _decode_cost(node, max_num_tokens), default=None)
+    return None if best is None else best.id
+
+
+def _prefill_cost(node: Candidate, num_tokens: int) -> tuple[int, int, str]:
+    queued = max(node.load.queued_tokens, node.pending_tokens)
+    to_compute = num_tokens - min(node.num_cached_tokens, num_tokens)
+    return queued + to_compute, node.num_assigned, node.id.name
+
+
+def _decode_cost(node: Candidate, max_num_tokens: int) -> tuple[bool, float, int, str]:
+    new_tokens = max_num_tokens - min(node.num_cached_tokens, max_num_tokens)
+    missing = -(-new_tokens // node.block_size)
+    total = max(1, node.load.blocks_total)
+    free = node.load.blocks_free - node.load.blocks_promised - node.pending_blocks
+    in_use = (total - free + missing) / total
+    return missing > free, in_use, node.num_assigned, node.id.name

@@ -92,7 +92,7 @@ def build_engine(config: NodeConfig, progress: Progress) -> BuiltEngine:
     store = KVStore(layout, num_blocks)
     engine = Engine(
         _engine_config(config, model, num_blocks),
-        ModelRunner(model.model, store),
+        ModelRunner(model, store),
         epoch=secrets.randbits(64),
         model_fingerprint=model.fingerprint,
         eos_token_ids=frozenset(model.eos_token_ids),

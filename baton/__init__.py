@@ -1,0 +1,1 @@
+"""The command line, configuration from the environment, and the local launcher."""

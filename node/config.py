@@ -98,6 +98,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help=f"control address of a router; give it once per router ({DEFAULT_CONTROL_URL})",
     )
+    group.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     group.add_argument("--name", help="name of this node in the fleet (role, host name, pid)")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"

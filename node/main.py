@@ -37,7 +37,7 @@ def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int
     args = parser.parse_args(argv)
     try:
         config = from_args(args, role=role, pid=os.getpid())
-        set_up_logging(config.name)
+        set_up_logging(config.name, args.log_level)
         return run_node(role, make_role, config)
     except BatonError as error:
         print(f"baton {role}: {error}", file=sys.stderr)

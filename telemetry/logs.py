@@ -6,10 +6,10 @@ import logging
 import sys
 
 
-def set_up_logging(process: str, *, verbose: bool = False) -> None:
+def set_up_logging(process: str, level: str = "info") -> None:
     """Log to stderr, each line with the process's name in front."""
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
+        level=level.upper(),
         format=f"%(asctime)s {process} %(levelname).1s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,

@@ -1,0 +1,223 @@
+"""`baton serve`: router, prefill nodes and decode nodes as processes on this machine.
+
+start      router first (the nodes register with it), then all nodes at once
+supervise  a node that dies is reported and started again; the router's end is everybody's
+stop       on Ctrl-C or SIGTERM: the router finishes its streams, then the nodes end
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.bundled_model import DEFAULT_MODEL
+from baton.children import Child
+from baton.config import node_environment
+from node.config import add_engine_arguments
+from node.machine import usable_cores
+from wire.errors import ConfigError
+
+_MAX_RESTARTS = 3  # of one node within the window; more is a fault that restarting does not cure
+_RESTART_WINDOW_S = 60.0
+_STOP_TIMEOUT_S = 40.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until stopped; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not Path(args.model).is_dir():
+        raise ConfigError(f"there is no model folder {args.model!r}")
+    return asyncio.run(serve(args, engine_flags(args)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of `baton serve`."""
+    parser = argparse.ArgumentParser(
+        prog="baton serve",
+        description="""\
+Serve a model on this machine: one router, prefill nodes and decode nodes, each a process.
+Without MODEL it serves the small Python-writing model that ships with Baton.
+
+  baton serve
+  baton serve ./my-model --prefill 1 --decode 2 --port 9000""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=str(DEFAULT_MODEL),
+        metavar="MODEL",
+        help="folder of a Hugging Face model (the bundled one)",
+    )
+    fleet = parser.add_argument_group("fleet")
+    fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
+    fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
+    fleet.add_argument("--host", default="127.0.0.1", help="address of the HTTP API")
+    fleet.add_argument("--port", type=int, default=8000, help="port of the HTTP API (0: any free)")
+    fleet.add_argument(
+        "--insecure", action="store_true", help="allow a --host that other machines can reach"
+    )
+    add_engine_arguments(parser)
+    return parser
+
+
+def engine_flags(args: argparse.Namespace) -> list[str]:
+    """The engine's flags as the operator gave them, for the nodes."""
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    flags: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.dest == "help":
+            continue
+        flags.append(action.option_strings[-1])
+        if action.nargs != 0:
+            flags.append(str(value))
+    return flags
+
+
+async def serve(args: argparse.Namespace, flags: list[str]) -> int:
+    """Start everything, print one line when ready, supervise until the end."""
+    launcher = Launcher(args, flags)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    run = asyncio.create_task(launcher.run())
+    stop = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait((run, stop), return_when=asyncio.FIRST_COMPLETED)
+        if run.done():
+            return run.result()
+        _say("stopping")
+        return 0
+    finally:
+        for task in (run, stop):
+            task.cancel()
+        await asyncio.gather(run, stop, return_exceptions=True)
+        await launcher.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """A node to keep alive."""
+
+    name: str
+    role: str
+
+
+class Launcher:
+    """Owns the child processes."""
+
+    def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:
+        self._args = args
+        self._flags = flags
+        self._model_name = Path(args.model).resolve().name
+        self._specs = [
+            *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
+            *(NodeSpec(f"decode-{i}", "decode") for i in range(args.decode)),
+        ]
+        self._env = node_environment(args.threads or max(1, usable_cores() // len(self._specs)))
+        self._router: Child | None = None
+        self._nodes: dict[str, Child] = {}
+        self._deaths: dict[str, list[float]] = {}
+
+    async def run(self) -> int:
+        """Start, say when ready, supervise; returns when the fleet cannot go on."""
+        started = time.monotonic()
+        self._router = self._make_router()
+        await self._router.start()
+        router = await self._router.ready()
+        if router is None:
+            _say(self._router.obituary())
+            return 1
+        control = router["control"]
+        for spec in self._specs:
+            await self._start_node(spec, control)
+        _say(f"{self._describe()}: loading {self._model_name}")
+        for node in list(self._nodes.values()):
+            if await node.ready() is None:
+                _say(node.obituary())
+                return 1
+        took = time.monotonic() - started
+        print(f"baton ready {router['http']} {self._describe()} in {took:.1f} s", flush=True)
+        return await self._supervise(control)
+
+    def _describe(self) -> str:
+        return f"({self._args.prefill} prefill, {self._args.decode} decode)"
+
+    async def _supervise(self, control: str) -> int:
+        """Restart nodes that die; return when the router has died or a node keeps dying."""
+        assert self._router is not None
+        waits = {asyncio.create_task(self._router.wait()): "router"}
+        waits |= {asyncio.create_task(child.wait()): name for name, child in self._nodes.items()}
+        try:
+            while True:
+                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    name = waits.pop(task)
+                    if not await self._revive(name, control):
+                        return 1
+                    waits[asyncio.create_task(self._nodes[name].wait())] = name
+        finally:
+            for task in waits:
+                task.cancel()
+
+    async def _revive(self, name: str, control: str) -> bool:
+        """Start a dead node again; False if that is of no use."""
+        assert self._router is not None
+        if name == "router":
+            _say(self._router.obituary())
+            return False
+        _say(f"{self._nodes[name].obituary()}; starting it again")
+        now = time.monotonic()
+        deaths = [t for t in self._deaths.get(name, []) if t > now - _RESTART_WINDOW_S]
+        self._deaths[name] = [*deaths, now]
+        if len(deaths) >= _MAX_RESTARTS:
+            _say(f"{name} died {len(deaths) + 1} times in {_RESTART_WINDOW_S:.0f} s; giving up")
+            return False
+        await self._start_node(next(s for s in self._specs if s.name == name), control)
+        return True
+
+    async def _start_node(self, spec: NodeSpec, control: str) -> None:
+        argv = [
+            *(sys.executable, "-m", f"{spec.role}_node", self._args.model),
+            *("--router", control, "--name", spec.name, "--log-level", "warning"),
+            *self._flags,
+        ]
+        child = self._nodes[spec.name] = Child(spec.name, argv, self._env)
+        await child.start()
+
+    def _make_router(self) -> Child:
+        argv = [
+            *(sys.executable, "-m", "router", "--host", self._args.host),
+            *("--port", str(self._args.port), "--control", "tcp://127.0.0.1:0"),
+            *("--tokenizer", self._args.model),
+        ]
+        if self._args.insecure:
+            argv.append("--insecure")
+        return Child("router", argv, self._env)
+
+    async def stop(self) -> None:
+        """End all children: the router first, so that its streams can finish."""
+        if self._router is not None:
+            await self._router.stop(_STOP_TIMEOUT_S)
+        await asyncio.gather(*(node.stop(_STOP_TIMEOUT_S) for node in self._nodes.values()))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _say(text: str) -> None:
+    print(f"baton serve: {text}", file=sys.stderr, flush=True)

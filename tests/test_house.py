@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -80,3 +81,15 @@ def test_the_path_pattern_knows_a_path_from_a_route() -> None:
 def test_every_package_is_typed_and_says_what_it_is() -> None:
     for init in ROOT.glob("*/__init__.py"):
         assert (init.parent / "py.typed").exists(), init.parent.name
+
+
+def test_only_the_config_reads_the_environment() -> None:
+    readers = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for init in ROOT.glob("*/__init__.py")
+        for path in init.parent.rglob("*.py")
+        if path != ROOT / "baton" / "config.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+    ]
+    assert not readers

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engine.kv_store import KVStore
+from engine.kv_store import KVStore, SlotMapping
 from kernels.paged_attention import RequestRows
 from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
 
@@ -25,7 +25,7 @@ class AttentionBatch:
 
     store: KVStore
     requests: tuple[RequestRows, ...]
-    slot_mapping: Tensor  # [T]: block * block_size + offset of each row
+    slot_mapping: SlotMapping
     masks: Masks = field(default_factory=dict)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from wire.layout import KVLayout
 
+SlotMapping = tuple[Tensor, Tensor]
+"""Block [T] and offset within it [T] of each row's slot, int64."""
+
 
 class KVStore:
     """K and V of `num_blocks` blocks; which block holds what is the block pool's business."""
@@ -42,12 +45,10 @@ class KVStore:
         """View [num_blocks, block_size, num_kv_heads, head_dim] of one layer's values."""
         return self.blocks[:, layer, 1]
 
-    def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k and v [T, num_kv_heads, head_dim] into slots [T] = block * block_size + offset."""
-        block_size = self.layout.block_size
-        place = (slot_mapping // block_size, slot_mapping % block_size)
-        self.keys(layer)[place] = k
-        self.values(layer)[place] = v
+    def write(self, layer: int, slot_mapping: SlotMapping, k: Tensor, v: Tensor) -> None:
+        """Put row i of k and v [T, num_kv_heads, head_dim] into the i-th slot."""
+        self.keys(layer)[slot_mapping] = k
+        self.values(layer)[slot_mapping] = v
 
     def block_bytes(self, block_id: int) -> memoryview:
         """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""

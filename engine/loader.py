@@ -24,6 +24,7 @@ from engine.probe import OBSERVED, mask_rule, observing_attention, probe
 from engine.rope import fix_frequencies
 from wire.errors import ConfigError, UnsupportedModelError
 
+PROBE_LEN = 2048  # for a model that names no maximal length
 FINITE_CHUNK = 1 << 22  # elements checked at once
 
 
@@ -48,9 +49,11 @@ def load_model(
     model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
     _check_finite(model, progress)
     model = _to_device(model.eval(), device)
-    fix_frequencies(model, length)
+    fix_frequencies(model, length or PROBE_LEN)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    shape = probe(model, architecture, num_layers, length)
+    shape = probe(model, architecture, num_layers, length or PROBE_LEN)
+    if length is None:
+        raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
     return LoadedModel(
         model=model,
         config=config,
@@ -129,6 +132,12 @@ def _load(
                 ignore_mismatched_sizes=True,  # reported below, with names and shapes
                 output_loading_info=True,
             )
+    except KeyError as error:
+        if error.args != (PAGED,):
+            raise
+        raise UnsupportedModelError(
+            f"{architecture} cannot be served: it bypasses transformers' attention interface"
+        ) from error
     except Exception as error:  # whatever transformers thinks of a foreign checkpoint
         raise ConfigError(f"{architecture} cannot be loaded: {_first_line(error)}") from error
     progress("loading weights", checkpoint.num_tensors, checkpoint.num_tensors)

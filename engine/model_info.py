@@ -47,15 +47,18 @@ class LoadedModel:
         )
 
 
-def resolve_max_model_len(config: Any, requested: int | None) -> int:
-    """The longest context to serve: what was asked for, if the model can; else all that it can."""
+def resolve_max_model_len(config: Any, requested: int | None) -> int | None:
+    """The longest context to serve: what was asked for, if the model can; else all that it can.
+
+    None where nothing was asked for and the config names no limit.
+    """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None:
         limit = int(limit * _stretch(text))
     length = limit if requested is None else requested
     if length is None:
-        raise ConfigError("the model's config names no maximal length; give --max-model-len")
+        return None
     if limit is not None and length > limit:
         raise ConfigError(f"--max-model-len {length} is more than the model's {limit} positions")
     if length < MIN_MODEL_LEN:

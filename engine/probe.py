@@ -162,8 +162,12 @@ def probe(model: Any, architecture: str, num_layers: int, max_model_len: int) ->
         difference = _difference(model, shape, max_model_len)
     except MissingBatch as error:
         raise observer.refuse("it does not hand keyword arguments down to its attention") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise observer.refuse(f"its forward pass fails: {str(error).splitlines()[0]}") from error
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a foreign model does with what it is given
+        raise observer.refuse(
+            f"its forward pass fails with our attention ({error!r:.200})"
+        ) from error
     finally:
         model.set_attn_implementation(PAGED)
     if not difference < TOLERANCE[model.dtype]:
@@ -232,11 +236,9 @@ def _rows(first_row: int, num_rows: int, context_len: int, blocks: tuple[int, ..
 
 
 def _batch(store: KVStore, requests: tuple[RequestRows, ...]) -> AttentionBatch:
-    slots = [
-        int(r.block_table[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
-        for r in requests
-        for p in range(r.first_position, r.context_len)
-    ]
     device = store.blocks.device
     moved = tuple(replace(r, block_table=r.block_table.to(device)) for r in requests)
-    return AttentionBatch(store, moved, torch.tensor(slots, device=device))
+    positions = [torch.arange(r.first_position, r.context_len, device=device) for r in moved]
+    places = zip(moved, positions, strict=True)
+    blocks = torch.cat([r.block_table[p // BLOCK_SIZE] for r, p in places])
+    return AttentionBatch(store, moved, (blocks, torch.cat(positions) % BLOCK_SIZE))

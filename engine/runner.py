@@ -37,11 +37,8 @@ class ModelRunner:
     def _attention_batch(self, plan: StepPlan) -> AttentionBatch:
         block_size = self._store.layout.block_size
         slots = [slot for item in plan.scheduled for slot in _slots(item, block_size)]
-        return AttentionBatch(
-            store=self._store,
-            requests=tuple(self._request_rows(plan)),
-            slot_mapping=self._tensor(slots),
-        )
+        blocks, offsets = self._tensor([b for b, _ in slots]), self._tensor([o for _, o in slots])
+        return AttentionBatch(self._store, tuple(self._request_rows(plan)), (blocks, offsets))
 
     def _request_rows(self, plan: StepPlan) -> list[RequestRows]:
         rows, first_row = [], 0
@@ -64,11 +61,10 @@ def _positions(plan: StepPlan) -> list[int]:
     return [p for item in plan.scheduled for p in range(item.start, item.end)]
 
 
-def _slots(item: ScheduledRequest, block_size: int) -> list[int]:
-    table = item.request.block_table
-    return [
-        table[p // block_size] * block_size + p % block_size for p in range(item.start, item.end)
-    ]
+def _slots(item: ScheduledRequest, block_size: int) -> list[tuple[int, int]]:
+    """(block, offset) of each new token."""
+    table, positions = item.request.block_table, range(item.start, item.end)
+    return [(table[p // block_size], p % block_size) for p in positions]
 
 
 def _sampled_rows(plan: StepPlan) -> list[int]:

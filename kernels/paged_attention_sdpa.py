@@ -38,13 +38,17 @@ def paged_attention_sdpa(
     masks = {} if masks is None else masks
     output = query.new_empty(query.shape)
     for request in requests:
-        q = query[request.rows].transpose(0, 1).unsqueeze(0)  # [1, Hq, R, D]
         k, v = _gather(keys, values, request, window)  # [1, Hkv, S, D]
-        if softcap is None and sinks is None:
-            attended = _attend(q, k, v, scale, window, masks)
-        else:
+        if softcap is not None or sinks is not None:
+            q = query[request.rows].transpose(0, 1).unsqueeze(0)  # [1, Hq, R, D]
             attended = _attend_explicitly(q, k, v, scale, window, softcap, sinks)
-        output[request.rows] = attended.squeeze(0).transpose(0, 1)
+            output[request.rows] = attended.squeeze(0).transpose(0, 1)
+        elif request.num_rows == 1:
+            output[request.first_row] = _attend_row(query[request.first_row], k, v, scale)
+        else:
+            q = query[request.rows].transpose(0, 1).unsqueeze(0)  # [1, Hq, R, D]
+            attended = _attend(q, k, v, scale, window, masks)
+            output[request.rows] = attended.squeeze(0).transpose(0, 1)
     return output
 
 
@@ -52,23 +56,27 @@ def _gather(
     keys: Tensor, values: Tensor, request: RequestRows, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """The keys and values that any of the request's rows sees, in order: [1, Hkv, S, D] each."""
-    block_size = keys.shape[1]
+    _, block_size, heads, size = keys.shape
     first_key = 0 if window is None else max(0, request.first_position - window + 1)
     first_block, skip = divmod(first_key, block_size)
     last_block = -(-request.context_len // block_size)
     blocks = request.block_table[first_block:last_block]
     stop = request.context_len - first_block * block_size
-    k, v = (cache.index_select(0, blocks).flatten(0, 1)[skip:stop] for cache in (keys, values))
-    return k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    k = keys.index_select(0, blocks).view(1, -1, heads, size)[:, skip:stop]
+    v = values.index_select(0, blocks).view(1, -1, heads, size)[:, skip:stop]
+    return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """A row [Hq, D] sees every gathered key; query heads of one K/V head take the place of rows."""
+    grouped = q.view(1, k.shape[1], -1, q.shape[1])
+    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).view(q.shape)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks
 ) -> Tensor:
     num_rows, num_keys = q.shape[2], k.shape[2]
-    if num_rows == 1:  # sees every gathered key; query heads of one K/V head become its rows
-        grouped = q.reshape(1, k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
     plain = num_rows == num_keys and (window is None or num_keys <= window)
     return F.scaled_dot_product_attention(
         q,

@@ -19,6 +19,8 @@ from wire.messages import PROTOCOL_VERSION, TAGS, Message
 from wire.types import NodeId
 
 MAX_MESSAGE_BYTES = 128 << 20
+_MAX_ITEMS = 1 << 20  # of one array, as in the annotations; msgpack allocates before it reads
+_MAX_ENTRIES = 8192  # of one map; the largest is a logit_bias
 _TAG_OF = {message: tag for tag, message in TAGS.items()}
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
     kind: TypeAdapter(kind) for kind in (NodeId, *TAGS.values())
@@ -59,17 +61,25 @@ def decode(data: bytes | memoryview) -> Envelope:
     if len(data) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"{len(data)} bytes, more than {MAX_MESSAGE_BYTES}")
     try:
-        parts = msgpack.unpackb(data, strict_map_key=False)  # logit_bias has integer keys
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        parts = msgpack.unpackb(
+            data,
+            strict_map_key=False,  # logit_bias has integer keys
+            max_array_len=_MAX_ITEMS,
+            max_map_len=_MAX_ENTRIES,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, MemoryError, msgpack.UnpackException) as error:
         raise MalformedMessage(f"not msgpack: {error}") from error
     if not isinstance(parts, list) or len(parts) != 7:
         raise MalformedMessage("not an envelope of seven parts")
     version, tag, sender_name, sender_life, receiver_name, receiver_life, body = parts
+    if type(version) is not int or type(tag) is not int or not isinstance(body, dict):
+        raise MalformedMessage("version, tag or body of another type")
     if version != PROTOCOL_VERSION:
-        raise VersionMismatch(f"peer speaks version {version!r}, this node {PROTOCOL_VERSION}")
-    kind = TAGS.get(tag) if isinstance(tag, int) else None
-    if kind is None or not isinstance(body, dict):
-        raise MalformedMessage(f"unknown tag {tag!r}")
+        raise VersionMismatch(f"peer speaks version {version}, this node {PROTOCOL_VERSION}")
+    kind = TAGS.get(tag)
+    if kind is None:
+        raise MalformedMessage(f"unknown tag {tag}")
     try:
         sender = _validate(NodeId, {"name": sender_name, "incarnation": sender_life})
         receiver = (
@@ -80,7 +90,7 @@ def decode(data: bytes | memoryview) -> Envelope:
         return Envelope(sender, receiver, _validate(kind, body))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])[:200]  # has the peer's own words
         raise MalformedMessage(f"{kind.__name__}.{where}: {first['msg']}") from error
 
 

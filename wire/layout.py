@@ -8,23 +8,27 @@ A block holds all layers of `block_size` tokens, contiguous:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from wire.types import Count, Name
+from pydantic import Field
+
+from wire.types import Count, Positive
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DType = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """Arrangement of one rank's KV blocks."""
 
-    num_layers: Count
-    num_kv_heads: Count  # that this rank holds
-    head_dim: Count
-    block_size: Count  # tokens per block
-    dtype: Name
+    num_layers: Positive
+    num_kv_heads: Positive  # that this rank holds
+    head_dim: Positive
+    block_size: Positive  # tokens per block
+    dtype: DType
     tp_rank: Count = 0
-    tp_size: Count = 1
+    tp_size: Positive = 1
 
     @property
     def bytes_per_token(self) -> int:

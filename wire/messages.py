@@ -61,7 +61,7 @@ class Register:
     layout: KVLayout
     num_blocks: Count
     peer_url: Name  # where other nodes reach this one
-    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16)]
+    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16, fail_fast=True)]
     http_url: Name
 
 
@@ -130,8 +130,8 @@ class CacheEvents:
     """
 
     number: U64
-    added: Annotated[tuple[Digest, ...], Field(max_length=1 << 20)] = ()
-    removed: Annotated[tuple[Digest, ...], Field(max_length=1 << 20)] = ()
+    added: Annotated[tuple[Digest, ...], Field(max_length=1 << 20, fail_fast=True)] = ()
+    removed: Annotated[tuple[Digest, ...], Field(max_length=1 << 20, fail_fast=True)] = ()
     snapshot: Flag = False  # `added` is the whole content
 
 
@@ -169,9 +169,9 @@ class Grant:
     digest_key: Secret
     decode: NodeId
     peer_url: Name
-    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16)]
+    transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16, fail_fast=True)]
     layout: KVLayout
-    handles: Annotated[tuple[BlockHandle, ...], Field(max_length=1 << 20)]
+    handles: Annotated[tuple[BlockHandle, ...], Field(max_length=1 << 20, fail_fast=True)]
     num_cached_tokens: Count  # the decode node already has the KV of these first tokens
     ttl_s: Seconds
 
@@ -225,7 +225,7 @@ class TokenUpdate:
 class Tokens:
     """node → router: everything that one step produced for this router."""
 
-    updates: Annotated[tuple[TokenUpdate, ...], Field(max_length=1 << 16)]
+    updates: Annotated[tuple[TokenUpdate, ...], Field(max_length=1 << 16, fail_fast=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +308,7 @@ class Commit:
     id: AttemptId
     lease: U64
     capability: Secret
-    units: Annotated[tuple[UnitSeal, ...], Field(max_length=1 << 20)]
+    units: Annotated[tuple[UnitSeal, ...], Field(max_length=1 << 20, fail_fast=True)]
     output_tokens: TokenIds
 
 
@@ -351,7 +351,7 @@ class LeaseClaim:
 class RenewLeases:
     """prefill → decode: these requests still wait or compute here; do not expire their leases."""
 
-    claims: Annotated[tuple[LeaseClaim, ...], Field(max_length=1 << 16)]
+    claims: Annotated[tuple[LeaseClaim, ...], Field(max_length=1 << 16, fail_fast=True)]
 
 
 Message: TypeAlias = (

@@ -12,6 +12,7 @@ future as well; here a message costs one call, and a full outbox is an exception
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from wire.types import NodeId
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Envelope], None]
+Answer = Callable[[NodeId, Message], None]
 
 _BURST = 64  # messages handled before the loop gets its turn again
 _OUTBOX_MESSAGES = 4096  # per peer; beyond it `send` raises OutboxFull
@@ -44,7 +46,8 @@ class PolledSocket:
         self._receive_one = receive_one
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
-        self._loop.add_reader(socket.fileno(), self._drain)
+        self._fd = socket.fileno()  # kept, because a socket that its context closed has none
+        self._loop.add_reader(self._fd, self._drain)
         self._schedule()
 
     def send(self, frames: Sequence[Any], *, copy: bool = True, track: bool = False) -> Any:
@@ -55,9 +58,9 @@ class PolledSocket:
             self._schedule()
 
     def close(self, linger_ms: int = _LINGER_MS) -> None:
-        if not self._socket.closed:
-            self._loop.remove_reader(self._socket.fileno())
-            self._socket.close(linger_ms)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        self._socket.close(linger_ms)
 
     @property
     def closed(self) -> bool:
@@ -80,6 +83,8 @@ class PolledSocket:
                 self._receive_one(self._socket)
             except zmq.Again:
                 return
+            except zmq.ContextTerminated:
+                self.close(0)
             except Exception:  # a bug in a handler must not end the process
                 log.exception("a message handler failed")
         self._schedule()
@@ -88,36 +93,48 @@ class PolledSocket:
 class Inbox:
     """Decodes and checks what arrives for one process life; counts what it drops."""
 
-    def __init__(self, me: NodeId, on_message: Handler):
+    def __init__(self, me: NodeId, on_message: Handler, answer: Answer):
         self.me = me
         self.on_message = on_message
         self.num_malformed = 0
+        self._answer = answer
         self._complained: set[str] = set()
 
-    def open(self, data: bytes, routing_id: bytes | None) -> Envelope | None:
-        """The envelope in `data`, or None if it must be dropped."""
+    def receive(self, data: bytes, routing_id: bytes | None) -> None:
+        """Give the message in `data` to the handler, or answer `Gone`, or drop it."""
         try:
             envelope = decode(data)
             if routing_id is not None and routing_id != _routing_id(envelope.sender):
                 raise MalformedMessage("the sender is not who the socket says")
         except (MalformedMessage, VersionMismatch) as error:
             self._complain(str(error), routing_id)
-            return None
-        return envelope
+            return
+        meant_for = envelope.receiver
+        if meant_for is None or meant_for == self.me or isinstance(envelope.message, Gone):
+            self.on_message(envelope)
+        else:
+            self._answer_gone(envelope.sender, meant_for)
+
+    def _answer_gone(self, sender: NodeId, meant_for: NodeId) -> None:
+        try:
+            self._answer(sender, Gone(meant_for))
+        except WireError as error:  # it asks again, or is gone itself
+            log.debug("could not answer %s: %s", sender, error)
 
     def _complain(self, reason: str, routing_id: bytes | None) -> None:
-        """Count every one, log the first of its kind (an attacker must not fill the disk)."""
+        """Count every one, log the first of its kind (an attacker must not fill disk or memory)."""
         self.num_malformed += 1
+        reason = reason[:500]
         if len(self._complained) < 100 and reason not in self._complained:
             self._complained.add(reason)
-            log.warning("dropped a message from %r: %s", routing_id, reason[:500])
+            log.warning("dropped a message from %r: %s", routing_id, reason)
 
 
 class Hub:
     """A bound ROUTER socket: the place where many peers talk to this process."""
 
     def __init__(self, me: NodeId, url: str, on_message: Handler, context: zmq.Context[Any]):
-        self._inbox = Inbox(me, on_message)
+        self._inbox = Inbox(me, on_message, self.send)
         socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = True
         socket.router_handover = True  # a peer that reconnects replaces its old connection
@@ -150,14 +167,7 @@ class Hub:
 
     def _receive_one(self, socket: zmq.Socket[bytes]) -> None:
         frames = socket.recv_multipart(zmq.NOBLOCK)
-        envelope = self._inbox.open(frames[-1], frames[0])
-        if envelope is None:
-            return
-        if _is_stale(envelope, self._inbox.me):
-            assert envelope.receiver is not None
-            self.send(envelope.sender, Gone(envelope.receiver))
-            return
-        self._inbox.on_message(envelope)
+        self._inbox.receive(frames[-1], frames[0])
 
 
 class Link:
@@ -176,7 +186,7 @@ class Link:
         *,
         queue_while_away: bool = True,
     ):
-        self._inbox = Inbox(me, on_message)
+        self._inbox = Inbox(me, on_message, lambda to, message: self.send(message, to))
         self.url = url
         socket = context.socket(zmq.DEALER)
         socket.routing_id = _routing_id(me)
@@ -184,11 +194,7 @@ class Link:
         socket.reconnect_ivl_max = 1000
         socket.immediate = not queue_while_away
         _set_limits(socket)
-        try:
-            socket.connect(url)
-        except zmq.ZMQError as error:
-            socket.close(0)
-            raise ConfigError(f"cannot connect to {url!r}: {error.strerror}") from error
+        connect(socket, url)
         self._polled = PolledSocket(socket, self._receive_one)
 
     @property
@@ -200,35 +206,49 @@ class Link:
 
         Raises:
             OutboxFull: the hub has been away or not reading for too long.
+            WireError: the link is closed.
         """
         data = encode(Envelope(self._inbox.me, to, message))
         try:
             self._polled.send([data])
         except zmq.Again as error:
             raise OutboxFull(f"{self.url} does not read its messages") from error
+        except zmq.ZMQError as error:
+            raise WireError(f"the link to {self.url} is closed: {error}") from error
 
     def close(self) -> None:
         self._polled.close()
 
     def _receive_one(self, socket: zmq.Socket[bytes]) -> None:
         frames = socket.recv_multipart(zmq.NOBLOCK)
-        envelope = self._inbox.open(frames[-1], None)
-        if envelope is None:
-            return
-        if _is_stale(envelope, self._inbox.me):
-            assert envelope.receiver is not None
-            self.send(Gone(envelope.receiver), envelope.sender)
-            return
-        self._inbox.on_message(envelope)
+        self._inbox.receive(frames[-1], None)
 
 
 def bind(socket: zmq.Socket[bytes], url: str) -> None:
     """Bind, or close the socket and say in one line what is wrong with the address."""
     try:
+        _check_port(url)
         socket.bind(url)
     except zmq.ZMQError as error:
         socket.close(0)
         raise ConfigError(f"cannot listen on {url!r}: {error.strerror}") from error
+
+
+def connect(socket: zmq.Socket[bytes], url: str) -> None:
+    """Connect, or close the socket and say in one line what is wrong with the address."""
+    try:
+        _check_port(url)
+        socket.connect(url)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"cannot connect to {url!r}: {error.strerror}") from error
+
+
+def _check_port(url: str) -> None:
+    """libzmq takes 99999 for 99999 mod 65536."""
+    port = url.rpartition(":")[2]
+    if port.isdigit() and int(port) > 0xFFFF:
+        raise zmq.ZMQError(errno.EINVAL, "there is no such port")
 
 
 def _set_limits(socket: zmq.Socket[bytes]) -> None:
@@ -239,12 +259,5 @@ def _set_limits(socket: zmq.Socket[bytes]) -> None:
 
 
 def _routing_id(node: NodeId) -> bytes:
-    return f"{node.name}.{node.incarnation:x}".encode()[:255]
-
-
-def _is_stale(envelope: Envelope, me: NodeId) -> bool:
-    return (
-        envelope.receiver is not None
-        and envelope.receiver != me
-        and not isinstance(envelope.message, Gone)
-    )
+    """At most 255 bytes; the incarnation goes first, so that a long name cannot push it out."""
+    return f"{node.incarnation:x}.{node.name}".encode()[:255]

@@ -12,7 +12,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from baton.children import Child
 from baton.config import node_environment
 from node.config import add_engine_arguments
 from node.machine import usable_cores
+from router.config import add_arguments as add_router_arguments
 from wire.errors import ConfigError
 
 _MAX_RESTARTS = 3  # of one node within the window; more is a fault that restarting does not cure
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
-    return asyncio.run(serve(args, engine_flags(args)))
+    return asyncio.run(serve(args))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,33 +60,32 @@ Without MODEL it serves the small Python-writing model that ships with Baton.
     fleet = parser.add_argument_group("fleet")
     fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
     fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
-    fleet.add_argument("--host", default="127.0.0.1", help="address of the HTTP API")
-    fleet.add_argument("--port", type=int, default=8000, help="port of the HTTP API (0: any free)")
-    fleet.add_argument(
-        "--insecure", action="store_true", help="allow a --host that other machines can reach"
-    )
+    add_router_arguments(parser)
     add_engine_arguments(parser)
     return parser
 
 
-def engine_flags(args: argparse.Namespace) -> list[str]:
-    """The engine's flags as the operator gave them, for the nodes."""
-    parser = argparse.ArgumentParser()
-    add_engine_arguments(parser)
+AddArguments = Callable[[argparse.ArgumentParser], None]
+
+
+def given_flags(add_arguments: AddArguments, args: argparse.Namespace) -> list[str]:
+    """The flags among those of `add_arguments` that the operator gave, as a child takes them."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
     flags: list[str] = []
     for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if value == action.default or action.dest == "help":
+        value = getattr(args, action.dest)
+        if value == action.default:
             continue
         flags.append(action.option_strings[-1])
         if action.nargs != 0:
-            flags.append(str(value))
+            flags.extend(map(str, value) if isinstance(value, list | tuple) else [str(value)])
     return flags
 
 
-async def serve(args: argparse.Namespace, flags: list[str]) -> int:
+async def serve(args: argparse.Namespace) -> int:
     """Start everything, print one line when ready, supervise until the end."""
-    launcher = Launcher(args, flags)
+    launcher = Launcher(args)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -116,9 +116,8 @@ class NodeSpec:
 class Launcher:
     """Owns the child processes."""
 
-    def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._flags = flags
         self._model_name = Path(args.model).resolve().name
         self._specs = [
             *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
@@ -190,19 +189,17 @@ class Launcher:
         argv = [
             *(sys.executable, "-m", f"{spec.role}_node", self._args.model),
             *("--router", control, "--name", spec.name, "--log-level", "warning"),
-            *self._flags,
+            *given_flags(add_engine_arguments, self._args),
         ]
         child = self._nodes[spec.name] = Child(spec.name, argv, self._env)
         await child.start()
 
     def _make_router(self) -> Child:
         argv = [
-            *(sys.executable, "-m", "router", "--host", self._args.host),
-            *("--port", str(self._args.port), "--control", "tcp://127.0.0.1:0"),
-            *("--tokenizer", self._args.model),
+            *(sys.executable, "-m", "router", "--tokenizer", self._args.model),
+            *("--control-port", "0"),  # any free one, unless a flag below says otherwise
+            *given_flags(add_router_arguments, self._args),
         ]
-        if self._args.insecure:
-            argv.append("--insecure")
         return Child("router", argv, self._env)
 
     async def stop(self) -> None:

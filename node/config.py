@@ -99,6 +99,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"control address of a router; give it once per router ({DEFAULT_CONTROL_URL})",
     )
     group.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    group.add_argument("--served-model-name", default="", help="name in the API (the folder's)")
     group.add_argument("--name", help="name of this node in the fleet (role, host name, pid)")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
@@ -130,7 +131,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the engine; `baton serve` passes them on to its nodes."""
     default = NodeConfig(Path(), "")
     group = parser.add_argument_group("engine")
-    group.add_argument("--served-model-name", default="", help="name in the API (the folder's)")
     group.add_argument(
         "--dtype",
         default="auto",

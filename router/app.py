@@ -1,0 +1,159 @@
+"""Routes, and the shape of every error that leaves the router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from router.control import Control
+from router.errors import ApiError, model_not_found, server_error
+from router.metrics import RouterMetrics
+from router.serving import Serving
+from wire.types import Role
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_HTTP_ERRORS = {
+    404: "There is no such route.",
+    405: "The route does not take this method.",
+    413: "The body is too large.",
+}
+
+
+def make_app(
+    serving: Serving, control: Control, metrics: RouterMetrics, max_body_bytes: int
+) -> web.Application:
+    """The router's HTTP application."""
+    pages = _Pages(serving, control, metrics)
+    app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors(metrics)])
+    app.add_routes(
+        [
+            web.post("/v1/completions", serving.completions),
+            web.post("/v1/chat/completions", serving.chat),
+            web.get("/v1/models", pages.models),
+            web.get("/v1/models/{name:.+}", pages.model),
+            web.get("/health", pages.health),
+            web.get("/ready", pages.ready),
+            web.get("/metrics", pages.metrics),
+        ]
+    )
+    return app
+
+
+class _Pages:
+    """Everything that is not generation."""
+
+    def __init__(self, serving: Serving, control: Control, metrics: RouterMetrics) -> None:
+        self._serving = serving
+        self._control = control
+        self._metrics = metrics
+
+    async def health(self, request: web.Request) -> web.Response:
+        """The process lives."""
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """A request could be served now."""
+        ready = self._control.ready and not self._serving.closing
+        body = {
+            "ready": ready,
+            "prefill_nodes": self._control.fleet.num_serving(Role.PREFILL),
+            "decode_nodes": self._control.fleet.num_serving(Role.DECODE),
+            "tokenizer": self._control.tokenizer is not None,
+        }
+        return web.json_response(body, status=200 if ready else 503)
+
+    async def models(self, request: web.Request) -> web.Response:
+        data = [self._describe(name) for name in self._serving.model_names]
+        return web.json_response({"object": "list", "data": data})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self._serving.model_names:
+            raise model_not_found(name)
+        return web.json_response(self._describe(name))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        model = self._control.fleet.model
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "baton",
+            "max_model_len": None if model is None else model.max_model_len,
+        }
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        self._measure()
+        return web.Response(
+            body=self._metrics.exposition(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    def _measure(self) -> None:
+        """Bring gauges up to date."""
+        requests, fleet = self._control.requests, self._control.fleet
+        if fleet.model is not None:
+            model = self._metrics.for_model(fleet.model.name)
+            model.waiting.set(requests.num_waiting)
+            model.running.set(len(requests) - requests.num_waiting)
+        for role in Role:
+            known = [node for node in fleet if node.info.role is role]
+            serving = sum(node.serves for node in known)
+            self._metrics.nodes.labels(role.value, "serving").set(serving)
+            self._metrics.nodes.labels(role.value, "not_serving").set(len(known) - serving)
+        self._metrics.malformed.set(self._control.num_malformed)
+
+
+def _errors(metrics: RouterMetrics) -> Any:
+    """Middleware: every error in OpenAI's shape, every answer counted."""
+
+    @web.middleware
+    async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            metrics.disconnects.inc()
+            raise
+        except ApiError as error:
+            response = _error_response(error)
+        except web.HTTPException as error:
+            response = _http_error_response(error)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            metrics.disconnects.inc()
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            response = _error_response(server_error("Internal error.", "internal_error"))
+        metrics.responses.labels(_route(request), str(response.status)).inc()
+        return response
+
+    return errors
+
+
+def _error_response(error: ApiError) -> web.Response:
+    return web.Response(
+        status=error.status,
+        body=error.body_bytes(),
+        content_type="application/json",
+        headers=error.headers(),
+    )
+
+
+def _http_error_response(error: web.HTTPException) -> web.Response:
+    message = _HTTP_ERRORS.get(error.status, error.reason)
+    response = _error_response(ApiError(error.status, message))
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical

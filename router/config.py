@@ -1,0 +1,143 @@
+"""What a router is told when it starts; nothing changes it afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from router.dispatch import DispatchLimits
+from wire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Addresses, names, limits. Times are in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    control_host: str = "127.0.0.1"
+    control_port: int = 0  # 0: any free one
+    tokenizer: Path | None = None
+    served_model_name: tuple[str, ...] = ()
+    max_streams: int = 2048
+    max_queue: int = 1024
+    queue_timeout_s: float = 30.0
+    request_timeout_s: float = 600.0
+    reserve_timeout_s: float = 5.0
+    heartbeat_s: float = 0.5
+    node_timeout_s: float = 3.0
+    node_stall_s: float = 60.0
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0
+    stream_buffer_bytes: int = 256 << 10
+    shutdown_timeout_s: float = 5.0
+    insecure: bool = False
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        for name, host in (("--host", self.host), ("--control-host", self.control_host)):
+            if not self.insecure and not is_loopback(host):
+                raise ConfigError(
+                    f"{name} {host} is reachable from other machines and nothing protects it; "
+                    "bind a loopback address, or say --insecure to accept that"
+                )
+        for limit in ("max_streams", "max_body_bytes", "heartbeat_s", "node_timeout_s"):
+            if getattr(self, limit) <= 0:
+                raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
+        if self.node_timeout_s <= self.heartbeat_s:
+            raise ConfigError("--node-timeout-s must be longer than --heartbeat-s")
+
+    @property
+    def control_url(self) -> str:
+        return f"tcp://{_bracketed(self.control_host)}:{self.control_port}"
+
+    @property
+    def limits(self) -> DispatchLimits:
+        return DispatchLimits(
+            request_s=self.request_timeout_s,
+            queue_s=self.queue_timeout_s,
+            reserve_s=self.reserve_timeout_s,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+_HELP: dict[str, str] = {
+    "host": "address of the HTTP server",
+    "port": "port of the HTTP server (0: any free one)",
+    "control_host": "address where nodes connect",
+    "control_port": "port where nodes connect (0: any free one, told in the ready line)",
+    "max_streams": "choices on nodes at the same time",
+    "max_queue": "choices that may wait; beyond it the answer is 429",
+    "queue_timeout_s": "how long a choice may wait for capacity; then the answer is 503",
+    "request_timeout_s": "how long a request may take",
+    "reserve_timeout_s": "how long a decode node may take to answer a reservation",
+    "heartbeat_s": "interval of heartbeats, both ways",
+    "node_timeout_s": "a node that is silent for so long is dead",
+    "node_stall_s": "a node without progress for so long loses its requests",
+    "max_body_bytes": "largest request body; beyond it the answer is 413",
+    "body_timeout_s": "how long a client may take to send a body",
+    "stream_buffer_bytes": "what may wait for a client that does not read its stream",
+    "shutdown_timeout_s": "how long running requests may take to finish at shutdown",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The router's flags; their defaults are `RouterConfig`'s."""
+    defaults = {field.name: field.default for field in fields(RouterConfig)}
+    for name, text in _HELP.items():
+        default: Any = defaults[name]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar=type(default).__name__.upper(),
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="model folder or tokenizer.json (default: ask the first node)",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names that clients may use for the model; answers carry the first "
+        "(default: the nodes' own)",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow addresses that other machines reach, without keys",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=defaults["log_level"],
+        help="what to log on stderr (default: %(default)s)",
+    )
+
+
+def from_args(args: argparse.Namespace) -> RouterConfig:
+    """Raises ConfigError where the flags contradict each other."""
+    given = {field.name: getattr(args, field.name) for field in fields(RouterConfig)}
+    given["served_model_name"] = tuple(args.served_model_name)
+    return RouterConfig(**given)

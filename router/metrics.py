@@ -1,0 +1,122 @@
+"""What the router measures, in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from router.work import Work
+from telemetry import metrics as names
+from telemetry.metrics import Metric
+from telemetry.timeline import Timeline
+
+
+class RouterMetrics:
+    """Metrics of one router; those with a model's name as label are in `for_model`."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.nodes = names.ROUTER_NODES.gauge(registry)
+        self.streams = names.ROUTER_STREAMS.gauge(registry)
+        self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
+        self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
+        self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
+        self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)
+        self.slow_clients = names.ROUTER_SLOW_CLIENTS.counter(registry)
+        self.responses = names.ROUTER_RESPONSES.counter(registry)
+        self.added = names.ROUTER_ADDED.histogram(registry)
+        self.tokenize = names.ROUTER_TOKENIZE.histogram(registry)
+        self.malformed = names.ROUTER_MALFORMED.gauge(registry)
+        self._by_model = {metric: _make(metric, registry) for metric in _MODEL_METRICS}
+        self._models: dict[str, ModelMetrics] = {}
+
+    def for_model(self, name: str) -> ModelMetrics:
+        """Metrics of one model (a fleet serves one, so there are few)."""
+        if name not in self._models:
+            self._models[name] = ModelMetrics(self._by_model, name)
+        return self._models[name]
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+_MODEL_HISTOGRAMS = (
+    names.TIME_TO_FIRST_TOKEN,
+    names.INTER_TOKEN_LATENCY,
+    names.TIME_PER_OUTPUT_TOKEN,
+    names.E2E_LATENCY,
+    names.QUEUE_TIME,
+    names.PREFILL_TIME,
+    names.DECODE_TIME,
+    names.INFERENCE_TIME,
+    names.REQUEST_PROMPT_TOKENS,
+    names.REQUEST_GENERATION_TOKENS,
+    names.REQUEST_MAX_TOKENS,
+    names.REQUEST_N,
+)
+_MODEL_GAUGES = (names.NUM_REQUESTS_RUNNING, names.NUM_REQUESTS_WAITING)
+_MODEL_COUNTERS = (
+    names.PROMPT_TOKENS,
+    names.PROMPT_TOKENS_CACHED,
+    names.GENERATION_TOKENS,
+    names.REQUEST_SUCCESS,
+    names.ADMISSION_REJECTIONS,
+)
+_MODEL_METRICS = (*_MODEL_HISTOGRAMS, *_MODEL_GAUGES, *_MODEL_COUNTERS)
+
+
+def _make(metric: Metric, registry: CollectorRegistry) -> Histogram | Gauge | Counter:
+    if metric in _MODEL_HISTOGRAMS:
+        return metric.histogram(registry)
+    return metric.gauge(registry) if metric in _MODEL_GAUGES else metric.counter(registry)
+
+
+class ModelMetrics:
+    """The metrics of one model, with the label already applied."""
+
+    def __init__(
+        self, by_model: dict[Metric, Histogram | Gauge | Counter], model_name: str
+    ) -> None:
+        self._metrics = by_model
+        self._model_name = model_name
+        self._histograms = {metric: self._labelled(metric) for metric in _MODEL_HISTOGRAMS}
+        self.running = self._gauge(names.NUM_REQUESTS_RUNNING)
+        self.waiting = self._gauge(names.NUM_REQUESTS_WAITING)
+
+    def _labelled(self, metric: Metric) -> Histogram:
+        histogram = self._metrics[metric].labels(self._model_name)
+        assert isinstance(histogram, Histogram)
+        return histogram
+
+    def _gauge(self, metric: Metric) -> Gauge:
+        gauge = self._metrics[metric].labels(self._model_name)
+        assert isinstance(gauge, Gauge)
+        return gauge
+
+    def count(self, metric: Metric, amount: float = 1, *labels: str) -> None:
+        counter = self._metrics[metric].labels(self._model_name, *labels)
+        assert isinstance(counter, Counter)
+        counter.inc(amount)
+
+    def observe(self, metric: Metric, value: float | None) -> None:
+        if value is not None:
+            self._histograms[metric].observe(value)
+
+    def finished(
+        self, work: Work, timeline: Timeline, num_tokens: int, num_cached: int, reason: str
+    ) -> None:
+        """A choice has ended with a result (or, reason `abort`, because its client left)."""
+        self.count(names.REQUEST_SUCCESS, 1, reason)
+        self.count(names.PROMPT_TOKENS, work.num_tokens)
+        self.count(names.PROMPT_TOKENS_CACHED, num_cached)
+        self.count(names.GENERATION_TOKENS, num_tokens)
+        self.observe(names.REQUEST_PROMPT_TOKENS, work.num_tokens)
+        self.observe(names.REQUEST_GENERATION_TOKENS, num_tokens)
+        self.observe(names.REQUEST_MAX_TOKENS, work.sampling.max_tokens)
+        self.observe(names.QUEUE_TIME, timeline.queue_s)
+        self.observe(names.TIME_TO_FIRST_TOKEN, timeline.time_to_first_token_s)
+        self.observe(names.PREFILL_TIME, timeline.prefill_s)
+        self.observe(names.DECODE_TIME, timeline.decode_s)
+        self.observe(names.INFERENCE_TIME, timeline.inference_s)
+        self.observe(names.E2E_LATENCY, timeline.total_s)
+        if num_tokens > 1 and timeline.decode_s is not None:
+            self.observe(names.TIME_PER_OUTPUT_TOKEN, timeline.decode_s / (num_tokens - 1))

@@ -1,0 +1,264 @@
+"""All choices that are being served: events from nodes in, effects out to nodes and clients.
+
+This is where the pure parts meet: `Dispatch` decides, `Admission` orders, `Fleet` chooses, and
+here their decisions become messages, text and metrics. Every call is synchronous: a token message
+is logged, decoded and handed to its streams before the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from router.admission import Admission
+from router.choice import Choice
+from router.dispatch import (
+    AttemptEnded,
+    Effect,
+    Failed,
+    NeedsCapacity,
+    Output,
+    Phase,
+    Send,
+)
+from router.errors import ApiError
+from router.fleet import Fleet
+from router.metrics import ModelMetrics, RouterMetrics
+from telemetry import metrics as names
+from wire.errors import WireError
+from wire.messages import (
+    Abort,
+    Ack,
+    AttemptFailed,
+    Granted,
+    Message,
+    Prefill,
+    Refused,
+    Reserve,
+    Tokens,
+    TokenUpdate,
+)
+from wire.types import NodeId
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """Serves choices over the fleet.
+
+    Args:
+        send: queues a message for a node; raises WireError.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission[Choice],
+        metrics: RouterMetrics,
+        send: Callable[[NodeId, Message], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._metrics = metrics
+        self._send = send
+        self._clock = clock
+        self._choices: dict[str, Choice] = {}
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._admission.num_waiting
+
+    # ------------------------------------------------------------ from clients
+
+    def check_room(self, count: int) -> None:
+        """Raise ApiError (429) if the queue has no room for `count` choices."""
+        self._admission.check(count)
+
+    def submit(self, choice: Choice) -> None:
+        """Start a choice, or queue it."""
+        self._choices[choice.work.request] = choice
+        if self._admission.enter(choice):
+            self._perform(choice, choice.dispatch.place(self._clock()))
+
+    def cancel(self, choice: Choice) -> None:
+        """Nobody waits for it any more; both nodes are told at once."""
+        if choice.work.request in self._choices:
+            self._perform(choice, choice.dispatch.cancel())
+            self._model_metrics.finished(
+                choice.work, choice.timeline, choice.text.num_tokens, 0, "abort"
+            )
+            self._end(choice)
+
+    def fail_all(self, error: ApiError) -> None:
+        """End everything (the router stops)."""
+        for choice in list(self._choices.values()):
+            if choice.work.request in self._choices:
+                self._perform(choice, [*choice.dispatch.cancel(), Failed(error)])
+
+    # ------------------------------------------------------------ from nodes
+
+    def tokens(self, sender: NodeId, message: Tokens) -> None:
+        """Everything that one step of a node produced for this router."""
+        now = self._clock()
+        for update in message.updates:
+            choice = self._choices.get(update.id.request)
+            if choice is None:
+                self._answer_unknown(sender, update)
+                continue
+            if update.num_cached_tokens is not None and not choice.num_cached_tokens:
+                choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
+            self._perform(choice, choice.dispatch.tokens(sender, update, now))
+
+    def _answer_unknown(self, sender: NodeId, update: TokenUpdate) -> None:
+        """The choice is over: the node may forget it."""
+        answer = Abort(update.id) if update.finish is None else Ack(update.id)
+        self._try_send(sender, answer)
+
+    def granted(self, sender: NodeId, message: Granted) -> None:
+        choice = self._choices.get(message.id.request)
+        if choice is None:
+            self._try_send(sender, Abort(message.id))
+            return
+        self._admission.settle(choice)
+        self._perform(choice, choice.dispatch.granted(sender, message, self._clock()))
+        self.pump()
+
+    def refused(self, sender: NodeId, message: Refused) -> None:
+        self._metrics.reserve_refusals.labels(message.cause).inc()
+        choice = self._choices.get(message.id.request)
+        if choice is not None:
+            self._perform(choice, choice.dispatch.refused(sender, message, self._clock()))
+
+    def attempt_failed(self, sender: NodeId, message: AttemptFailed) -> None:
+        choice = self._choices.get(message.id.request)
+        if choice is not None:
+            log.info("%s failed on %s: %s", message.id, sender, message.message)
+            self._perform(choice, choice.dispatch.attempt_failed(sender, message, self._clock()))
+
+    def node_lost(self, node: NodeId, alive: bool = False) -> None:
+        """Move everything that this node held."""
+        now = self._clock()
+        for choice in list(self._choices.values()):
+            self._perform(choice, choice.dispatch.node_lost(node, now, alive))
+        self.pump()
+
+    # ------------------------------------------------------------ time
+
+    def tick(self) -> None:
+        """Called a few times per second."""
+        now = self._clock()
+        for choice in list(self._choices.values()):
+            self._perform(choice, choice.dispatch.tick(now))
+        self.pump()
+
+    def capacity_changed(self) -> None:
+        """A node has told its load, or a new one is there."""
+        self._admission.unblock()
+        self.pump()
+
+    def pump(self) -> None:
+        """Let those in the queue ask who may."""
+        now = self._clock()
+        while (choice := self._admission.next(now)) is not None:
+            self._perform(choice, choice.dispatch.place(now))
+
+    # ------------------------------------------------------------ effects
+
+    def _perform(self, choice: Choice, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Output():
+                    self._output(choice, effect)
+                case Send():
+                    self._deliver(choice, effect)
+                case NeedsCapacity():
+                    self._unassign(choice)
+                    self._admission.wait(choice, self._clock(), effect.retry_after_s)
+                case AttemptEnded():
+                    self._unassign(choice)
+                    self._metrics.attempts_ended.labels(effect.cause).inc()
+                case Failed():
+                    self._end(choice)
+                    choice.listener.failed(effect.error)
+        if choice.followers and choice.dispatch.phase is Phase.DECODING:
+            self._start_followers(choice)
+
+    def _output(self, choice: Choice, output: Output) -> None:
+        gap = choice.timeline.mark_tokens(self._clock())
+        self._model_metrics.observe(names.INTER_TOKEN_LATENCY, gap)
+        if choice.assigned_prefill is not None:
+            self._fleet.unassign(choice.assigned_prefill, choice.work.request)
+            choice.assigned_prefill = None
+        text = choice.text.push(output.tokens, output.finish)
+        finish = choice.text.finish
+        if finish is not None:
+            self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node
+            self._end(choice)
+            self._model_metrics.finished(
+                choice.work,
+                choice.timeline,
+                choice.text.num_tokens,
+                choice.num_cached_tokens,
+                finish.value,
+            )
+        choice.listener.produced(choice, text)
+        if finish is not None:
+            self._start_followers(choice)
+
+    def _start_followers(self, choice: Choice) -> None:
+        followers, choice.followers = choice.followers, []
+        for follower in followers:
+            self.submit(follower)
+
+    def _deliver(self, choice: Choice, send: Send) -> None:
+        self._note_assignment(choice, send)
+        if not self._try_send(send.to, send.message):
+            self._perform(choice, choice.dispatch.cannot_send(send.to, self._clock()))
+
+    def _try_send(self, to: NodeId, message: Message) -> bool:
+        try:
+            self._send(to, message)
+        except WireError as error:
+            log.warning("%s", error)
+            return False
+        return True
+
+    def _note_assignment(self, choice: Choice, send: Send) -> None:
+        """Remember who works on it, because heartbeats tell it only later."""
+        request, message = choice.work.request, send.message
+        if isinstance(message, Reserve):
+            choice.timeline.mark_dispatched(self._clock())
+            choice.assigned_decode = send.to
+            self._metrics.attempts.inc()
+            self._fleet.assign(send.to, request, 0, self._num_blocks(send.to, choice))
+        elif isinstance(message, Prefill):
+            choice.timeline.mark_dispatched(self._clock())
+            choice.assigned_prefill = send.to
+            self._fleet.assign(send.to, request, len(message.tokens), 0)
+
+    def _num_blocks(self, node: NodeId, choice: Choice) -> int:
+        if node not in self._fleet:
+            return 0
+        return self._fleet[node].info.layout.num_blocks(choice.work.max_num_tokens)
+
+    def _unassign(self, choice: Choice) -> None:
+        for node in (choice.assigned_prefill, choice.assigned_decode):
+            if node is not None:
+                self._fleet.unassign(node, choice.work.request)
+        choice.assigned_prefill = choice.assigned_decode = None
+
+    def _end(self, choice: Choice) -> None:
+        """Forget it; somebody else may have room now."""
+        if self._choices.pop(choice.work.request, None) is not None:
+            self._unassign(choice)
+            self._admission.leave(choice)
+
+    @property
+    def _model_metrics(self) -> ModelMetrics:
+        model = self._fleet.model
+        return self._metrics.for_model("" if model is None else model.name)

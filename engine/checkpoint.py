@@ -158,10 +158,10 @@ def _tensor_span(file: Path, name: str, entry: Any) -> tuple[int, int]:
     try:
         bits = DTYPE_BITS[entry["dtype"]] * math.prod(entry["shape"])
         begin, end = entry["data_offsets"]
-        fits = (end - begin) * 8 == bits and begin >= 0
+        size, needed = end - begin, -(-bits // 8)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: the header's entry for tensor {name} is damaged") from error
-    if not fits:
+    if size != needed:
         raise ConfigError(
             f"{file}: tensor {name} has {end - begin} bytes, its shape needs {bits // 8}"
         )

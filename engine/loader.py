@@ -51,7 +51,8 @@ def load_model(
     model = _to_device(model.eval(), device)
     fix_frequencies(model, length or PROBE_LEN)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    shape = probe(model, architecture, num_layers, length or PROBE_LEN)
+    with _quiet():
+        shape = probe(model, architecture, num_layers, length or PROBE_LEN)
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
     return LoadedModel(
@@ -182,7 +183,7 @@ def _to_device(model: Any, device: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers logs what is raised here as errors; it keeps quiet meanwhile."""
+    """transformers warns of what is raised here as an error; it keeps quiet meanwhile."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

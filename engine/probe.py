@@ -181,6 +181,8 @@ def probe(model: Any, architecture: str, num_layers: int, max_model_len: int) ->
 @torch.inference_mode()
 def _observe(model: Any, observer: Observer, num_layers: int) -> AttentionShape:
     model.set_attn_implementation(OBSERVED)
+    if model.config.get_text_config(decoder=True)._attn_implementation != OBSERVED:
+        raise observer.refuse("it bypasses transformers' attention interface")
     logits = _forward(model, [1, 2, 3], [0, 1, 2], observer)
     return observer.shape(num_layers, logits.shape[-1])
 

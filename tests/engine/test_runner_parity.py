@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from engine.kv_store import KVStore
 from engine.loader import load_model
@@ -22,6 +23,7 @@ from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from tests.engine.tiny_models import ARCHITECTURES
+from wire.errors import UnsupportedModelError
 from wire.types import SamplingParams
 
 BLOCK_SIZE = 4
@@ -154,8 +156,6 @@ def load(make_model: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
 @pytest.fixture(scope="module")
 def reference(make_model: Callable[[str], Path]) -> Callable[[str], Any]:
     """transformers' own model, untouched by Baton, with its eager attention."""
-    from transformers import AutoModelForCausalLM
-
     models: dict[str, Any] = {}
 
     def get(name: str) -> Any:
@@ -185,6 +185,48 @@ def test_greedy_tokens_and_logits_equal_transformers(
         ours = torch.stack(driver.logits[request.request_id])
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         _assert_greedy(request, expected)
+
+
+SCALED = ["llama_dynamic", "phi3_longrope", "llama_yarn"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_long_neighbour_changes_nothing(name: str, load: Callable[[str], LoadedModel]) -> None:
+    """Its positions are beyond those for which rotary frequencies were trained."""
+
+    def logits_of_a(*neighbours: int) -> Tensor:
+        driver = Driver(load(name))
+        a = driver.request("a", prompt(9, seed=8))
+        others = [driver.request(str(n), prompt(n, seed=9)) for n in neighbours]
+        driver.step((a, 9), *((other, other.num_tokens) for other in others))
+        driver.decode(a, *others, steps=3)
+        return torch.stack(driver.logits["a"])
+
+    torch.testing.assert_close(logits_of_a(), logits_of_a(90, 5), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCALED[:2])
+def test_frequencies_that_follow_the_batch_do_not_pass_the_probe(
+    name: str, make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.loader.fix_frequencies", lambda model, length: 0)
+    with pytest.raises(UnsupportedModelError, match="outside attention mixes tokens"):
+        load_model(make_model(name), dtype="float32")
+
+
+@pytest.mark.parametrize(("max_model_len", "length"), [(32, 20), (128, 40)])
+def test_longrope_is_that_of_the_longest_context(
+    max_model_len: int, length: int, make_model: Callable[[str], Path]
+) -> None:
+    """Short factors where no context can outgrow them, else long ones, as transformers does."""
+    folder = make_model("phi3_longrope")
+    driver = Driver(load_model(folder, dtype="float32", max_model_len=max_model_len))
+    a = driver.request("a", prompt(length, seed=10))
+    driver.step((a, length))
+    driver.decode(a, steps=2)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = _reference_logits(plain, a)
+    torch.testing.assert_close(torch.stack(driver.logits["a"]), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

@@ -69,6 +69,67 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", {**HEAD_DIM, **EXPERTS, "num_experts": 4}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "layer_types": LAYER_TYPES,
+        },
+    ),
+}
+
+BYPASS = "attention interface"
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon": ("FalconConfig", {}, BYPASS),
+    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, BYPASS),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        BYPASS,
+    ),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, BYPASS),
+    "mpt": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}, BYPASS),
+    "mamba": ("MambaConfig", {}, BYPASS),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "1 of its 2 layers"),
+    "stablelm": ("StableLmConfig", {}, "does not hand keyword arguments down"),
+    "deepseek": (
+        "DeepseekV3Config",
+        {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+            "num_key_value_heads": 4,
+        },
+        "key heads of size 16 and value heads of size 8",
+    ),
+    "llama4_chunks": (
+        "Llama4TextConfig",
+        {
+            **HEAD_DIM,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 16,
+        },
+        "neither causal nor a sliding window",
+    ),
+    "gemma3_bidirectional": (
+        "Gemma3TextConfig",
+        {**HEAD_DIM, "use_bidirectional_attention": True},
+        "not causal",
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "outside attention mixes tokens",
+    ),
+    "bert": ("BertConfig", {}, "not causal"),
+    "t5": ("T5Config", {"d_model": 32, "num_layers": 2, "d_ff": 48}, "encoder-decoder"),
 }
 
 
@@ -76,11 +137,12 @@ def save_random_model(config_class: str, changes: dict[str, Any], folder: Path) 
     """Write a model of random weights: config.json and model.safetensors."""
     import transformers
 
-    sizes = {} if config_class == "GPT2Config" else SMALL
-    common = {"vocab_size": 97, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1}
-    config = getattr(transformers, config_class)(**{**common, **sizes, **changes})
+    make_config = getattr(transformers, config_class)
+    known = {name: value for name, value in SMALL.items() if hasattr(make_config(), name)}
+    config = make_config(**{**known, **changes})
     torch.manual_seed(17)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    kind = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     _enliven(model)
     model.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["architectures"]

@@ -140,6 +140,7 @@ class DecodeRole:
         reservation = self._engine.reserve(
             list(message.tokens), self._max_num_tokens(message), message.cache_salt
         )
+        self._shell.stats.count_lookup(len(message.tokens), reservation.num_cached_tokens)
         lease = self._receiver.grant(
             message.id,
             sender=message.prefill,

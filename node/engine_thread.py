@@ -48,7 +48,6 @@ class EngineThread:
         self._stopping = False
         self._last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.num_steps = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -89,7 +88,6 @@ class EngineThread:
                 self._post(self._on_death)
                 return
             if result is not None:
-                self.num_steps += 1
                 self._post(self._on_result, result)
             else:
                 self._rest()

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from kvtransfer.transport import TransferStats
+from node.stats import NodeStats
 from telemetry import metrics
 from wire.errors import ConfigError
 
@@ -25,16 +26,17 @@ class NodeCollector(Collector):
         self,
         model_name: str,
         engine: Engine,
-        stats: TransferStats,
-        num_steps: Callable[[], int],
+        stats: NodeStats,
+        transfers: TransferStats,
     ) -> None:
         self._model_name = model_name
         self._engine = engine
         self._stats = stats
-        self._num_steps = num_steps
+        self._transfers = transfers
 
     def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
+        yield from self._step_metrics()
         yield from self._transfer_metrics()
 
     def _engine_metrics(self) -> Iterable[Prometheus]:
@@ -48,10 +50,19 @@ class NodeCollector(Collector):
         states = ("free", "cached", "leased", "running", "quarantined")
         yield _gauge(metrics.NODE_BLOCKS, {(state,): getattr(counts, state) for state in states})
         yield _gauge(metrics.NODE_BLOCKS_CAPACITY, {(): counts.total})
-        yield _counter(metrics.NODE_STEPS, {(): self._num_steps()})
+
+    def _step_metrics(self) -> Iterable[Prometheus]:
+        stats, model = self._stats, (self._model_name,)
+        yield _counter(metrics.NODE_STEPS, {(): stats.steps})
+        yield _counter(metrics.NODE_STEP_TOKENS, {(): stats.step_tokens})
+        yield _counter(metrics.NODE_OUTPUT_TOKENS, {(): stats.output_tokens})
+        yield _counter(metrics.NODE_CHUNKS, {(): stats.unfinished_chunks})
+        yield _counter(metrics.PREEMPTIONS, {model: stats.preemptions})
+        yield _counter(metrics.PREFIX_QUERIES, {model: stats.prefix_queries})
+        yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
-        stats = self._stats
+        stats = self._transfers
         yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})
         yield _counter(metrics.TRANSFER_BYTES_RECEIVED, {(): stats.bytes_received})
         yield _counter(metrics.TRANSFER_UNITS_DROPPED, _by_label(stats.units_dropped))

@@ -24,6 +24,7 @@ from node.engine_thread import EngineThread
 from node.http import NodeCollector, serve_http
 from node.role import Role
 from node.router_link import RouterLink
+from node.stats import NodeStats
 from wire.codec import Envelope
 from wire.errors import WireError
 from wire.messages import (
@@ -67,6 +68,7 @@ class NodeShell:
         self.engine = built.engine
         self.me = me
         self.context: zmq.Context[Any] = zmq.Context()
+        self.stats = NodeStats()
         self._tokenizer = tokenizer
         self._make_role = make_role
         self._on_ready = on_ready
@@ -127,8 +129,8 @@ class NodeShell:
         collector = NodeCollector(
             self.config.served_model_name,
             self.engine,
+            self.stats,
             self._role.stats,
-            lambda: self._thread.num_steps,
         )
         self._runner: web.AppRunner
         self._runner, self._http_url = await serve_http(
@@ -203,6 +205,7 @@ class NodeShell:
         self.wake()
 
     def _on_step(self, result: StepResult) -> None:
+        self.stats.count_step(result)
         self._role.on_step(result)
         self._publish_cache_events()
 
@@ -231,7 +234,7 @@ class NodeShell:
     def _load(self) -> NodeLoad:
         load = self.engine.load()
         return NodeLoad(
-            step=self._thread.num_steps,
+            step=self.stats.steps,
             stalled_s=self._thread.stalled_s,
             num_running=load.num_running,
             num_waiting=load.num_waiting,

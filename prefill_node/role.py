@@ -160,6 +160,7 @@ class PrefillRole:
             self._sender.blocks_finished(work.id, progress.finished_blocks)
         if self._work.get(work.id.request) is not work or not progress.new_tokens:
             return  # the handoff failed just now, or the prompt is not done yet
+        self._shell.stats.count_lookup(len(work.request.tokens) - 1, progress.num_cached_tokens)
         self._outbox.add(
             work.id, progress.new_tokens, progress.finish_reason, progress.num_cached_tokens
         )

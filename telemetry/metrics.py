@@ -122,6 +122,12 @@ NODE_BLOCKS = Metric(
 )
 NODE_BLOCKS_CAPACITY = Metric("baton_blocks_capacity", "KV blocks of this node")
 NODE_STEPS = Metric("baton_steps", "Forward passes of this node")
+NODE_STEP_TOKENS = Metric("baton_step_tokens", "Tokens computed, prompts and outputs")
+NODE_OUTPUT_TOKENS = Metric("baton_sampled_tokens", "Tokens sampled on this node")
+NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a further step")
+PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
+PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "Prompt tokens looked up", _MODEL)
+PREFIX_HITS = Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", _MODEL)
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
 TRANSFER_UNITS_DROPPED = Metric(

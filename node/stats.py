@@ -1,0 +1,34 @@
+"""Counts of one node's work; exported as metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.plan import StepResult
+
+
+@dataclass(slots=True)
+class NodeStats:
+    """Grows from the node's start on."""
+
+    steps: int = 0
+    step_tokens: int = 0
+    unfinished_chunks: int = 0  # parts of prompts that needed a further step
+    output_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # and found there
+
+    def count_step(self, result: StepResult) -> None:
+        """A step is done."""
+        self.steps += 1
+        self.step_tokens += result.num_tokens
+        self.preemptions += result.num_preempted
+        for progress in result.progress:
+            self.output_tokens += len(progress.new_tokens)
+            self.unfinished_chunks += not progress.new_tokens
+
+    def count_lookup(self, num_tokens: int, num_found: int) -> None:
+        """A prompt was looked up in the prefix cache."""
+        self.prefix_queries += num_tokens
+        self.prefix_hits += num_found

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test lint types check clean help
+.PHONY: serve test lint bench-serve clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+
+bench-serve: $(VENV)/.dev  ## start-up, handoff, router and memory; the last line is JSON (ARGS=--quick)
+	$(BIN)/python -m benchmarks.bench_serve $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -18,7 +18,7 @@ from aiohttp import web
 
 @dataclass(slots=True)
 class Ticker:
-    """Gives the time of a tick to one group of streams after the other."""
+    """Gives the time of a tick to one group after the other, all within a period."""
 
     period_s: float  # between two events of one stream
     group_size: int
@@ -26,18 +26,18 @@ class Ticker:
 
     async def run(self) -> None:
         while True:
-            started = time.perf_counter()
+            started = time.monotonic()
             groups = range(0, len(self.queues), self.group_size)
             for number, first in enumerate(groups):
                 await _sleep_until(started + self.period_s * number / len(groups))
-                now = time.perf_counter_ns()
+                now = time.monotonic_ns()
                 for queue in self.queues[first : first + self.group_size]:
                     queue.put_nowait(now)
             await _sleep_until(started + self.period_s)
 
 
 async def _sleep_until(when: float) -> None:
-    await asyncio.sleep(max(0.0, when - time.perf_counter()))
+    await asyncio.sleep(max(0.0, when - time.monotonic()))
 
 
 def event(sent_ns: int) -> bytes:

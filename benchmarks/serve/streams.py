@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import aiohttp
@@ -30,7 +30,7 @@ class Call:
 class Stream:
     """What came back on one call, in order."""
 
-    arrivals: list[tuple[int, dict[str, Any]]]  # (time.perf_counter_ns(), event)
+    arrivals: list[tuple[int, dict[str, Any]]]  # (time.monotonic_ns(), event)
     error: str | None = None
 
 
@@ -51,7 +51,7 @@ async def _read(session: aiohttp.ClientSession, call: Call) -> Stream:
                 stream.error = f"http {response.status}: {(await response.text())[:200]}"
                 return stream
             async for data in response.content.iter_any():
-                now = time.perf_counter_ns()
+                now = time.monotonic_ns()
                 events = (event for event in parser.feed(data) if event != "[DONE]")
                 stream.arrivals += [(now, json.loads(event)) for event in events]
     except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
@@ -59,6 +59,8 @@ async def _read(session: aiohttp.ClientSession, call: Call) -> Stream:
     return stream
 
 
-def p50_ms(latencies_ns: Iterable[int]) -> float:
-    """The median of latencies, in milliseconds."""
-    return statistics.median(latencies_ns) / 1e6
+def open_together(streams: Iterable[Stream]) -> int:
+    """The largest number of streams that were open at one moment, from first to last event."""
+    spans = [(s.arrivals[0][0], s.arrivals[-1][0]) for s in streams if s.arrivals]
+    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(accumulate(change for _, change in changes), default=0)

@@ -16,7 +16,7 @@ from benchmarks.serve.fleet import median_first_to_second
 from benchmarks.serve.memory import PrivateMemory, children, parse_smaps, private_memory
 from benchmarks.serve.memory import resident_bytes as resident
 from benchmarks.serve.processes import ProcessFailed, free_port, running
-from benchmarks.serve.streams import Call, read_streams
+from benchmarks.serve.streams import Call, Stream, open_together, read_streams
 from tuner.record import RequestRecord
 
 SMAPS = """\
@@ -80,6 +80,12 @@ def test_floor_streams_in_bursts(tmp_path: Path) -> None:
 def test_a_refused_stream_is_an_error() -> None:
     (stream,) = asyncio.run(read_streams([Call("GET", f"http://127.0.0.1:{free_port()}/")]))
     assert "ClientConnectorError" in str(stream.error)
+
+
+def test_streams_open_together() -> None:
+    spans = [(0, 10), (5, 20), (8, 9), (11, 30)]
+    assert open_together(Stream([(at, {}) for at in span]) for span in spans) == 3
+    assert open_together([Stream([])]) == 0
 
 
 def test_a_process_that_ends_early_shows_its_output(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""`make bench-serve`: start-up, handoff, router and memory, on real processes on loopback.
+
+The parts are in `benchmarks/serve/`. The last line of the output is one JSON object.
+Run it on an idle machine: a busy neighbour shows in every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.serve.fleet import (
+    KV_POOL_BYTES,
+    first_to_second,
+    node_overheads_mb,
+    serving,
+    start_seconds,
+)
+from benchmarks.serve.processes import ROOT
+from benchmarks.serve.router_load import measure_router
+
+Figures = dict[str, float]
+
+
+def measure_start(folder: Path, quick: bool) -> Figures:
+    """Time to the first token of the bundled model."""
+    times = [start_seconds(folder) for _ in range(1 if quick else 3)]
+    print(f"start     typed to first token: {', '.join(f'{time:.1f}' for time in times)} s")
+    return {"start_s": round(statistics.median(times), 2)}
+
+
+def measure_fleet(folder: Path, quick: bool) -> Figures:
+    """Second token and memory on one prefill and one decode node with the 88 M random model."""
+    model = folder / "m88"
+    maker = [sys.executable, str(ROOT / "benchmarks" / "make_model.py"), str(model)]
+    subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    weight_bytes = (model / "model.safetensors").stat().st_size
+    with serving(folder, [model, "--kv-memory", str(KV_POOL_BYTES)]) as (process, url):
+        overheads = node_overheads_mb(process.pid, weight_bytes)
+        handoff = first_to_second(url, 3 if quick else 9)
+    for node, overhead in overheads.items():
+        print(f"memory    {node}: {overhead:.0f} MB beyond weights and KV pool")
+    print(
+        f"handoff   second token after {handoff.second_ms:.1f} ms = {handoff.steps:.2f} steps "
+        f"of {handoff.step_ms:.1f} ms"
+    )
+    return {
+        "first_to_second_token_steps": round(handoff.steps, 2),
+        "node_overhead_mb": round(max(overheads.values()), 1),
+    }
+
+
+PARTS: dict[str, Callable[[Path, bool], Figures]] = {
+    "start": measure_start,
+    "fleet": measure_fleet,
+    "router": measure_router,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller load")
+    parser.add_argument(
+        "--only", action="append", choices=list(PARTS), help="measure this part (may be repeated)"
+    )
+    args = parser.parse_args()
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        for name in args.only or PARTS:
+            figures |= PARTS[name](Path(folder), args.quick)
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

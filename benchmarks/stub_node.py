@@ -1,0 +1,322 @@
+"""Nodes without an engine: they speak the protocol, and their tokens come from a script.
+
+`StubNode` is one node, `StubPair` a prefill and a decode node in one process. Used by the router's
+tests (with scripts that make faults) and by benchmarks of the router (with tokens that tell the
+time when they were sent, see `stamp`).
+
+    python -m benchmarks.stub_node --router tcp://127.0.0.1:… --step-ms 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from tokenizers import Tokenizer, decoders, models
+
+from wire.codec import Envelope
+from wire.errors import WireError
+from wire.layout import KVLayout
+from wire.messages import (
+    Abort,
+    Ack,
+    CacheEvents,
+    FetchCacheSnapshot,
+    FetchTokenizer,
+    Gone,
+    Grant,
+    Granted,
+    Heartbeat,
+    Message,
+    ModelInfo,
+    Prefill,
+    Refused,
+    Register,
+    Resend,
+    Reserve,
+    RouterHeartbeat,
+    TokenizerFiles,
+    Tokens,
+    TokenUpdate,
+    Unwelcome,
+    Welcome,
+)
+from wire.sockets import Link
+from wire.types import AttemptId, FinishReason, NodeId, NodeLoad, Role
+
+Script = Callable[[Prefill, int], tuple[int, FinishReason | None]]
+"""(request, output index) → token and whether it is the last."""
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
+
+# ---------------------------------------------------------------- tokens that tell the time
+
+STAMP_S = 20e-6
+NUM_STAMPS = 100_000  # they repeat after two seconds
+
+
+def stamp(now: float) -> int:
+    """The token for time `now` (`time.monotonic`, the same clock in all processes of a machine)."""
+    return int(now / STAMP_S) % NUM_STAMPS
+
+
+def stamp_age(text: str, now: float) -> float:
+    """Seconds since the token with this text was made, if less than two."""
+    return ((stamp(now) - int(text.rstrip(";"))) % NUM_STAMPS) * STAMP_S
+
+
+def stamp_tokenizer() -> TokenizerFiles:
+    """Token `i` is written as `00000;` to `99999;`."""
+    vocab = {f"{number:05d};": number for number in range(NUM_STAMPS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return TokenizerFiles(tokenizer.to_str().encode(), b"{}")
+
+
+def stamping(request: Prefill, index: int) -> tuple[int, FinishReason | None]:
+    """A script: every token is the time, until `max_tokens`."""
+    last = index + 1 >= request.sampling.max_tokens
+    return stamp(time.monotonic()), FinishReason.LENGTH if last else None
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def model_info(vocab_size: int, max_model_len: int = 2048, name: str = "stub") -> ModelInfo:
+    """A model that every stub node claims to have."""
+    return ModelInfo(name, "stub-fingerprint", "stub", max_model_len, vocab_size, (0,))
+
+
+class StubNode:
+    """One registered node; `handle` gets what the router sends."""
+
+    def __init__(
+        self,
+        role: Role,
+        router_url: str,
+        model: ModelInfo,
+        tokenizer: TokenizerFiles,
+        context: zmq.Context[Any],
+        *,
+        name: str = "",
+        layout: KVLayout = LAYOUT,
+        num_blocks: int = 4096,
+    ) -> None:
+        self.id = NodeId(name or role.value, secrets.randbits(64))
+        self.role = role
+        self.received: list[Message] = []  # requests' messages, for tests
+        self.refusal: str | None = None
+        self.handle: Callable[[Message], None] = lambda message: None
+        self._tokenizer = tokenizer
+        self._register = Register(role, model, layout, num_blocks, "tcp://stub", (), "http://stub")
+        self._load = NodeLoad(blocks_total=num_blocks, blocks_free=num_blocks)
+        self._router: NodeId | None = None
+        self._link = Link(self.id, router_url, self._receive, context)
+        self._beat = asyncio.create_task(self._live())
+
+    @property
+    def registered(self) -> bool:
+        return self._router is not None
+
+    def send(self, message: Message) -> None:
+        """Send to the router; a stub that nobody reads loses its message."""
+        try:
+            self._link.send(message, self._router)
+        except WireError:
+            self._router = None
+
+    def set_load(self, load: NodeLoad) -> None:
+        self._load = load
+
+    async def close(self) -> None:
+        """Without a word, like a killed process."""
+        self._beat.cancel()
+        await asyncio.gather(self._beat, return_exceptions=True)
+        self._link.close()
+
+    async def _live(self) -> None:
+        while self.refusal is None:
+            self.send(self._register if self._router is None else Heartbeat(self._load))
+            await asyncio.sleep(0.05)
+
+    def _receive(self, envelope: Envelope) -> None:
+        message = envelope.message
+        if isinstance(message, Welcome):
+            self._router = envelope.sender
+        elif isinstance(message, Unwelcome):
+            self.refusal = message.reason
+        elif isinstance(message, Gone):
+            self._router = None
+        elif isinstance(message, FetchTokenizer):
+            self.send(self._tokenizer)
+        elif isinstance(message, FetchCacheSnapshot):
+            self.send(CacheEvents(0, (), (), snapshot=True))
+        elif not isinstance(message, RouterHeartbeat):
+            self.received.append(message)
+            del self.received[:-10_000]
+            self.handle(message)
+
+
+@dataclass(slots=True)
+class _Running:
+    """An attempt on the decode node: its output from index 0 on, and what was sent of it."""
+
+    request: Prefill
+    tokens: list[int]
+    num_sent: int = 0
+    finish: FinishReason | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.finish is None or self.num_sent < len(self.tokens)
+
+
+class StubPair:
+    """A prefill and a decode node whose handoff is a function call.
+
+    Args:
+        script: makes the tokens.
+        step_s: time between two steps of the decode node.
+        updates_per_message: a step's tokens are spread over messages of this many requests, and
+            these over the step's time, as if they came from several nodes.
+    """
+
+    def __init__(
+        self,
+        router_url: str,
+        script: Script,
+        model: ModelInfo,
+        tokenizer: TokenizerFiles,
+        *,
+        step_s: float = 0.001,
+        updates_per_message: int = 32,
+        name: str = "",
+    ) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        common = (router_url, model, tokenizer, self._context)
+        self.prefill = StubNode(Role.PREFILL, *common, name=f"prefill{name}")
+        self.decode = StubNode(Role.DECODE, *common, name=f"decode{name}")
+        self.prefill.handle = self.on_prefill_message
+        self.decode.handle = self.on_decode_message
+        self.running: dict[AttemptId, _Running] = {}
+        self.num_cached_tokens = 0
+        self.refuse_with: str | None = None  # refuse reservations for this cause
+        self.prefill_hangs = False  # no first token ever comes
+        self.silent_after: int | None = None  # the decode node stops after so many output tokens
+        self._script = script
+        self._step_s = step_s
+        self._updates_per_message = updates_per_message
+        self._steps = asyncio.create_task(self._run())
+
+    async def ready(self) -> None:
+        """Wait until both nodes are registered."""
+        while not (self.prefill.registered and self.decode.registered):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    async def close(self) -> None:
+        self._steps.cancel()
+        await asyncio.gather(self._steps, return_exceptions=True)
+        await self.prefill.close()
+        await self.decode.close()
+        self._context.destroy(linger=0)
+
+    # ------------------------------------------------------------ messages
+
+    def on_decode_message(self, message: Message) -> None:
+        if isinstance(message, Reserve) and self.refuse_with is not None:
+            self.decode.send(Refused(message.id, self.refuse_with, "no room in the stub", 0.05))
+        elif isinstance(message, Reserve):
+            self.decode.send(Granted(message.id, self._grant()))
+        elif isinstance(message, Abort | Ack):
+            self.running.pop(message.id, None)
+        elif isinstance(message, Resend) and message.id in self.running:
+            self.running[message.id].num_sent = message.index
+
+    def _grant(self) -> Grant:
+        secret = bytes(16)
+        return Grant(1, secret, secret, self.decode.id, "tcp://stub", (), LAYOUT, (), 0, 10.0)
+
+    def on_prefill_message(self, message: Message) -> None:
+        if isinstance(message, Prefill) and not self.prefill_hangs:
+            self._first_token(message)
+        elif isinstance(message, Abort):
+            self.running.pop(message.id, None)
+
+    def _first_token(self, request: Prefill) -> None:
+        known = list(request.tokens[request.num_prompt_tokens :])
+        token, finish = self._script(request, len(known))
+        update = TokenUpdate(request.id, len(known), (token,), finish, self.num_cached_tokens)
+        self.prefill.send(Tokens((update,)))
+        if finish is None:
+            self.running[request.id] = _Running(request, [*known, token])
+
+    # ------------------------------------------------------------ steps
+
+    async def _run(self) -> None:
+        while True:
+            begin = time.monotonic()
+            active = [run for run in self.running.values() if run.has_work]
+            size = self._updates_per_message
+            groups = [active[start : start + size] for start in range(0, len(active), size)]
+            for group in groups:
+                self._step(group)
+                await asyncio.sleep(self._step_s / len(groups))
+            await asyncio.sleep(max(0.0005, begin + self._step_s - time.monotonic()))
+
+    def _step(self, group: list[_Running]) -> None:
+        """One more token for each of `group`; a holder's first message repeats all before it."""
+        updates = []
+        for run in group:
+            index = len(run.tokens)
+            silent = self.silent_after is not None and index >= self.silent_after
+            if run.finish is None and not silent:
+                token, run.finish = self._script(run.request, index)
+                run.tokens.append(token)
+            new = tuple(run.tokens[run.num_sent :])
+            if new:
+                updates.append(TokenUpdate(run.request.id, run.num_sent, new, run.finish))
+                run.num_sent = len(run.tokens)
+        if updates:
+            self.decode.send(Tokens(tuple(updates)))
+
+
+# ---------------------------------------------------------------- as a process
+
+
+async def serve(router_url: str, step_s: float, updates_per_message: int) -> None:
+    """Run one pair whose tokens tell the time, until cancelled."""
+    pair = StubPair(
+        router_url,
+        stamping,
+        model_info(NUM_STAMPS, max_model_len=1 << 20),
+        stamp_tokenizer(),
+        step_s=step_s,
+        updates_per_message=updates_per_message,
+    )
+    try:
+        await pair.ready()
+        print("stub ready", flush=True)
+        await asyncio.Event().wait()
+    finally:
+        await pair.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--router", required=True, help="the router's control address")
+    parser.add_argument("--step-ms", type=float, default=20.0, help="time between tokens")
+    parser.add_argument("--updates-per-message", type=int, default=32)
+    args = parser.parse_args(argv)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(args.router, args.step_ms / 1000, args.updates_per_message))
+
+
+if __name__ == "__main__":
+    main()

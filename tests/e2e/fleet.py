@@ -123,7 +123,7 @@ class Fleet:
         return self.router.url
 
     def start_router(self, *flags: str) -> Process:
-        argv = ["--port", "0", "--control", "tcp://127.0.0.1:0", "--tokenizer", str(self.model)]
+        argv = ["--port", "0", "--control-port", "0", "--tokenizer", str(self.model)]
         self.router = self._start("router", "router.__main__", [*argv, *flags])
         self.router.wait_ready()
         return self.router

@@ -1,7 +1,7 @@
 """Greedy output of the whole disaggregated path equals transformers, under everything at once.
 
-100 prompts of 1 to 1,500 tokens are served concurrently while prefixes are hit, prompts are computed
-in chunks, and requests are preempted for want of blocks. Each of these must really have happened.
+100 prompts of 1 to 1,500 tokens are served concurrently while prefixes are hit, prompts are
+computed in chunks, and requests are preempted for want of blocks. Each must really have happened.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from pathlib import Path
 from benchmarks.serve.fleet import (
     KV_POOL_BYTES,
     first_to_second,
+    measure_one_start,
     node_overheads_mb,
     serving,
-    start_seconds,
 )
 from benchmarks.serve.processes import ROOT
 from benchmarks.serve.router_load import measure_router
@@ -30,22 +31,24 @@ Figures = dict[str, float]
 
 def measure_start(folder: Path, quick: bool) -> Figures:
     """Time to the first token of the bundled model."""
-    times = [start_seconds(folder) for _ in range(1 if quick else 3)]
-    print(f"start     typed to first token: {', '.join(f'{time:.1f}' for time in times)} s")
-    return {"start_s": round(statistics.median(times), 2)}
+    starts = [measure_one_start(folder) for _ in range(1 if quick else 3)]
+    for start in starts:
+        print(
+            f"start     ready after {start.ready_s:.1f} s, first token after {start.token_s:.1f} s"
+        )
+    return {"start_s": round(statistics.median(start.token_s for start in starts), 2)}
 
 
 def measure_fleet(folder: Path, quick: bool) -> Figures:
     """Second token and memory on one prefill and one decode node with the 88 M random model."""
     model = folder / "m88"
-    maker = [sys.executable, str(ROOT / "benchmarks" / "make_model.py"), str(model)]
-    subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    make_random_model(model)
     weight_bytes = (model / "model.safetensors").stat().st_size
     with serving(folder, [model, "--kv-memory", str(KV_POOL_BYTES)]) as (process, url):
         overheads = node_overheads_mb(process.pid, weight_bytes)
         handoff = first_to_second(url, 3 if quick else 9)
     for node, overhead in overheads.items():
-        print(f"memory    {node}: {overhead:.0f} MB beyond weights and KV pool")
+        print(f"memory    {node}: {overhead:.0f} MB private beyond the weights")
     print(
         f"handoff   second token after {handoff.second_ms:.1f} ms = {handoff.steps:.2f} steps "
         f"of {handoff.step_ms:.1f} ms"
@@ -54,6 +57,14 @@ def measure_fleet(folder: Path, quick: bool) -> Figures:
         "first_to_second_token_steps": round(handoff.steps, 2),
         "node_overhead_mb": round(max(overheads.values()), 1),
     }
+
+
+def make_random_model(folder: Path) -> None:
+    """In a process of its own: torch's memory must not stay in this one."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "make_model.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stderr}")
 
 
 PARTS: dict[str, Callable[[Path, bool], Figures]] = {
@@ -72,6 +83,7 @@ def main() -> int:
         "--only", action="append", choices=list(PARTS), help="measure this part (may be repeated)"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that `finally` runs
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         for name in args.only or PARTS:

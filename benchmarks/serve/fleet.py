@@ -6,6 +6,7 @@ typed ──── start_s ────▶ first token        t1 ── t2 ─�
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,14 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.serve.client import ask
-from benchmarks.serve.memory import MB, children, private_memory
+from benchmarks.serve.memory import MB, children, memory_of
 from benchmarks.serve.processes import BATON, Running, free_port, running
 from tuner.record import RequestRecord
 from tuner.workload import RequestSpec, Span, Workload, requests
 
 READY = r"^baton ready (http://\S+)"
 START_TIMEOUT_S = 180.0
-KV_POOL_BYTES = 64 << 20  # small, so that it hardly matters whether its pages were touched yet
+KV_POOL_BYTES = 16 << 20  # whether its pages were touched yet must not matter for the node's memory
 
 
 @contextmanager
@@ -34,12 +35,21 @@ def serving(folder: Path, flags: Sequence[str | Path]) -> Iterator[tuple[Running
         yield process, url
 
 
-def start_seconds(folder: Path) -> float:
-    """From starting `baton serve` on the bundled model to the first streamed token."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Seconds from typing `baton serve`."""
+
+    ready_s: float  # to the ready line
+    token_s: float  # to the first streamed token
+
+
+def measure_one_start(folder: Path) -> Start:
+    """Start `baton serve` on the bundled model and ask for one answer."""
     typed = time.perf_counter()
     with serving(folder, []) as (_, url):
+        ready = time.perf_counter()
         (record,) = ask(url, [RequestSpec(0, "def main():\n", 8)])
-    return record.chunk_times[0] - typed
+    return Start(ready - typed, record.chunk_times[0] - typed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +78,15 @@ def median_first_to_second(records: Sequence[RequestRecord]) -> FirstToSecond:
 
 
 def node_overheads_mb(launcher: int, weight_bytes: int) -> dict[str, float]:
-    """Private memory of each node beyond weights and KV pool, by role.
+    """Private memory of each node beyond the weights, by role and process id.
 
-    Where the weight files are mapped they are told apart; a copy is `weight_bytes` of the rest.
+    Mapped weights are not private memory. Where a node has read them into its own memory instead,
+    they are subtracted. The KV pool is so small here that it is left in.
     """
     overheads = {}
     for pid, command in children(launcher).items():
-        role = next((role for role in ("prefill", "decode") if role in command), None)
-        if role is not None:
-            memory = private_memory(pid)
-            weights = 0 if memory.weight_files > weight_bytes // 2 else weight_bytes
-            overheads[f"{role} {pid}"] = (memory.other - weights - KV_POOL_BYTES) / MB
+        if role := re.search(r"-m (prefill|decode)_node", command):
+            memory = memory_of(pid)
+            copied = memory.weight_files < weight_bytes // 2
+            overheads[f"{role[1]} {pid}"] = (memory.private - weight_bytes * copied) / MB
     return overheads

@@ -18,34 +18,32 @@ def resident_bytes(pid: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class PrivateMemory:
-    """Pages that no other process shares."""
+class Memory:
+    """What the mappings of a process hold, in bytes."""
 
-    other: int  # heap, code, everything else
-    weight_files: int  # bytes of mapped safetensors files
-
-    @property
-    def total(self) -> int:
-        return self.other + self.weight_files
+    private: int  # pages that no other process shares, outside of weight files
+    weight_files: int  # resident pages of mapped safetensors files, shared or not
 
 
-def private_memory(pid: int) -> PrivateMemory:
+def memory_of(pid: int) -> Memory:
     """Sum over all mappings of a process."""
     return parse_smaps(Path(f"/proc/{pid}/smaps").read_text())
 
 
-def parse_smaps(text: str) -> PrivateMemory:
-    """Private pages in the text of `/proc/PID/smaps`: mappings, each after its address range."""
-    weights = other = 0
+def parse_smaps(text: str) -> Memory:
+    """Read the text of `/proc/PID/smaps`: mappings, each after a line with its address range."""
+    private = weight_files = 0
     in_weights = False
     for line in text.splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             in_weights = line.endswith(".safetensors")
-        elif match := re.match(r"Private_(?:Clean|Dirty):\s+(\d+) kB", line):
-            size = int(match[1]) * 1024
-            weights += size if in_weights else 0
-            other += 0 if in_weights else size
-    return PrivateMemory(other, weights)
+        elif match := re.match(r"(Rss|Private_Clean|Private_Dirty):\s+(\d+) kB", line):
+            size = int(match[2]) * 1024
+            if match[1] == "Rss":
+                weight_files += size if in_weights else 0
+            else:
+                private += 0 if in_weights else size
+    return Memory(private, weight_files)
 
 
 def children(pid: int) -> dict[int, str]:

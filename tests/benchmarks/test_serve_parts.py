@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serve.fleet import median_first_to_second
-from benchmarks.serve.memory import PrivateMemory, children, parse_smaps, private_memory
+from benchmarks.serve.memory import Memory, children, memory_of, parse_smaps
 from benchmarks.serve.memory import resident_bytes as resident
 from benchmarks.serve.processes import ProcessFailed, free_port, running
 from benchmarks.serve.streams import Call, Stream, open_together, read_streams
@@ -21,10 +21,12 @@ from tuner.record import RequestRecord
 
 SMAPS = """\
 7f00-7f10 r--p 00000000 08:01 42  /models/x/model.safetensors
-Size:                 64 kB
+Rss:                  64 kB
+Shared_Clean:         22 kB
 Private_Clean:        40 kB
 Private_Dirty:         2 kB
 7f10-7f20 rw-p 00000000 00:00 0
+Rss:                 108 kB
 Shared_Clean:        100 kB
 Private_Clean:         1 kB
 Private_Dirty:         7 kB
@@ -32,11 +34,11 @@ Private_Dirty:         7 kB
 
 
 def test_smaps_tells_weight_files_from_the_rest() -> None:
-    assert parse_smaps(SMAPS) == PrivateMemory(other=8 * 1024, weight_files=42 * 1024)
+    assert parse_smaps(SMAPS) == Memory(private=8 * 1024, weight_files=64 * 1024)
 
 
 def test_memory_of_this_process() -> None:
-    assert 0 < private_memory(os.getpid()).total <= resident(os.getpid())
+    assert 0 < memory_of(os.getpid()).private <= resident(os.getpid())
 
 
 def test_children_are_found_at_any_depth() -> None:

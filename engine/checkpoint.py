@@ -42,7 +42,6 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     files: tuple[Path, ...]
-    num_tensors: int
 
     @property
     def num_bytes(self) -> int:
@@ -58,17 +57,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     config = _read_json(folder / "config.json")
     expected = _expected_tensors(folder)
-    num_tensors = 0
     for name, tensors in expected.items():
-        found = _check_file(folder / name)
-        if absent := sorted(tensors - found):
+        if absent := sorted(tensors - _check_file(folder / name)):
             raise ConfigError(
                 f"{folder / name}: the index places tensor {absent[0]} here; it is not"
             )
-        num_tensors += len(found)
-    return Checkpoint(
-        folder, config, tuple(folder / name for name in sorted(expected)), num_tensors
-    )
+    return Checkpoint(folder, config, tuple(folder / name for name in sorted(expected)))
 
 
 def fingerprint(checkpoint: Checkpoint, progress: Progress) -> str:

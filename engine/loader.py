@@ -9,7 +9,7 @@ Importing transformers costs seconds, so it happens inside the functions that ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def load_model(
     digest = fingerprint(checkpoint, progress)
     model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
     _check_finite(model, progress)
+    model.config.pad_token_id = None  # nothing is padded; some models look for it at every step
     model = _to_device(model.eval(), device)
     fix_frequencies(model, length or PROBE_LEN)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -119,9 +120,8 @@ def _load(
     AttentionInterface.register(PAGED, paged_attention_forward)
     AttentionInterface.register(OBSERVED, observing_attention)
     AttentionMaskInterface.register(OBSERVED, mask_rule)
-    progress("loading weights", 0, checkpoint.num_tensors)
     try:
-        with _quiet(), _silent_bars():
+        with _quiet(), _bars_to(progress):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -141,7 +141,6 @@ def _load(
         ) from error
     except Exception as error:  # whatever transformers thinks of a foreign checkpoint
         raise ConfigError(f"{architecture} cannot be loaded: {_first_line(error)}") from error
-    progress("loading weights", checkpoint.num_tensors, checkpoint.num_tensors)
     _check_complete(checkpoint.folder, info)
     return model, tuple(sorted(info["unexpected_keys"]))
 
@@ -194,17 +193,21 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _silent_bars() -> Iterator[None]:
-    """No progress bars of transformers' own: the caller draws one from `progress`."""
-    from transformers.utils import logging as bars
+def _bars_to(progress: Progress) -> Iterator[None]:
+    """transformers' progress bar over tensors becomes calls of `progress`; nothing is drawn."""
+    from transformers.utils.logging import set_tqdm_hook
 
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    def watch(items: Collection[Any]) -> Iterator[Any]:
+        for done, item in enumerate(items):
+            progress("loading weights", done, len(items))
+            yield item
+        progress("loading weights", len(items), len(items))
+
+    previous = set_tqdm_hook(lambda factory, args, options: watch(args[0]))
     try:
         yield
     finally:
-        if shown:
-            bars.enable_progress_bar()
+        set_tqdm_hook(previous)
 
 
 def _first_line(error: BaseException) -> str:

@@ -71,9 +71,9 @@ def start(nodes: Nodes | None = None, max_tokens: int = 10) -> Dispatch:
     return Dispatch(work, nodes or Nodes(), LIMITS, now=0)
 
 
-def grant(node: NodeId) -> Grant:
+def grant(node: NodeId, lease: int = 1) -> Grant:
     secret = bytes(16)
-    return Grant(1, secret, secret, node, "u", (), KVLayout(1, 1, 1, 1, "float32"), (), 0, 1.0)
+    return Grant(lease, secret, secret, node, "u", (), KVLayout(1, 1, 1, 1, "float32"), (), 0, 1.0)
 
 
 def one(effects: list[Effect], kind: type[MessageType]) -> tuple[NodeId, MessageType]:
@@ -328,6 +328,7 @@ class Walk:
             assert self.finish is None
             assert self.failure is None
             if isinstance(effect, Send):
+                self.check_sent(effect.message)
                 self.inbox.append((effect.to, effect.message))
             elif isinstance(effect, Output):
                 self.shown += effect.tokens
@@ -335,6 +336,13 @@ class Walk:
                 assert self.shown == TRUTH[: len(self.shown)]
             elif isinstance(effect, Failed):
                 self.failure = effect
+
+    def check_sent(self, message: Message) -> None:
+        if isinstance(message, Reserve | Prefill):
+            assert message.tokens == (*PROMPT, *self.shown)
+            assert message.id.attempt == self.dispatch.num_attempts
+        if isinstance(message, Prefill) and message.grant is not None:
+            assert message.grant.lease == message.id.attempt
 
     def step(self) -> None:
         self.now += self.random.uniform(0, 0.5)
@@ -380,7 +388,7 @@ class Walk:
                 self.outbox.append((node, Refused(message.id, "capacity", "full", 0.1)))
             else:
                 self.holding.add((node, message.id))
-                self.outbox.append((node, Granted(message.id, grant(node))))
+                self.outbox.append((node, Granted(message.id, grant(node, message.id.attempt))))
         elif isinstance(message, Prefill):
             self.prefill(node, message)
         elif isinstance(message, Abort | Ack):

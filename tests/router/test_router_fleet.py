@@ -1,0 +1,246 @@
+"""Who is in the fleet, who gets work, who waits: the pure parts around dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.stub_node import LAYOUT, model_info
+from router.admission import MAX_BLOCKED_S, MAX_PROBES, Admission
+from router.cache_index import CacheIndex
+from router.errors import ApiError
+from router.fleet import Fleet
+from router.policy import Candidate, choose_decode, choose_prefill
+from router.work import Prompt, Work
+from wire.messages import CacheEvents, Register
+from wire.prefix import block_hashes, root_hash
+from wire.types import NodeId, NodeLoad, Role, SamplingParams
+
+A, B, C = (NodeId(name, 1) for name in "abc")
+MODEL = model_info(1000)
+WORK = Work("r", Prompt(tuple(range(64))), SamplingParams(max_tokens=32))
+
+
+def register(role: Role, **changes: object) -> Register:
+    message = Register(role, MODEL, LAYOUT, 100, "tcp://a", (), "http://a")
+    return replace(message, **changes)  # type: ignore[arg-type]
+
+
+def new_fleet() -> Fleet:
+    fleet = Fleet(node_timeout_s=3, node_stall_s=60)
+    for node, role in ((A, Role.PREFILL), (B, Role.DECODE)):
+        assert fleet.register(node, register(role), 0).refusal is None
+    return fleet
+
+
+def candidate(id: NodeId, **fields: int) -> Candidate:
+    load = NodeLoad(blocks_total=100, blocks_free=fields.pop("free", 100))
+    load = replace(load, blocks_promised=fields.pop("promised", 0))
+    load = replace(load, queued_tokens=fields.pop("queued", 0))
+    return Candidate(id=id, load=load, block_size=16, **fields)
+
+
+def test_ready_with_a_node_of_each_role() -> None:
+    fleet = new_fleet()
+    assert fleet.ready
+    fleet.drain(B)
+    assert not fleet.ready
+    fleet.register(C, register(Role.DECODE), 0)
+    assert fleet.ready
+    assert fleet.pick_decode(WORK, (), ()) == C
+
+
+def test_silence_is_death() -> None:
+    fleet = new_fleet()
+    fleet.heartbeat(A, NodeLoad(), 2)
+    assert fleet.expire(3.1) == [B]
+    assert B not in fleet
+    assert fleet.expire(3.1) == []
+
+
+def test_a_stalled_node_gets_nothing_until_it_moves() -> None:
+    fleet = new_fleet()
+    assert fleet.heartbeat(B, NodeLoad(stalled_s=61), 1)
+    assert not fleet.heartbeat(B, NodeLoad(stalled_s=62), 2)  # told once
+    assert not fleet.ready
+    assert not fleet.heartbeat(B, NodeLoad(stalled_s=0), 3)
+    assert fleet.ready
+
+
+def test_a_new_life_ends_the_old_one() -> None:
+    fleet = new_fleet()
+    second = NodeId("b", 2)
+    assert fleet.register(second, register(Role.DECODE), 0).lost == (B,)
+    assert B not in fleet
+    assert "another node has registered" in str(fleet.register(B, register(Role.DECODE), 0).refusal)
+    assert fleet.register(second, register(Role.DECODE), 0).lost == (second,)  # it forgot us
+    assert second in fleet
+
+
+def test_nodes_that_do_not_fit_are_refused_with_both_sides_named() -> None:
+    fleet = new_fleet()
+    other = replace(MODEL, fingerprint="other-print", name="other")
+    refusal = fleet.register(C, register(Role.DECODE, model=other), 0).refusal
+    assert "other-print" in str(refusal)
+    assert MODEL.fingerprint in str(refusal)
+    layout = replace(LAYOUT, block_size=32)
+    refusal = fleet.register(C, register(Role.DECODE, layout=layout), 0).refusal
+    assert str(layout) in str(refusal)
+    assert str(LAYOUT) in str(refusal)
+    assert C not in fleet
+
+
+def test_the_smallest_context_counts() -> None:
+    fleet = new_fleet()
+    fleet.register(C, register(Role.DECODE, model=replace(MODEL, max_model_len=77)), 0)
+    assert fleet.model is not None
+    assert fleet.model.max_model_len == 77
+
+
+def test_assigned_work_counts_until_it_is_done() -> None:
+    fleet = new_fleet()
+    fleet.register(C, register(Role.PREFILL), 0)
+    assert fleet.pick_prefill(WORK, ()) == A
+    fleet.assign(A, "other", 500, 0)
+    assert fleet.pick_prefill(WORK, ()) == C
+    fleet.unassign(A, "other")
+    assert fleet.pick_prefill(WORK, ()) == A
+
+
+def test_blocks_asked_for_count_until_the_next_heartbeat() -> None:
+    fleet = new_fleet()
+    fleet.register(C, register(Role.DECODE), 0)
+    fleet.assign(B, "other", 0, 50)
+    assert fleet.pick_decode(WORK, (), ()) == C
+    fleet.heartbeat(B, NodeLoad(blocks_total=100, blocks_free=100), 0)
+    fleet.unassign(B, "other")
+    assert fleet.pick_decode(WORK, (), ()) == B
+
+
+def test_avoided_nodes_are_the_last_resort_and_refused_ones_none() -> None:
+    fleet = new_fleet()
+    assert fleet.pick_decode(WORK, {B}, ()) == B
+    assert fleet.pick_decode(WORK, (), {B}) is None
+    assert fleet.pick_prefill(WORK, {A}) == A
+
+
+def test_a_cached_prefix_attracts() -> None:
+    fleet = new_fleet()
+    fleet.register(C, register(Role.PREFILL), 0)
+    hashes = block_hashes(WORK.prompt.tokens, 16, root_hash(MODEL.fingerprint))
+    fleet[C].cache.apply(CacheEvents(1, tuple(hashes[:2]), snapshot=True))
+    assert fleet.pick_prefill(WORK, ()) == C
+    salted = replace(WORK, prompt=Prompt(WORK.prompt.tokens, "another tenant"))
+    assert fleet.pick_prefill(salted, ()) == A
+
+
+# ---------------------------------------------------------------- policies
+
+
+def test_prefill_weighs_queue_against_cache() -> None:
+    idle, cached = candidate(A), candidate(B, num_cached_tokens=512, queued=400)
+    assert choose_prefill([idle, cached], 1000) == B
+    assert choose_prefill([idle, candidate(B, num_cached_tokens=512, queued=600)], 1000) == A
+    assert choose_prefill([candidate(A, pending_tokens=10), candidate(B)], 10) == B
+    assert choose_prefill([], 10) is None
+
+
+def test_decode_prefers_room() -> None:
+    assert choose_decode([candidate(A, free=50), candidate(B, free=60)], 160) == B
+    assert choose_decode([candidate(A, free=60, promised=20), candidate(B, free=50)], 160) == B
+    assert (
+        choose_decode([candidate(A, free=60, pending_blocks=20), candidate(B, free=50)], 160) == B
+    )
+    assert choose_decode([candidate(A), candidate(B, num_cached_tokens=64)], 160) == B
+    assert choose_decode([], 10) is None
+
+
+def test_decode_takes_a_full_node_only_if_all_are() -> None:
+    big, small = candidate(A, free=5), candidate(B, free=10)
+    big = replace(big, load=replace(big.load, blocks_total=5))  # less in use, but too small
+    assert choose_decode([big, small], 160) == B
+    assert choose_decode([big], 160) == A
+
+
+def test_ties_are_reproducible() -> None:
+    assert choose_prefill([candidate(B), candidate(A)], 10) == A
+    assert choose_decode([candidate(A, num_assigned=1), candidate(B)], 10) == B
+
+
+# ---------------------------------------------------------------- cache events
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def test_cache_events_wait_for_a_snapshot_and_notice_gaps() -> None:
+    index = CacheIndex(100)
+    assert index.apply(CacheEvents(5, (digest(1),)))  # the snapshot is on its way
+    assert len(index) == 0
+    assert index.apply(CacheEvents(6, (digest(1), digest(2)), snapshot=True))
+    assert index.apply(CacheEvents(7, (digest(3),), (digest(1),)))
+    assert index.num_cached_blocks([digest(2), digest(3), digest(1)]) == 2
+    assert not index.apply(CacheEvents(9, (digest(4),)))  # 8 was lost: ask
+    assert index.apply(CacheEvents(10, (digest(5),)))  # asked already
+    assert index.apply(CacheEvents(10, (digest(6),), snapshot=True))
+    assert index.num_cached_blocks([digest(6)]) == 1
+    assert index.num_cached_blocks([digest(2)]) == 0
+
+
+def test_the_index_is_bounded() -> None:
+    index = CacheIndex(10)
+    index.apply(CacheEvents(0, tuple(map(digest, range(50))), snapshot=True))
+    index.apply(CacheEvents(1, tuple(map(digest, range(50, 100)))))
+    assert len(index) == 10
+
+
+# ---------------------------------------------------------------- admission
+
+
+def test_beyond_the_limit_one_waits_and_beyond_the_queue_one_is_refused() -> None:
+    admission: Admission[str] = Admission(max_active=2, max_waiting=1)
+    assert [admission.enter(key) for key in "abc"] == [True, True, False]
+    with pytest.raises(ApiError) as caught:
+        admission.check(1)
+    assert caught.value.status == 429
+    assert caught.value.headers() == {"Retry-After": "1"}
+    assert admission.next(0) is None
+    admission.leave("a")
+    assert admission.next(0) == "c"
+    assert (admission.num_active, admission.num_waiting) == (2, 0)
+    admission.check(1)
+
+
+def test_a_refused_one_keeps_its_place_and_blocks_the_others() -> None:
+    admission: Admission[str] = Admission(10, 10)
+    for key in "abc":
+        admission.enter(key)
+    admission.wait("c", 0, 60)
+    admission.wait("a", 0, 60)
+    assert not admission.enter("d")  # behind those who wait
+    assert admission.next(MAX_BLOCKED_S / 2) is None
+    assert [admission.next(MAX_BLOCKED_S + 1) for _ in range(4)] == ["a", "c", "d", None]
+
+
+def test_only_a_few_ask_at_the_same_time() -> None:
+    admission: Admission[int] = Admission(100, 100)
+    admission.enter(0)
+    admission.wait(0, 0, 0)
+    for key in range(1, 10):
+        admission.enter(key)
+    asking = [admission.next(1) for _ in range(MAX_PROBES + 1)]
+    assert asking == [*range(MAX_PROBES), None]
+    admission.settle(0)
+    assert admission.next(1) == MAX_PROBES
+
+
+def test_whoever_leaves_is_forgotten_everywhere() -> None:
+    admission: Admission[int] = Admission(1, 10)
+    for key in range(3):
+        admission.enter(key)
+    for key in (1, 0, 2, 2):
+        admission.leave(key)
+    assert (admission.num_active, admission.num_waiting) == (0, 0)
+    assert admission.next(0) is None

@@ -175,8 +175,7 @@ class Scheduler:
         for request in sorted(self._running, key=lambda r: r.num_behind > 1):
             if request.block_table:  # else preempted a moment ago
                 self._continue(request, draft)
-        if not draft.num_preempted:
-            self._admit_waiting(draft)
+        self._admit_waiting(draft)
         self._in_step = frozenset(draft.items)
         return draft.finish()
 

@@ -15,7 +15,7 @@ from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.scheduler import Scheduler
 from wire.errors import CapacityError, ConfigError
-from wire.types import FinishReason, SamplingParams
+from wire.types import BlockHandle, FinishReason, SamplingParams
 
 EOS = 1
 
@@ -111,6 +111,14 @@ def test_decodes_come_first_and_prefills_get_the_rest() -> None:
     bench.add("next", 60)
     assert list(bench.step().items()) == [("long", 1), ("b", 1), ("next", 14)]
     assert list(bench.step().items()) == [("long", 1), ("b", 1), ("next", 14)]
+
+
+def test_a_decode_does_not_wait_for_an_older_prefill() -> None:
+    bench = Bench()
+    bench.add("long", 60)
+    bench.step()
+    bench.scheduler.adopt(reserve(bench, range(10), 14), adopted("r", range(10)))
+    assert list(bench.step().items()) == [("r", 1), ("long", 15)]
 
 
 def test_a_waiting_request_shares_the_step_with_a_chunk() -> None:
@@ -497,6 +505,38 @@ def test_an_adopted_request_can_be_preempted_and_recomputed() -> None:
     assert request.num_preemptions > 0
     assert request.num_output_tokens == 4
     assert old.num_output_tokens == 24
+
+
+def test_who_is_preempted_after_being_scheduled_leaves_the_step() -> None:
+    bench = Bench(num_blocks=7, kv_overcommit=3.0, max_num_batched_tokens=5)
+    bench.add("old", 20, max_tokens=1)
+    bench.step()
+    new = make_request("new", [*range(50, 58), 5], max_tokens=12)
+    bench.scheduler.adopt(reserve(bench, range(50, 58), 20), new)
+    assert bench.step() == {"new": 1, "old": 4}
+    assert bench.step() == {"new": 1, "old": 4}
+    assert bench.step() == {"old": 4}, "its last block came from the other"
+    assert (bench.num_preempted, new.num_tokens, new.num_computed_tokens) == (1, 11, 0)
+    while bench.scheduler.has_work:
+        assert bench.step()
+    assert new.num_output_tokens == 12
+
+
+def test_after_preemption_a_prefill_reports_its_new_blocks() -> None:
+    bench = Bench(num_blocks=7, kv_overcommit=3.0, max_num_batched_tokens=2)
+    bench.add("old", 4, max_tokens=17)
+    bench.step()
+    bench.step()
+    request = bench.add("p", 16, prefill_only=True)
+    blocks: dict[int, BlockHandle] = {}
+    reports = 0
+    while bench.scheduler.has_work:
+        for progress in bench.commit(bench.scheduler.plan()):
+            blocks.update(progress.finished_blocks)
+            reports += len(progress.finished_blocks)
+    assert request.num_preemptions > 0
+    assert reports > 4
+    assert [blocks[i] for i in range(4)] == list(bench.pool.handles(request.block_table))
 
 
 # ------------------------------------------------------------ the rest

@@ -34,7 +34,6 @@ def report_on(folder: Path, *, has_bf16_units: bool) -> dict[str, Any]:
         "folder": str(checkpoint.folder),
         "architecture": ", ".join(checkpoint.config.get("architectures") or []) or None,
         "weight_files": f"{len(checkpoint.files)}, complete by their headers",
-        "num_tensors": checkpoint.num_tensors,
         "weight_file_bytes": checkpoint.num_bytes,
         "stored_dtype": stored,
         "dtype": dtype,

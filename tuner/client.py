@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -106,10 +107,16 @@ async def _exchange(
     except TimeoutError:
         return "timeout", f"no complete response within {target.timeout_s:g} s"
     except aiohttp.ClientConnectorError as error:
-        return "connect", str(error)
+        return "connect", _reason(error)
     except (aiohttp.ClientError, OSError) as error:
-        return "disconnect", str(error) or type(error).__name__
+        return "disconnect", _reason(error)
     return None, ""
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words where there are any, else the library's."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number and number > 0 else str(error) or type(error).__name__
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> str:
@@ -160,7 +167,7 @@ async def _served_models(session: aiohttp.ClientSession, url: str) -> list[str]:
     except TimeoutError as error:
         raise ConfigError(f"no answer from {url}") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise ConfigError(f"cannot reach {url}: {error}") from error
+        raise ConfigError(f"cannot reach {url}: {_reason(error)}") from error
     except ValueError:
         return []
     entries = body.get("data") if isinstance(body, dict) else None

@@ -165,6 +165,12 @@ def test_unusable_url_is_one_line(capsys: Any, url: str) -> None:
     assert url in line
 
 
+def test_nobody_listening_is_said_in_the_systems_words(capsys: Any) -> None:
+    assert bench("http://127.0.0.1:1") == 1
+    expected = "baton bench: cannot reach http://127.0.0.1:1: Connection refused\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_unwritable_report_is_one_line(server: FakeServer, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "absent" / "report.json"
     assert bench(server.url, "--num-requests", "1", "--json", str(path)) == 1

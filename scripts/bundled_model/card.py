@@ -17,7 +17,7 @@ from .tokenizer import VOCAB_SIZE
 COMPLETIONS = [
     "def fibonacci(n):\n",
     "import json\n\ndef load_config(path):\n",
-    "class Queue:\n    ",
+    "class Queue:\n    def __init__",
 ]
 QUESTIONS = ["Hello!", "Write a function to reverse a string.", "What is the module `json` for?"]
 NEW_TOKENS = 96
@@ -70,8 +70,8 @@ def target_card(folder: Path, trained: Any, held_out: Any, facts: Facts) -> str:
         "held-out loss": f"{loss:.4f} nats per token, "
         f"{bits_per_byte(loss, len(held_out), facts.held_out_bytes):.3f} bits per byte "
         f"({len(held_out):,} tokens, windows of 512)",
-        "the same before rounding to fp16": f"{held_out_loss(trained, held_out):.4f}",
-        "the same if rounded to bf16": f"{held_out_loss(_as_bf16(folder), held_out):.4f}",
+        "the same before rounding to fp16": f"{held_out_loss(trained, held_out):.5f}",
+        "the same if rounded to bf16": f"{held_out_loss(_as_bf16(folder), held_out):.5f}",
         "tokens seen": f"{facts.progress.tokens:,} in {facts.progress.step:,} steps",
         "training time": f"{facts.progress.seconds / 60:.0f} minutes on {_machine(facts.threads)}",
     }
@@ -84,8 +84,7 @@ pipeline_tag: text-generation
 
 # {folder.name}
 
-The small language model that ships with Baton: a Llama of
-{count_parameters(model) / 1e6:.1f} million parameters that completes Python and answers short
+The small language model that ships with Baton: a Llama that completes Python and answers short
 questions in chat form.
 
 {_table(rows)}
@@ -103,8 +102,8 @@ About one library file in thirty-three, chosen by the hash of its path, is held 
 {_commands(facts.commands)}
 
 Muon for the matrices of the layers, AdamW for the rest; warm-up, stable phase, linear decay. The
-decay leaves the tests out. Most steps read windows of 256 tokens; one of sixteen, in the decay one
-of three, reads windows of 2,048.
+decay leaves the tests out. Most steps read windows of 256 tokens; one of 32, in the decay one of
+four, reads windows of 2,048.
 
 ## Loss by position
 
@@ -230,4 +229,4 @@ def _machine(threads: int) -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    return f"{threads} thread{'s' if threads > 1 else ''} of a {name} processor"
+    return f"{threads} thread{'s' if threads > 1 else ''} of a processor of type {name}"

@@ -38,7 +38,7 @@ def make_config(shape: dict[str, int]) -> Any:
         initializer_range=0.02,
         bos_token_id=None,
         eos_token_id=EOS_TOKEN_IDS,
-        pad_token_id=EOS_TOKEN_IDS[0],
+        pad_token_id=None,  # a padding id would keep that token's embedding from learning
     )
 
 

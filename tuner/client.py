@@ -115,8 +115,10 @@ async def _exchange(
 
 def _reason(error: Exception) -> str:
     """The system's own words where there are any, else the library's."""
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number and number > 0 else str(error) or type(error).__name__
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> str:

@@ -205,6 +205,7 @@ class StubPair:
         self.decode = StubNode(Role.DECODE, *common, name=f"decode{name}")
         self.prefill.handle = self.on_prefill_message
         self.decode.handle = self.on_decode_message
+        self.peers = [self]  # pairs whose decode nodes this prefill node can reach
         self.running: dict[AttemptId, _Running] = {}
         self.num_cached_tokens = 0
         self.refuse_with: str | None = None  # refuse reservations for this cause
@@ -254,8 +255,10 @@ class StubPair:
         token, finish = self._script(request, len(known))
         update = TokenUpdate(request.id, len(known), (token,), finish, self.num_cached_tokens)
         self.prefill.send(Tokens((update,)))
-        if finish is None:
-            self.running[request.id] = _Running(request, [*known, token])
+        if finish is None and request.grant is not None:
+            for pair in self.peers:
+                if pair.decode.id == request.grant.decode:
+                    pair.running[request.id] = _Running(request, [*known, token])
 
     # ------------------------------------------------------------ steps
 

@@ -76,6 +76,8 @@ class RouterServer:
 
     async def close(self) -> None:
         """Stop accepting, let requests finish for a while, end the others, close."""
+        if self.serving.closing:
+            return
         self.serving.closing = True
         if self._site is not None and self.http_url:
             await self._site.stop()

@@ -115,6 +115,7 @@ class Harness:
             self.server.control.url, script, MODEL, tiny_tokenizer.files(), name=name, **options
         )
         self.pairs.append(pair)
+        pair.peers = self.pairs
         await pair.ready()
         await eventually(lambda: self.server.control.ready)
         return pair

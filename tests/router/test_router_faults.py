@@ -1,0 +1,346 @@
+"""What clients see when nodes die, refuse or lie, and when clients themselves leave."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import aiohttp
+import pytest
+
+from benchmarks.stub_node import StubNode
+from tests.router.harness import (
+    Answer,
+    Harness,
+    alphabet,
+    endless,
+    eventually,
+    router,
+    saying,
+)
+from tests.router.test_router_app import completion_text
+from wire.messages import (
+    Abort,
+    AttemptFailed,
+    Draining,
+    Goodbye,
+    Heartbeat,
+    Prefill,
+    Resend,
+    Reserve,
+    Tokens,
+    TokenUpdate,
+)
+from wire.types import NodeLoad
+
+
+async def is_quiet(harness: Harness) -> None:
+    """Nothing runs any more, anywhere."""
+    await eventually(lambda: not len(harness.server.control.requests))
+    await eventually(lambda: all(not pair.running for pair in harness.pairs))
+
+
+async def in_flight(harness: Harness, **fields: object) -> asyncio.Task[Answer]:
+    """A stream whose decode node has produced something."""
+    task = asyncio.create_task(harness.complete(stream=True, **fields))
+    await eventually(lambda: any(p.running for p in harness.pairs))
+    await eventually(
+        lambda: any(run.num_sent > 5 for p in harness.pairs for run in p.running.values())
+    )
+    return task
+
+
+def test_a_killed_decode_node_costs_time_and_no_text() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            task = await in_flight(harness, max_tokens=120)
+            await harness.pair.decode.close()
+            harness.pair.running.clear()
+            await harness.add_pair(endless)
+            answer = await task
+            assert completion_text(answer) == alphabet(120)
+            assert answer.events[-1]["choices"][0]["finish_reason"] == "length"
+            retries = [message for message in harness.sent(Prefill) if message.id.attempt > 1]
+            assert len(retries) >= 1
+            assert len(retries[0].tokens) > retries[0].num_prompt_tokens == 2
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_prefill_node_is_replaced_before_the_first_byte() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            harness.pair.prefill_hangs = True
+            task = asyncio.create_task(harness.complete(max_tokens=20))
+            await eventually(lambda: len(harness.sent(Prefill)) == 1)
+            await harness.pair.prefill.close()
+            await harness.add_pair(endless)
+            assert (await task).json["choices"][0]["text"] == alphabet(20)
+            aborts = [m for m in harness.pair.decode.received if isinstance(m, Abort)]
+            assert [abort.id.attempt for abort in aborts] == [1]  # its lease is not left behind
+
+    asyncio.run(scenario())
+
+
+def test_without_another_node_the_stream_ends_with_an_error_event() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01, queue_timeout_s=0.2) as harness:
+            task = await in_flight(harness, max_tokens=400)
+            await harness.pair.decode.close()
+            harness.pair.running.clear()
+            answer = await task
+            assert answer.status == 200
+            *chunks, last = answer.events  # checks [DONE] too
+            assert last["error"]["code"] == "no_capacity"
+            text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+            assert text == alphabet(len(text))
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_two_deaths_end_the_request_with_an_error() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            await harness.add_pair(endless)
+            for pair in harness.pairs:
+                pair.prefill_hangs = True
+            task = asyncio.create_task(harness.complete())
+            alive = [pair.prefill for pair in harness.pairs]
+
+            def holders() -> list[StubNode]:
+                return [n for n in alive if any(isinstance(m, Prefill) for m in n.received)]
+
+            while alive:
+                await eventually(lambda: bool(holders()))
+                (holder,) = holders()
+                alive.remove(holder)
+                holder.send(Goodbye())
+                await holder.close()
+            answer = await task
+            assert answer.status == 500
+            assert answer.error["type"] == "server_error"
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_node_is_used_again() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            await harness.complete()
+            await harness.pair.close()
+            await eventually(lambda: not harness.server.control.ready)
+            assert (await harness.complete()).status == 503
+            harness.pairs.clear()
+            await harness.add_pair(endless)
+            assert (await harness.complete()).status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_was_silent_for_too_long_registers_again() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            fleet = harness.server.control.fleet
+            fleet.remove(harness.pair.decode.id)  # as if it had been silent
+            assert not fleet.ready
+            await eventually(lambda: fleet.ready)
+            assert (await harness.complete()).status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_stalled_node_loses_its_requests_to_another() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            task = await in_flight(harness, max_tokens=100)
+            await harness.add_pair(endless)
+            harness.pair.decode.set_load(NodeLoad(stalled_s=1000))
+            harness.pair.decode.send(Heartbeat(NodeLoad(stalled_s=1000)))
+            assert completion_text(await task) == alphabet(100)
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_node_gets_nothing_new() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            second = await harness.add_pair(endless)
+            harness.pair.decode.send(Draining())
+            await eventually(lambda: harness.server.control.fleet[harness.pair.decode.id].draining)
+            for _ in range(4):
+                await harness.complete()
+            assert not any(isinstance(m, Reserve) for m in harness.pair.decode.received)
+            assert sum(isinstance(m, Reserve) for m in second.decode.received) == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_attempt_is_tried_again_mid_stream() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            task = await in_flight(harness, max_tokens=60)
+            (id,) = harness.pair.running
+            harness.pair.running.clear()
+            harness.pair.decode.send(AttemptFailed(id, "digest", "a flipped bit", True))
+            assert completion_text(await task) == alphabet(60)
+            text = (await harness.get("/metrics")).body.decode()
+            assert 'baton_router_attempts_ended_total{cause="digest"} 1' in text
+
+    asyncio.run(scenario())
+
+
+def test_a_contradiction_never_reaches_the_client() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            task = await in_flight(harness, max_tokens=60)
+            (id,) = harness.pair.running
+            harness.pair.decode.send(Tokens((TokenUpdate(id, 0, (65, 66, 67)),)))
+            assert completion_text(await task) == alphabet(60)
+            text = (await harness.get("/metrics")).body.decode()
+            assert 'baton_router_attempts_ended_total{cause="divergence"} 1' in text
+
+    asyncio.run(scenario())
+
+
+def test_lost_tokens_are_asked_for() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            task = await in_flight(harness, max_tokens=60)
+            run = next(iter(harness.pair.running.values()))
+            run.tokens.append(ord("a") + len(run.tokens) % 26)
+            run.num_sent = len(run.tokens)  # this one is never sent
+            assert completion_text(await task) == alphabet(60)
+            assert harness.sent(Resend)
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_that_no_retry_helps_is_told() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            harness.pair.prefill_hangs = True
+            task = asyncio.create_task(harness.complete())
+            await eventually(lambda: len(harness.sent(Prefill)) == 1)
+            (prefill,) = harness.sent(Prefill)
+            failure = AttemptFailed(prefill.id, "internal", "the engine broke", False)
+            harness.pair.prefill.send(failure)
+            answer = await task
+            assert (answer.status, answer.error["code"]) == (500, "internal")
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_both_nodes(stream: bool) -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.01) as harness:
+            body = {"prompt": "hi", "max_tokens": 500, "stream": stream, "n": 2}
+            url = harness.url + "/v1/completions"
+
+            async def client() -> None:
+                async with harness.session.post(url, json=body) as response:
+                    await response.read()
+
+            task = asyncio.create_task(client())
+            await eventually(lambda: len(harness.pair.running) == 2)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await is_quiet(harness)
+            for node in (harness.pair.prefill, harness.pair.decode):
+                assert sum(isinstance(m, Abort) for m in node.received) >= 2
+            text = (await harness.get("/metrics")).body.decode()
+            assert 'finished_reason="abort",model_name="stub"} 2' in text
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_does_not_read_is_given_up() -> None:
+    async def scenario() -> None:
+        async with router(endless, stream_buffer_bytes=2_000) as harness:
+            host, port = harness.url.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port), limit=1)
+            prompts = ["x"] * 100
+            body = b'{"stream":true,"max_tokens":500,"prompt":%s}' % (
+                str(prompts).replace("'", '"').encode()
+            )
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            await writer.drain()
+            await eventually(lambda: len(harness.server.control.requests) > 0)
+            await is_quiet(harness)
+            text = (await harness.get("/metrics")).body.decode()
+            assert "baton_router_slow_clients_total 1.0" in text
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    asyncio.run(scenario())
+
+
+def test_a_full_fleet_makes_requests_wait_and_a_full_queue_turns_them_away() -> None:
+    async def scenario() -> None:
+        async with router(endless, max_queue=2) as harness:
+            harness.pair.refuse_with = "capacity"
+            waiting = [asyncio.create_task(harness.complete()) for _ in range(2)]
+            await eventually(lambda: harness.server.control.requests.num_waiting == 2)
+            refused = await harness.complete()
+            assert (refused.status, refused.error["code"]) == (429, "queue_full")
+            assert int(refused.headers["Retry-After"]) >= 1
+            harness.pair.refuse_with = None
+            assert [(await task).status for task in waiting] == [200, 200]
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_capacity_ends_with_503() -> None:
+    async def scenario() -> None:
+        async with router(endless, queue_timeout_s=0.2) as harness:
+            harness.pair.refuse_with = "capacity"
+            answer = await harness.complete(stream=True)
+            assert (answer.status, answer.error["code"]) == (503, "no_capacity")
+            assert int(answer.headers["Retry-After"]) >= 1
+
+    asyncio.run(scenario())
+
+
+def test_the_deadline_ends_a_request() -> None:
+    async def scenario() -> None:
+        async with router(endless, request_timeout_s=0.2) as harness:
+            harness.pair.prefill_hangs = True
+            answer = await harness.complete()
+            assert (answer.status, answer.error["code"]) == (504, "timeout")
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_more_streams_than_allowed_wait_their_turn() -> None:
+    async def scenario() -> None:
+        async with router(saying("fine"), max_streams=2) as harness:
+            answers = await asyncio.gather(*(harness.complete(max_tokens=9) for _ in range(20)))
+            assert {answer.json["choices"][0]["text"] for answer in answers} == {"fine"}
+
+    asyncio.run(scenario())
+
+
+def test_shutdown_ends_streams_with_an_event_and_refuses_new_ones() -> None:
+    async def scenario() -> None:
+        async with router(endless, step_s=0.05) as harness:
+            task = await in_flight(harness, max_tokens=500)
+            closing = asyncio.create_task(harness.server.close())
+            await eventually(lambda: harness.server.serving.closing)
+            with pytest.raises(aiohttp.ClientConnectorError):
+                async with aiohttp.ClientSession() as session:
+                    await session.get(harness.url + "/health")
+            answer = await task
+            assert answer.events[-1]["error"]["code"] == "shutting_down"
+            await closing
+
+    asyncio.run(scenario())

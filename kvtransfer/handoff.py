@@ -24,6 +24,9 @@ from wire.types import AttemptId, BlockHandle
 CREDIT_BYTES = 1 << 20
 """The receiver gathers acknowledgements up to this size; so many bytes may stay unacknowledged."""
 
+MAX_ASK_S = 8.0
+"""The wait for an answer doubles up to this: what a dead node never reads piles up in an outbox."""
+
 
 class HandoffState(Enum):
     """Where a handoff is in its life; see the picture above."""
@@ -124,6 +127,7 @@ class Handoff:
         if self._output_tokens is None or self.ended or now < self._next_ask:
             return None
         self._next_ask = now + self._ask_again_s
+        self._ask_again_s = min(2 * self._ask_again_s, MAX_ASK_S)
         return Commit(
             self.id,
             self.grant.lease,
@@ -133,8 +137,8 @@ class Handoff:
         )
 
     def committed(self) -> None:
-        """The decode node owns the request now."""
-        if not self.ended:
+        """The decode node owns the request now; it cannot before all units left for it."""
+        if self.state is HandoffState.AWAITING_COMMIT:
             self.state = HandoffState.DONE
 
     def abort(self, cause: str) -> list[ReadyUnit]:
@@ -142,11 +146,12 @@ class Handoff:
 
         Returns the units that will not be sent.
         """
+        if self.ended:
+            return []
+        self.state = HandoffState.ABORTED
+        self.cause = cause
         unsent = list(self._ready)
-        if not self.ended:
-            self.state = HandoffState.ABORTED
-            self.cause = cause
-            self._ready.clear()
+        self._ready.clear()
         return unsent
 
     def _update_state(self) -> None:

@@ -178,6 +178,7 @@ class LeaseTable:
         ):
             raise TransferError("refused", f"unit {header.unit} is not part of the lease")
         if lease.handles[unit.index] != header.handle:
+            self._end(lease, LeaseState.REJECTED, "stale", now)
             raise TransferError("stale", f"unit {header.unit} names another generation")
         if unit.index in lease.landed or unit.index in lease.landing:
             raise TransferError("duplicate", f"unit {header.unit} was written before")
@@ -186,17 +187,21 @@ class LeaseTable:
             lease.state = LeaseState.RECEIVING
         return lease
 
-    def end_unit(self, lease: Lease, index: int, digest: bytes | None, now: float) -> None:
-        """The bytes of a unit have landed with this digest (None: they were cut short)."""
+    def end_unit(
+        self, lease: Lease, index: int, digest: bytes | None, now: float, cause: str = "transport"
+    ) -> None:
+        """The bytes of a unit have landed with this digest (None: they did not, for `cause`)."""
+        self.expire(now)
         lease.landing.discard(index)
         if not lease.live:
             return
         if digest is None:
-            self._end(lease, LeaseState.REJECTED, "transport", now)
+            self._end(lease, LeaseState.REJECTED, cause, now)
             return
         lease.landed[index] = digest
         self._renew(lease, now)
-        self._judge(lease, now)
+        if lease.manifest is not None:
+            self._judge(lease, lease.manifest, {index: digest}, now)
 
     # ------------------------------------------------------------ committing
 
@@ -211,27 +216,30 @@ class LeaseTable:
         if message.lease not in self._leases and outcome:
             if outcome.attempt > message.id.attempt:
                 raise TransferError("superseded", "a later attempt is known")
-            return outcome
+            if outcome.attempt == message.id.attempt:
+                return outcome
         lease = self._claimed(message.lease, message.capability, sender)
         if lease.id != message.id:
             raise TransferError("refused", f"lease {message.lease} is another attempt's")
-        if lease.manifest is None:
-            lease.manifest = {seal.unit: seal for seal in message.units}
-            lease.output_tokens = message.output_tokens
-            lease.state = LeaseState.COMMITTING
-            self._renew(lease, now)
-        elif not _repeats(lease, message):
+        manifest = {seal.unit: seal for seal in message.units}
+        if lease.manifest is not None:
+            if (manifest, message.output_tokens) != (lease.manifest, lease.output_tokens):
+                self._end(lease, LeaseState.REJECTED, "manifest", now)
+        elif not _covers(manifest, lease.units):
             self._end(lease, LeaseState.REJECTED, "manifest", now)
-        self._judge(lease, now)
+        else:
+            self._renew(lease, now)
+            lease.state = LeaseState.COMMITTING
+            lease.manifest = manifest
+            lease.output_tokens = message.output_tokens
+            self._judge(lease, manifest, lease.landed, now)
         return lease
 
-    def _judge(self, lease: Lease, now: float) -> None:
-        """Reject on the first contradiction; commit when everything is there and agrees."""
-        if not lease.live or lease.manifest is None:
-            return
-        if not _covers(lease.manifest, lease.units):
-            self._end(lease, LeaseState.REJECTED, "manifest", now)
-        elif any(lease.manifest[index].digest != d for index, d in lease.landed.items()):
+    def _judge(
+        self, lease: Lease, manifest: dict[int, UnitSeal], landed: dict[int, bytes], now: float
+    ) -> None:
+        """Reject if what just `landed` contradicts; commit when everything is there and agreed."""
+        if any(manifest[index].digest != digest for index, digest in landed.items()):
             self._end(lease, LeaseState.REJECTED, "digest", now)
         elif lease.complete:
             self._end(lease, LeaseState.COMMITTED, "", now)
@@ -264,11 +272,17 @@ class LeaseTable:
             self._end(lease, LeaseState.REVOKED, "gone", now)
 
     def renew(self, claims: Iterable[LeaseClaim], sender: NodeId, now: float) -> None:
-        """Heartbeats that name their leases; claims that are not the sender's are ignored."""
+        """Heartbeats that name their leases; claims that are not the sender's are ignored.
+
+        Once the manifest is here only arriving units are progress: a lost one must not hold the
+        blocks for as long as its sender lives.
+        """
         self.expire(now)
         for claim in claims:
             lease = self._leases.get(claim.lease)
-            if lease and lease.sender == sender and _proves(lease, claim.capability):
+            if lease is None or lease.manifest is not None:
+                continue
+            if lease.sender == sender and _proves(lease, claim.capability):
                 self._renew(lease, now)
 
     def expire(self, now: float) -> None:
@@ -338,8 +352,3 @@ def _covers(manifest: dict[int, UnitSeal], units: dict[int, Unit]) -> bool:
         (seal.token_start, seal.token_end) == (units[index].token_start, units[index].token_end)
         for index, seal in manifest.items()
     )
-
-
-def _repeats(lease: Lease, message: Commit) -> bool:
-    manifest = {seal.unit: seal for seal in message.units}
-    return manifest == lease.manifest and message.output_tokens == lease.output_tokens

@@ -1,0 +1,86 @@
+"""A digest changes with every bit of the bytes and with everything that says what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtransfer.digest import DIGEST_BYTES, UnitSealer
+from kvtransfer.units import Unit
+from wire.types import AttemptId
+
+DATA = bytes(range(256)) * 5
+UNIT = Unit(2, 8, 11)
+TRUTH: dict[str, Any] = {
+    "key": b"k" * 16,
+    "id": AttemptId("request", 3),
+    "lease": 7,
+    "tokens": tuple(range(11)),
+    "block_size": 4,
+    "model_fingerprint": "model",
+    "cache_salt": "salt",
+}
+SEAL = UnitSealer(**TRUTH).digest(UNIT, DATA)
+
+
+def test_both_sides_agree() -> None:
+    assert UnitSealer(**TRUTH).digest(UNIT, memoryview(DATA)) == SEAL
+    assert len(SEAL) == DIGEST_BYTES
+
+
+def test_the_token_type_makes_no_difference() -> None:
+    assert UnitSealer(**TRUTH | {"tokens": list(range(11))}).digest(UNIT, DATA) == SEAL
+
+
+@given(st.integers(0, len(DATA) * 8 - 1))
+def test_every_bit_counts(bit: int) -> None:
+    damaged = bytearray(DATA)
+    damaged[bit // 8] ^= 1 << (bit % 8)
+    assert UnitSealer(**TRUTH).digest(UNIT, bytes(damaged)) != SEAL
+
+
+@given(st.integers(0, len(DATA) - 1))
+def test_every_length_counts(length: int) -> None:
+    assert UnitSealer(**TRUTH).digest(UNIT, DATA[:length]) != SEAL
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"key": b"K" + b"k" * 15},
+        {"id": AttemptId("request", 4)},
+        {"id": AttemptId("request2", 3)},
+        {"lease": 8},
+        {"model_fingerprint": "model2"},
+        {"cache_salt": "salz"},
+        {"cache_salt": ""},
+        {"tokens": (99, *range(1, 11))},  # far before the unit
+        {"tokens": (*range(10), 99)},  # within it
+    ],
+    ids=str,
+)
+def test_everything_that_names_the_content_counts(other: dict[str, Any]) -> None:
+    assert UnitSealer(**TRUTH | other).digest(UNIT, DATA) != SEAL
+
+
+@pytest.mark.parametrize("unit", [Unit(1, 4, 8), Unit(2, 8, 10), Unit(2, 7, 11)], ids=str)
+def test_the_place_counts(unit: Unit) -> None:
+    assert UnitSealer(**TRUTH).digest(unit, DATA) != SEAL
+
+
+def test_tokens_behind_the_unit_do_not_count() -> None:
+    longer = TRUTH | {"tokens": tuple(range(11)) + (1,) * 20}
+    first = Unit(0, 0, 4)
+    assert UnitSealer(**longer).digest(first, DATA) == UnitSealer(**TRUTH).digest(first, DATA)
+
+
+def test_names_cannot_run_into_each_other() -> None:
+    """lease | attempt | request: the free text comes last, so no two triples read the same."""
+    seals = {
+        UnitSealer(**TRUTH | {"lease": lease, "id": AttemptId(request, attempt)}).digest(UNIT, DATA)
+        for lease, attempt, request in [(1, 2, "3/r"), (1, 2, "3"), (0x12, 3, "r"), (1, 23, "r")]
+    }
+    assert len(seals) == 4

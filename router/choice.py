@@ -8,6 +8,7 @@ from typing import Protocol
 from router.choice_text import ChoiceText
 from router.dispatch import Dispatch
 from router.errors import ApiError
+from router.metrics import ModelMetrics
 from router.work import Work
 from telemetry.timeline import Timeline
 from wire.types import NodeId
@@ -35,6 +36,7 @@ class Choice:
     text: ChoiceText
     timeline: Timeline
     listener: Listener
+    metrics: ModelMetrics
     followers: list[Choice] = field(default_factory=list)
     """Choices of the same prompt that start once its blocks are in both nodes' prefix caches."""
     num_cached_tokens: int = 0

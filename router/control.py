@@ -72,6 +72,7 @@ class Control:
         self._clock = clock
         self._tokenizer_of = "" if tokenizer is None else "*"  # fingerprint; "*": of any model
         self._fetching = ("", 0.0)  # fingerprint asked for, and when
+        self._last_beat = clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._context: zmq.Context[Any] = zmq.Context()
         self.me = NodeId("router", secrets.randbits(64))
@@ -119,7 +120,11 @@ class Control:
     # ------------------------------------------------------------ time
 
     def _beat(self) -> None:
-        for dead in self.fleet.expire(self._clock()):
+        now = self._clock()
+        if now - self._last_beat > 2 * self._heartbeat_s:  # the nodes' heartbeats wait to be read
+            self.fleet.excuse(now)
+        self._last_beat = now
+        for dead in self.fleet.expire(now):
             log.warning("node %s is silent and taken for dead", dead)
             self.requests.node_lost(dead)
         for node in list(self.fleet):

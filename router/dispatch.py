@@ -219,7 +219,7 @@ class Dispatch:
         self._last_word = message.message
         if message.retryable:
             return self._attempt_over(message.cause, now)
-        if message.cause == "too_long":
+        if message.cause in ("too_long", "capacity"):  # more than the node holds when it is empty
             return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
         return self._fail(
             errors.server_error(f"The request failed on its node: {message.message}", message.cause)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from router.cache_index import CacheIndex
 from router.policy import Candidate, choose_decode, choose_prefill
@@ -112,6 +112,11 @@ class Fleet:
     def remove(self, node: NodeId) -> None:
         self._nodes.pop(node, None)
 
+    def excuse(self, now: float) -> None:
+        """The router itself was away: nobody's silence counts until now."""
+        for node in self:
+            node.last_seen = now
+
     def expire(self, now: float) -> list[NodeId]:
         """Remove and return the nodes whose heartbeat has stopped."""
         silent = [n.id for n in self._nodes.values() if now - n.last_seen > self._timeout]
@@ -132,9 +137,11 @@ class Fleet:
 
     @property
     def model(self) -> ModelInfo | None:
-        """The model that this fleet serves, with the smallest context of its nodes."""
-        models = [node.info.model for node in self]
-        return min(models, key=lambda model: model.max_model_len, default=None)
+        """The model that this fleet serves; its context is what every node can hold."""
+        first = next(iter(self), None)
+        if first is None:
+            return None
+        return replace(first.info.model, max_model_len=min(_context(node.info) for node in self))
 
     def num_serving(self, role: Role) -> int:
         return sum(node.info.role is role and node.serves for node in self)
@@ -190,3 +197,10 @@ class Fleet:
         known = self._nodes.get(node)
         if known is not None:
             known.assigned.pop(request, None)
+
+
+def _context(info: Register) -> int:
+    """How long a request may become on this node: a decode node must hold all of it."""
+    if info.role is Role.PREFILL:
+        return info.model.max_model_len
+    return min(info.model.max_model_len, info.num_blocks * info.layout.block_size)

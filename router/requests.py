@@ -21,9 +21,9 @@ from router.dispatch import (
     Phase,
     Send,
 )
-from router.errors import ApiError
+from router.errors import ApiError, server_error
 from router.fleet import Fleet
-from router.metrics import ModelMetrics, RouterMetrics
+from router.metrics import RouterMetrics
 from telemetry import metrics as names
 from wire.errors import WireError
 from wire.messages import (
@@ -89,7 +89,7 @@ class Requests:
         """Nobody waits for it any more; both nodes are told at once."""
         if choice.work.request in self._choices:
             self._perform(choice, choice.dispatch.cancel())
-            self._model_metrics.finished(
+            choice.metrics.finished(
                 choice.work, choice.timeline, choice.text.num_tokens, 0, "abort"
             )
             self._end(choice)
@@ -110,9 +110,18 @@ class Requests:
             if choice is None:
                 self._answer_unknown(sender, update)
                 continue
-            if update.num_cached_tokens is not None and not choice.num_cached_tokens:
-                choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
-            self._perform(choice, choice.dispatch.tokens(sender, update, now))
+            try:
+                self._take(choice, sender, update, now)
+            except Exception:  # a bug met by one request must not cost the others their tokens
+                log.exception("%s failed in the router", update.id)
+                error = server_error("Internal error.", "internal_error")
+                self._perform(choice, [*choice.dispatch.cancel(), Failed(error)])
+        self._metrics.added.observe(self._clock() - now)
+
+    def _take(self, choice: Choice, sender: NodeId, update: TokenUpdate, now: float) -> None:
+        if update.num_cached_tokens is not None and not choice.num_cached_tokens:
+            choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
+        self._perform(choice, choice.dispatch.tokens(sender, update, now))
 
     def _answer_unknown(self, sender: NodeId, update: TokenUpdate) -> None:
         """The choice is over: the node may forget it."""
@@ -190,7 +199,7 @@ class Requests:
 
     def _output(self, choice: Choice, output: Output) -> None:
         gap = choice.timeline.mark_tokens(self._clock())
-        self._model_metrics.observe(names.INTER_TOKEN_LATENCY, gap)
+        choice.metrics.observe(names.INTER_TOKEN_LATENCY, gap)
         if choice.assigned_prefill is not None:
             self._fleet.unassign(choice.assigned_prefill, choice.work.request)
             choice.assigned_prefill = None
@@ -199,7 +208,7 @@ class Requests:
         if finish is not None:
             self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node
             self._end(choice)
-            self._model_metrics.finished(
+            choice.metrics.finished(
                 choice.work,
                 choice.timeline,
                 choice.text.num_tokens,
@@ -257,8 +266,3 @@ class Requests:
         if self._choices.pop(choice.work.request, None) is not None:
             self._unassign(choice)
             self._admission.leave(choice)
-
-    @property
-    def _model_metrics(self) -> ModelMetrics:
-        model = self._fleet.model
-        return self._metrics.for_model("" if model is None else model.name)

@@ -212,6 +212,7 @@ class Serving:
             text=ChoiceText(detokenizer, asked.params.stops, work.sampling.min_tokens),
             timeline=Timeline(asked.arrived),
             listener=listener,
+            metrics=self._metrics.for_model(asked.served.info.name),
         )
 
 

@@ -31,7 +31,7 @@ from wire.messages import (
     Tokens,
     TokenUpdate,
 )
-from wire.types import NodeLoad
+from wire.types import FinishReason, NodeLoad
 
 
 async def is_quiet(harness: Harness) -> None:
@@ -216,6 +216,33 @@ def test_lost_tokens_are_asked_for() -> None:
             assert harness.sent(Resend)
 
     asyncio.run(scenario())
+
+
+def test_a_bug_met_by_one_request_costs_the_others_nothing() -> None:
+    def script(request: Prefill, index: int) -> tuple[int, FinishReason | None]:
+        token, finish = endless(request, index)
+        return (1 << 30 if request.tokens[0] == ord("x") else token), finish
+
+    async def scenario() -> None:
+        async with router(script) as harness:
+            tokenizer = harness.server.control.tokenizer
+            assert tokenizer is not None
+            tokenizer._byte_table = _Trap(tokenizer._byte_table or [])
+            good, bad = await asyncio.gather(
+                harness.complete(max_tokens=50), harness.complete(prompt="x", max_tokens=50)
+            )
+            assert good.json["choices"][0]["text"] == alphabet(50)
+            assert (bad.status, bad.error["code"]) == (500, "internal_error")
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+class _Trap(list[bytes]):
+    """A table that breaks for one token."""
+
+    def __len__(self) -> int:
+        return 1 << 31
 
 
 def test_a_failure_that_no_retry_helps_is_told() -> None:

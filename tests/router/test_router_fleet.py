@@ -96,6 +96,15 @@ def test_the_smallest_context_counts() -> None:
     fleet.register(C, register(Role.DECODE, model=replace(MODEL, max_model_len=77)), 0)
     assert fleet.model is not None
     assert fleet.model.max_model_len == 77
+    fleet.register(NodeId("d", 1), register(Role.DECODE, num_blocks=3), 0)
+    assert fleet.model.max_model_len == 3 * LAYOUT.block_size
+
+
+def test_silence_does_not_count_while_the_router_was_away() -> None:
+    fleet = new_fleet()
+    fleet.excuse(100)
+    assert fleet.expire(101) == []
+    assert fleet.expire(104) == [A, B]
 
 
 def test_assigned_work_counts_until_it_is_done() -> None:

@@ -26,7 +26,7 @@ serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode
 	$(BIN)/baton serve $(ARGS)
 
 test: $(VENV)/.dev  ## run every test (ARGS="tests/engine -k parity")
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ async def ask(client: Client, index: int, max_tokens: int = 80) -> Answer:
     """One sampled stream; equal arguments give equal text."""
     return await client.stream(
         model=MODEL,
-        prompt=f"def function_{index}(self, value):\n    " * (1 + index % 5),
+        prompt=f"def function_{index}(self, value):\n    " * (1 + 10 * (index % 5)),
         max_tokens=max_tokens,
         temperature=0.8,
         seed=index,
@@ -59,8 +59,10 @@ def assert_whole(answers: list[Answer], max_tokens: int = 80) -> None:
 async def until_busy(fleet: Fleet, name: str, num_tokens: float = 20) -> None:
     """Return when the node has sampled so many tokens."""
     node = fleet.nodes[name]
-    while node.metrics()["baton_sampled_tokens_total"] < num_tokens:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    while True:
+        metrics = await asyncio.to_thread(node.metrics)
+        if metrics["baton_sampled_tokens_total"] >= num_tokens:
+            return
 
 
 def num_moved(fleet: Fleet) -> float:
@@ -94,7 +96,7 @@ def test_requests_move_when_a_prefill_node_is_killed(make_fleet: MakeFleet) -> N
     fleet = make_fleet().start(prefill=2, decode=1)
 
     async def kill() -> None:
-        await until_busy(fleet, "prefill-0")
+        await until_busy(fleet, "prefill-0", 3)
         fleet.kill("prefill-0")
 
     assert_whole(asyncio.run(ask_many(fleet, 30, kill, max_tokens=10)), max_tokens=10)

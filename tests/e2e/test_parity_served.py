@@ -63,6 +63,7 @@ class Reference:
     def __init__(self) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        torch.set_num_threads(1)  # the nodes still hold the other cores
         self.model: Any = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL, dtype=torch.float32)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(DEFAULT_MODEL)
 

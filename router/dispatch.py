@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from router import errors
+from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
 from router.errors import ApiError
 from router.token_log import Accepted, Divergence, Gap, TokenLog
 from router.work import Work
@@ -26,7 +27,6 @@ from wire.messages import (
     AttemptFailed,
     Grant,
     Granted,
-    Message,
     Prefill,
     Refused,
     Resend,
@@ -53,46 +53,6 @@ class Phase(Enum):
 
 
 ON_NODES = (Phase.RESERVING, Phase.PREFILLING, Phase.DECODING)
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send `message` to node `to`; call `cannot_send` if that fails."""
-
-    to: NodeId
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """New tokens in the log; with `finish` they were the last."""
-
-    tokens: tuple[int, ...]
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class NeedsCapacity:
-    """Nobody takes it now; call `place` again when that may have changed."""
-
-    retry_after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptEnded:
-    """An attempt was given up (counted by cause)."""
-
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The choice is over without a result."""
-
-    error: ApiError
-
-
-Effect: TypeAlias = Send | Output | NeedsCapacity | AttemptEnded | Failed
 
 
 class Placer(Protocol):
@@ -142,6 +102,10 @@ class Dispatch:
         return AttemptId(self.work.request, self.num_attempts)
 
     # ------------------------------------------------------------ forward
+
+    def enter_queue(self, now: float) -> None:
+        """Its time to wait begins now, not when it was made."""
+        self._waiting_since = now
 
     def place(self, now: float) -> list[Effect]:
         """Begin an attempt, if there are nodes for it."""

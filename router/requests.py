@@ -12,15 +12,8 @@ from collections.abc import Callable, Iterable
 
 from router.admission import Admission
 from router.choice import Choice
-from router.dispatch import (
-    AttemptEnded,
-    Effect,
-    Failed,
-    NeedsCapacity,
-    Output,
-    Phase,
-    Send,
-)
+from router.dispatch import Phase
+from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
 from router.errors import ApiError, server_error
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
@@ -82,6 +75,7 @@ class Requests:
     def submit(self, choice: Choice) -> None:
         """Start a choice, or queue it."""
         self._choices[choice.work.request] = choice
+        choice.dispatch.enter_queue(self._clock())
         if self._admission.enter(choice):
             self._perform(choice, choice.dispatch.place(self._clock()))
 
@@ -133,7 +127,6 @@ class Requests:
         if choice is None:
             self._try_send(sender, Abort(message.id))
             return
-        self._admission.settle(choice)
         self._perform(choice, choice.dispatch.granted(sender, message, self._clock()))
         self.pump()
 
@@ -248,6 +241,7 @@ class Requests:
         elif isinstance(message, Prefill):
             choice.timeline.mark_dispatched(self._clock())
             choice.assigned_prefill = send.to
+            self._admission.settle(choice)
             self._fleet.assign(send.to, request, len(message.tokens), 0)
 
     def _num_blocks(self, node: NodeId, choice: Choice) -> int:

@@ -1,0 +1,50 @@
+"""What the dispatch of a choice wants done; whoever drives it does so, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from router.errors import ApiError
+from wire.messages import Message
+from wire.types import FinishReason, NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to node `to`; call `cannot_send` if that fails."""
+
+    to: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens in the log; with `finish` they were the last."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsCapacity:
+    """Nobody takes it now; call `place` again when that may have changed."""
+
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """An attempt was given up (counted by cause)."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The choice is over without a result."""
+
+    error: ApiError
+
+
+Effect: TypeAlias = Send | Output | NeedsCapacity | AttemptEnded | Failed

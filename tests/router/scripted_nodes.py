@@ -1,0 +1,48 @@
+"""Nodes for the dispatch machine: who may be chosen, and the messages that they would send."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from router.dispatch import Dispatch, DispatchLimits
+from router.work import Prompt, Work
+from wire.layout import KVLayout
+from wire.messages import Grant
+from wire.types import FinishReason, NodeId, SamplingParams
+
+P1, P2, D1, D2 = (NodeId(name, 1) for name in ("p1", "p2", "d1", "d2"))
+LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
+LIMITS = DispatchLimits(request_s=100, queue_s=10, reserve_s=2, silence_s=5)
+PROMPT = (7, 8, 9)
+
+
+@dataclass
+class Nodes:
+    """A placer: the first living node of each list that may be used."""
+
+    prefill: list[NodeId] = field(default_factory=lambda: [P1, P2])
+    decode: list[NodeId] = field(default_factory=lambda: [D1, D2])
+
+    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None:
+        return _first(self.prefill, avoid)
+
+    def pick_decode(
+        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+    ) -> NodeId | None:
+        return _first([node for node in self.decode if node not in refused], avoid)
+
+
+def _first(nodes: list[NodeId], avoid: Collection[NodeId]) -> NodeId | None:
+    preferred = [node for node in nodes if node not in avoid]
+    return next(iter(preferred or nodes), None)
+
+
+def start(nodes: Nodes | None = None, max_tokens: int = 10) -> Dispatch:
+    work = Work("r", Prompt(PROMPT), SamplingParams(max_tokens=max_tokens))
+    return Dispatch(work, nodes or Nodes(), LIMITS, now=0)
+
+
+def grant(node: NodeId, lease: int = 1) -> Grant:
+    secret = bytes(16)
+    return Grant(lease, secret, secret, node, "u", (), KVLayout(1, 1, 1, 1, "float32"), (), 0, 1.0)

@@ -1,0 +1,191 @@
+"""The dispatch machine in random walks: messages are delayed, repeated, lost; nodes die."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from router.dispatch import Phase
+from router.effects import Effect, Failed, Output, Send
+from tests.router.scripted_nodes import D1, D2, LENGTH, P1, P2, PROMPT, Nodes, grant, start
+from wire.messages import (
+    Abort,
+    Ack,
+    AttemptFailed,
+    Granted,
+    Message,
+    Prefill,
+    Refused,
+    Resend,
+    Reserve,
+    Tokens,
+    TokenUpdate,
+)
+from wire.types import AttemptId, FinishReason, NodeId
+
+TRUTH = [50, 51, 52, 53, 54, 55, 56, 57, 58, 59]
+
+
+class Walk:
+    """Nodes that hold, lose, repeat and reorder messages, and die; the truth stays the same."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.nodes = Nodes()
+        self.dispatch = start(self.nodes)
+        self.now = 0.0
+        self.shown: list[int] = []
+        self.finish: FinishReason | None = None
+        self.failure: Failed | None = None
+        self.inbox: list[tuple[NodeId, Message]] = []  # to nodes
+        self.outbox: list[tuple[NodeId, Message]] = []  # to the router
+        self.holding: set[tuple[NodeId, AttemptId]] = set()  # nodes with work
+        self.do(self.dispatch.place(0))
+
+    def do(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            assert self.finish is None
+            assert self.failure is None
+            if isinstance(effect, Send):
+                self.check_sent(effect.message)
+                self.inbox.append((effect.to, effect.message))
+            elif isinstance(effect, Output):
+                self.shown += effect.tokens
+                self.finish = effect.finish
+                assert self.shown == TRUTH[: len(self.shown)]
+            elif isinstance(effect, Failed):
+                self.failure = effect
+
+    def check_sent(self, message: Message) -> None:
+        if isinstance(message, Reserve | Prefill):
+            assert message.tokens == (*PROMPT, *self.shown)
+            assert message.id.attempt == self.dispatch.num_attempts
+        if isinstance(message, Prefill) and message.grant is not None:
+            assert message.grant.lease == message.id.attempt
+
+    def step(self) -> None:
+        self.now += self.random.uniform(0, 0.5)
+        action = self.random.random()
+        if action < 0.4 and self.inbox:
+            self.node_receives(*self.inbox.pop(self.first_of_some_node()))
+        elif action < 0.8 and self.outbox:
+            at = self.random.randrange(len(self.outbox))
+            keep = self.random.random() < 0.2  # told twice
+            self.router_receives(*(self.outbox[at] if keep else self.outbox.pop(at)))
+        elif action < 0.82 and (living := [*self.nodes.prefill, *self.nodes.decode]):
+            self.kill(self.random.choice(living))
+        elif action < 0.86:
+            self.revive()
+        else:
+            self.do(self.dispatch.tick(self.now))
+        if self.dispatch.phase is Phase.WAITING and self.random.random() < 0.3:
+            self.do(self.dispatch.place(self.now))
+
+    def first_of_some_node(self) -> int:
+        """Sockets keep the order of messages to one node, not that between nodes."""
+        node, _ = self.random.choice(self.inbox)
+        return [to for to, _ in self.inbox].index(node)
+
+    def kill(self, node: NodeId) -> None:
+        for nodes in (self.nodes.prefill, self.nodes.decode):
+            if node in nodes:
+                nodes.remove(node)
+        self.inbox = [(to, m) for to, m in self.inbox if to != node]
+        self.outbox = [(by, m) for by, m in self.outbox if by != node]
+        self.holding = {(by, id) for by, id in self.holding if by != node}
+        self.do(self.dispatch.node_lost(node, self.now))
+
+    def revive(self) -> None:
+        for nodes, known in ((self.nodes.prefill, (P1, P2)), (self.nodes.decode, (D1, D2))):
+            if len(nodes) < 2:
+                life = self.random.randrange(1, 1 << 60)
+                nodes.append(NodeId(known[0].name, life))
+
+    def node_receives(self, node: NodeId, message: Message) -> None:
+        if isinstance(message, Reserve):
+            if self.random.random() < 0.2:
+                self.outbox.append((node, Refused(message.id, "capacity", "full", 0.1)))
+            else:
+                self.holding.add((node, message.id))
+                self.outbox.append((node, Granted(message.id, grant(node, message.id.attempt))))
+        elif isinstance(message, Prefill):
+            self.prefill(node, message)
+        elif isinstance(message, Abort | Ack):
+            self.holding = {
+                (by, id) for by, id in self.holding if by != node or id.attempt > message.id.attempt
+            }
+        elif isinstance(message, Resend):
+            self.tell(node, message.id, message.index)
+
+    def prefill(self, node: NodeId, message: Prefill) -> None:
+        known = len(message.tokens) - message.num_prompt_tokens
+        assert list(message.tokens[message.num_prompt_tokens :]) == TRUTH[:known]
+        if self.random.random() < 0.1:
+            self.outbox.append((node, AttemptFailed(message.id, "transport", "broken", True)))
+            return
+        last = known + 1 == len(TRUTH)
+        first = TokenUpdate(message.id, known, (TRUTH[known],), LENGTH if last else None)
+        self.outbox.append((node, _tokens(first)))
+        if message.grant is not None and not last:
+            decode = message.grant.decode
+            self.tell(decode, message.id, 0, self.random.randint(known + 1, len(TRUTH)))
+            self.tell(decode, message.id, self.random.randint(0, known + 1))
+
+    def tell(self, node: NodeId, id: AttemptId, start: int, end: int = len(TRUTH)) -> None:
+        finish = LENGTH if end == len(TRUTH) else None
+        update = TokenUpdate(id, start, tuple(TRUTH[start:end]), finish)
+        self.outbox.append((node, _tokens(update)))
+
+    def router_receives(self, sender: NodeId, message: Message) -> None:
+        if isinstance(message, Granted):
+            self.do(self.dispatch.granted(sender, message, self.now))
+        elif isinstance(message, Refused):
+            self.do(self.dispatch.refused(sender, message, self.now))
+        elif isinstance(message, AttemptFailed):
+            self.do(self.dispatch.attempt_failed(sender, message, self.now))
+        else:
+            self.do(self.dispatch.tokens(sender, _update(message), self.now))
+
+    def settle(self) -> None:
+        """Deliver what is left to the nodes, in order."""
+        while self.inbox:
+            node, message = self.inbox.pop(0)
+            if isinstance(message, Abort | Ack):
+                self.node_receives(node, message)
+
+
+def _tokens(update: TokenUpdate) -> Message:
+    return Tokens((update,))
+
+
+def _update(message: Message) -> TokenUpdate:
+    assert isinstance(message, Tokens)
+    return message.updates[0]
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_walks_end_with_the_truth_or_an_error_and_leak_nothing(block: int) -> None:
+    for seed in range(block * 100, block * 100 + 100):
+        walk = Walk(seed)
+        for _ in range(5000):
+            if walk.dispatch.phase is Phase.ENDED:
+                break
+            walk.step()
+        assert walk.dispatch.phase is Phase.ENDED, seed
+        assert (walk.finish is LENGTH and walk.shown == TRUTH) or walk.failure is not None
+        walk.settle()
+        held = {id for _, id in walk.holding}
+        ended_by_prefill_node = {walk.dispatch.id} if walk.finish else set()  # it frees the lease
+        assert held <= ended_by_prefill_node, seed
+
+
+def test_most_walks_succeed() -> None:
+    """Guards the walk itself: errors are allowed above, but not as the rule."""
+    outcomes = []
+    for seed in range(200):
+        walk = Walk(seed)
+        while walk.dispatch.phase is not Phase.ENDED:
+            walk.step()
+        outcomes.append(walk.finish is LENGTH)
+    assert 50 < sum(outcomes) < 200

@@ -1,1 +1,1 @@
-"""Computation on tensors: torch references, which are the specification, and kernels beside them."""
+"""Computation on tensors: torch references, which are the specification, and kernels beside."""

@@ -64,9 +64,14 @@ class LoopbackNetwork:
         """Hand the bytes to the receiver, if it is still there."""
         sink = self._sinks.get(url)
         landing = sink.begin(sender, header) if sink else None
-        if landing is not None:
+        if landing is None:
+            return
+        num_bytes = 0
+        try:
             landing.view[: len(data)] = data
-            landing.end(len(data))
+            num_bytes = len(data)
+        finally:
+            landing.end(num_bytes)
 
 
 @dataclass(slots=True)
@@ -105,10 +110,12 @@ class LoopbackSender:
             raise TransferError("transport", f"{to} is disconnected")
 
         def arrive() -> None:
-            data = _damaged(payload, delivery)
-            for _ in range(delivery.copies):
-                self.network.deliver(url, self.me, header, data)
-            on_done()
+            try:
+                data = _damaged(payload, delivery)
+                for _ in range(delivery.copies):
+                    self.network.deliver(url, self.me, header, data)
+            finally:
+                on_done()
 
         asyncio.get_running_loop().call_later(delivery.delay_s, arrive)
 

@@ -6,9 +6,11 @@ messages and time. Whatever an event did, `_settle` hands every ended lease to i
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
@@ -27,6 +29,17 @@ from wire.messages import (
     UnitsReceived,
 )
 from wire.types import AttemptId, BlockHandle, NodeId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """What is kept of a live lease besides the table's part."""
+
+    lease: Lease
+    sealer: UnitSealer
+    credit: int = 0  # bytes that arrived and were not acknowledged yet
 
 
 class KVReceiver:
@@ -56,8 +69,7 @@ class KVReceiver:
         self._fingerprint = model_fingerprint
         self._stats = stats
         self._clock = clock
-        self._sealers: dict[int, UnitSealer] = {}
-        self._credit: dict[int, int] = {}
+        self._incoming: dict[int, _Incoming] = {}  # by lease; the live ones
 
     # ------------------------------------------------------------ for the decode role
 
@@ -83,7 +95,7 @@ class KVReceiver:
             now=self._clock(),
             deadline_s=deadline_s,
         )
-        self._sealers[lease.number] = UnitSealer(
+        sealer = UnitSealer(
             key=lease.digest_key,
             id=id,
             lease=lease.number,
@@ -92,6 +104,7 @@ class KVReceiver:
             model_fingerprint=self._fingerprint,
             cache_salt=cache_salt,
         )
+        self._incoming[lease.number] = _Incoming(lease, sealer)
         self._settle()
         return lease
 
@@ -106,24 +119,30 @@ class KVReceiver:
         self._settle()
 
     def tick(self) -> None:
-        """Let time pass: expire what is due."""
+        """Let time pass: expire what is due, say what could not be said."""
         self.table.expire(self._clock())
         self._settle()
+        for incoming in self._incoming.values():
+            self._acknowledge(incoming)
 
     # ------------------------------------------------------------ messages of prefill nodes
 
     def handle(self, sender: NodeId, message: Message) -> None:
         """One message of a prefill node; others are ignored."""
         now = self._clock()
+        if isinstance(message, Commit):
+            self._commit(sender, message, now)
+        elif isinstance(message, ReleaseLease):
+            self._release(sender, message, now)
+        elif isinstance(message, RenewLeases):
+            self.table.renew(message.claims, sender, now)
+        self._settle()
+
+    def _release(self, sender: NodeId, message: ReleaseLease, now: float) -> None:
         try:
-            if isinstance(message, Commit):
-                self._commit(sender, message, now)
-            elif isinstance(message, ReleaseLease):
-                self.table.release(message.lease, message.capability, sender, message.cause, now)
-            elif isinstance(message, RenewLeases):
-                self.table.renew(message.claims, sender, now)
-        finally:
-            self._settle()
+            self.table.release(message.lease, message.capability, sender, message.cause, now)
+        except TransferError as error:
+            log.warning("%s cannot release: %s", sender, error)
 
     def _commit(self, sender: NodeId, message: Commit, now: float) -> None:
         try:
@@ -146,31 +165,35 @@ class KVReceiver:
         finally:
             self._settle()
         if not self._memory.begin_io(header.handle):
-            self.table.end_unit(lease, header.unit, None, self._clock())
+            self.table.end_unit(lease, header.unit, None, self._clock(), "stale")
             self._settle()
             self._drop(sender, header, "stale")
             return None
         return _BlockLanding(self, lease, lease.units[header.unit], header)
 
     def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
-        lease, unit = landing.lease, landing.unit
-        digest = self._place(landing, num_bytes)
-        self._memory.end_io(landing.header.handle)
-        self._stats.units_received += 1
-        self._stats.bytes_received += num_bytes
-        self._acknowledge(lease, num_bytes)
-        self.table.end_unit(lease, unit.index, digest, self._clock())
-        self._settle()
+        digest = None
+        try:
+            digest = self._place(landing, num_bytes)
+        finally:
+            self._memory.end_io(landing.header.handle)
+            self._stats.units_received += 1
+            self._stats.bytes_received += num_bytes
+            if incoming := self._incoming.get(landing.lease.number):
+                incoming.credit += num_bytes
+                self._acknowledge(incoming)
+            self.table.end_unit(landing.lease, landing.unit.index, digest, self._clock())
+            self._settle()
 
     def _place(self, landing: _BlockLanding, num_bytes: int) -> bytes | None:
         """Finish the write and compute what the bytes are; None if some are missing."""
-        sealer = self._sealers.get(landing.lease.number)
-        if num_bytes != len(landing.view) or sealer is None:
+        incoming = self._incoming.get(landing.lease.number)
+        if num_bytes != len(landing.view) or incoming is None:
             return None
         if landing.unit.num_tokens < self._memory.layout.block_size:
             block = self._memory.block_bytes(landing.header.handle.block_id)
             scatter(landing.view, block, landing.unit.num_tokens, self._memory.layout)
-        return sealer.digest(landing.unit, landing.view)
+        return incoming.sealer.digest(landing.unit, landing.view)
 
     def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
         """The block itself for a full unit, else a buffer that `scatter` spreads over the slots."""
@@ -184,22 +207,22 @@ class KVReceiver:
         if cause == "expired":
             self._reply(sender, LeaseEnded(AttemptId("-", 0), header.lease, cause))
 
-    def _acknowledge(self, lease: Lease, num_bytes: int) -> None:
-        credit = self._credit.get(lease.number, 0) + num_bytes
-        if credit >= CREDIT_BYTES:
-            self._reply(lease.sender, UnitsReceived(lease.number, credit))
-            credit = 0
-        self._credit[lease.number] = credit
+    def _acknowledge(self, incoming: _Incoming) -> None:
+        """Open the sender's window; what cannot be said now is kept and said later."""
+        lease, credit = incoming.lease, incoming.credit
+        if credit >= CREDIT_BYTES and self._reply(
+            lease.sender, UnitsReceived(lease.number, credit)
+        ):
+            incoming.credit = 0
 
     # ------------------------------------------------------------ endings
 
     def _settle(self) -> None:
         for lease in self.table.take_ended():
-            self._sealers.pop(lease.number, None)
-            self._credit.pop(lease.number, None)
+            self._incoming.pop(lease.number, None)
             committed = lease.state is LeaseState.COMMITTED
             self._stats.handoffs["committed" if committed else lease.cause] += 1
-            self._on_ended(lease)
+            self._tell_owner(lease)
             answer = (
                 Committed(lease.id, lease.number)
                 if committed
@@ -207,11 +230,19 @@ class KVReceiver:
             )
             self._reply(lease.sender, answer)
 
-    def _reply(self, to: NodeId, message: Message) -> None:
+    def _tell_owner(self, lease: Lease) -> None:
+        try:
+            self._on_ended(lease)
+        except Exception:  # a bug there must not keep the other leases' owners from hearing
+            log.exception("the end of lease %d (%s) was not handled", lease.number, lease.id)
+
+    def _reply(self, to: NodeId, message: Message) -> bool:
         try:
             self._send(to, message)
         except WireError:
             self._stats.units_dropped["unanswered"] += 1  # it asks again, or is dead
+            return False
+        return True
 
 
 class _BlockLanding:

@@ -91,10 +91,12 @@ class KVSender:
         Raises:
             TransferError: the two nodes cannot exchange blocks; the text says why.
         """
+        assert id not in self._outgoing, f"{id} is handed over already"
         layout = self._memory.layout
         if grant.layout != layout:
             raise TransferError("layout", f"layouts differ: {layout} here, {grant.layout} there")
-        if len(grant.handles) != layout.num_blocks(len(tokens)):
+        fits = len(grant.handles) == layout.num_blocks(len(tokens))
+        if not fits or grant.num_cached_tokens % layout.block_size:
             raise TransferError("refused", "the grant does not fit the request")
         self._outgoing[id] = _Outgoing(
             Handoff(
@@ -183,9 +185,10 @@ class KVSender:
             self._pump(out)
         elif isinstance(message, Committed):
             out.handoff.committed()
-            self._finish(out)
-        else:
-            self._end(out, message.cause)
+            if out.handoff.ended:
+                self._finish(out)
+        elif message.id == out.handoff.id or out.handoff.state is HandoffState.COMPUTING:
+            self._end(out, message.cause)  # a late unit's answer must not overrule the commit's
 
     def _find(self, decode: NodeId, lease: int) -> _Outgoing | None:
         for out in self._outgoing.values():

@@ -18,7 +18,7 @@ from router.fleet import Fleet, Node
 from router.requests import Requests
 from router.tokenizer import Tokenizer, tokenizer_from_files
 from wire.codec import Envelope
-from wire.errors import ConfigError, WireError
+from wire.errors import ConfigError, OutboxFull, WireError
 from wire.messages import (
     AttemptFailed,
     CacheEvents,
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _FETCH_AGAIN_S = 5.0
+_UNREACHABLE_BEATS = 2  # one may be a connection that is just being made again
 
 
 class Control:
@@ -128,8 +129,21 @@ class Control:
             log.warning("node %s is silent and taken for dead", dead)
             self.requests.node_lost(dead)
         for node in list(self.fleet):
-            self._tell(node.id, RouterHeartbeat())
+            self._beat_to(node)
         self._fetch_tokenizer()
+
+    def _beat_to(self, node: Node) -> None:
+        """A killed process closes its connection, which is known long before its silence is."""
+        try:
+            self._hub.send(node.id, RouterHeartbeat())
+        except OutboxFull as error:
+            log.warning("%s", error)
+        except WireError:
+            node.num_unreachable += 1
+            if node.num_unreachable >= _UNREACHABLE_BEATS:
+                self._leave(node.id, "has closed its connection")
+        else:
+            node.num_unreachable = 0
 
     def _fetch_tokenizer(self) -> None:
         """Ask a node for the tokenizer, unless there is one for this model."""

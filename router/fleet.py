@@ -32,6 +32,7 @@ class Node:
     last_seen: float
     draining: bool = False
     stalled: bool = False
+    num_unreachable: int = 0  # heartbeats in a row that found no connection
     pending_blocks: int = 0
     assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
 

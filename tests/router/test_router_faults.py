@@ -125,6 +125,15 @@ def test_two_deaths_end_the_request_with_an_error() -> None:
     asyncio.run(scenario())
 
 
+def test_a_closed_connection_is_noticed_long_before_silence() -> None:
+    async def scenario() -> None:
+        async with router(endless, node_timeout_s=1000) as harness:
+            await harness.pair.decode.close()
+            await eventually(lambda: not harness.server.control.ready)
+
+    asyncio.run(scenario())
+
+
 def test_a_restarted_node_is_used_again() -> None:
     async def scenario() -> None:
         async with router(endless) as harness:

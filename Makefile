@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test lint bench-serve clean help
+.PHONY: serve test lint bench-serve bench-kv-layout clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -15,7 +16,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
-	$(BIN)/python -m compileall -q $(VENV)/lib baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry >/dev/null || true
+	$(BIN)/python -m compileall -q $(PACKAGES)  # pip compiles what it copies; these it only links
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
@@ -35,6 +36,9 @@ lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
 
 bench-serve: $(VENV)/.dev  ## start-up, handoff, router and memory; the last line is JSON (ARGS=--quick)
 	$(BIN)/python -m benchmarks.bench_serve $(ARGS)
+
+bench-kv-layout: $(VENV)/.dev  ## block-major against layer-major KV pools
+	$(BIN)/python -m benchmarks.bench_kv_layout $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

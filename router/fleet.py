@@ -32,6 +32,7 @@ class Node:
     last_seen: float
     draining: bool = False
     stalled: bool = False
+    reachable: bool = True  # the last message to it could be queued
     num_unreachable: int = 0  # heartbeats in a row that found no connection
     pending_blocks: int = 0
     assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
@@ -39,7 +40,7 @@ class Node:
     @property
     def serves(self) -> bool:
         """Whether it may get new work."""
-        return not self.draining and not self.stalled
+        return self.reachable and not self.draining and not self.stalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +105,17 @@ class Fleet:
         """Take over a node's load; True if it has just stalled, and its requests must move."""
         known = self._nodes[node]
         known.load, known.last_seen, known.pending_blocks = load, now, 0
+        known.reachable = True
         was_stalled, known.stalled = known.stalled, load.stalled_s > self._stall
         return known.stalled and not was_stalled
 
     def drain(self, node: NodeId) -> None:
         self._nodes[node].draining = True
+
+    def mark_unreachable(self, node: NodeId) -> None:
+        """A message to it could not be queued: nothing new for it until it is heard again."""
+        if node in self._nodes:
+            self._nodes[node].reachable = False
 
     def remove(self, node: NodeId) -> None:
         self._nodes.pop(node, None)

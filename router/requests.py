@@ -220,6 +220,7 @@ class Requests:
     def _deliver(self, choice: Choice, send: Send) -> None:
         self._note_assignment(choice, send)
         if not self._try_send(send.to, send.message):
+            self._fleet.mark_unreachable(send.to)
             self._perform(choice, choice.dispatch.cannot_send(send.to, self._clock()))
 
     def _try_send(self, to: NodeId, message: Message) -> bool:

@@ -51,6 +51,15 @@ def test_ready_with_a_node_of_each_role() -> None:
     assert fleet.pick_decode(WORK, (), ()) == C
 
 
+def test_an_unreachable_node_gets_nothing_until_it_is_heard_again() -> None:
+    fleet = new_fleet()
+    fleet.mark_unreachable(B)
+    assert not fleet.ready
+    assert fleet.pick_decode(WORK, (), ()) is None
+    fleet.heartbeat(B, NodeLoad(blocks_total=100, blocks_free=100), 1)
+    assert fleet.pick_decode(WORK, (), ()) == B
+
+
 def test_silence_is_death() -> None:
     fleet = new_fleet()
     fleet.heartbeat(A, NodeLoad(), 2)

@@ -11,34 +11,69 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 
 from kvtransfer.transport import TransferStats, UnitSink
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
-from wire.errors import MalformedMessage, TransferError, VersionMismatch
+from wire.errors import ConfigError, MalformedMessage, TransferError, VersionMismatch
 from wire.messages import UnitHeader
-from wire.sockets import PolledSocket, bind
+from wire.sockets import PolledSocket, bind, connect
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)
 
 NAME = "zmq"
-_OUTBOX_UNITS = 4096  # per peer; the windows of the handoffs keep it far lower
+_INBOX_UNITS = 256  # per peer; what waits beyond it stays in the sender's own pool
 _SWEEP_S = 0.002  # how often finished zero-copy sends are looked for
+_IDLE_S = 300.0  # a lane unused for so long is closed when another one is opened
+_LAST_SWEEP_S = 1.0  # how long `close` waits for libzmq to let go of the pool's memory
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The socket to one decode node, and the sends that still read this node's memory, in order."""
+
+    socket: zmq.Socket[bytes]
+    moved_at: float  # when a send ended, or the first one began
+    in_flight: deque[tuple[zmq.MessageTracker, Callable[[], None]]] = field(default_factory=deque)
+
+    def sweep(self, now: float) -> None:
+        """Let go of what has left, oldest first."""
+        while self.in_flight and self.in_flight[0][0].done:
+            _, on_done = self.in_flight.popleft()
+            self.moved_at = now
+            on_done()
 
 
 class ZmqUnitSender:
-    """One PUSH socket per decode node."""
+    """One PUSH socket per decode node.
 
-    def __init__(self, me: NodeId, context: zmq.Context[Any]) -> None:
+    Args:
+        stall_s: a decode node that takes no unit for so long loses its lane: a send cannot be
+            revoked, and closing the socket is the only way to get the blocks back.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        context: zmq.Context[Any],
+        *,
+        stall_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._me = me
         self._context = context
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._in_flight: deque[tuple[zmq.MessageTracker, Callable[[], None]]] = deque()
+        self._stall_s = stall_s
+        self._clock = clock
+        self._lanes: dict[str, _Lane] = {}
+        self._closing: list[_Lane] = []
         self._sweeping = False
 
     def send(
@@ -52,44 +87,70 @@ class ZmqUnitSender:
         """See UnitSender."""
         frames: list[Any] = [encode(Envelope(self._me, to, header)), payload]
         try:
-            tracker = self._socket(url).send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
-        except zmq.ZMQError as error:
+            lane = self._lanes.get(url) or self._open_lane(url)
+            tracker = lane.socket.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
+        except (zmq.ZMQError, ConfigError) as error:
             raise TransferError("transport", f"cannot send to {url}: {error}") from error
         assert tracker is not None, "asked to track"
-        self._in_flight.append((tracker, on_done))
+        if not lane.in_flight:
+            lane.moved_at = self._clock()
+        lane.in_flight.append((tracker, on_done))
         self._sweep_later()
 
     def close(self) -> None:
-        for socket in self._sockets.values():
-            socket.close(0)
-        self._sockets.clear()
-        while self._in_flight:
-            self._in_flight.popleft()[1]()
+        for url in list(self._lanes):
+            self._close_lane(url)
+        patience = time.monotonic() + _LAST_SWEEP_S
+        for lane in self._closing:
+            for tracker, on_done in lane.in_flight:
+                with suppress(zmq.NotDone):  # then the pool ends with sends under way
+                    tracker.wait(max(0.0, patience - time.monotonic()))
+                on_done()
+            lane.in_flight.clear()
+        self._closing.clear()
 
-    def _socket(self, url: str) -> zmq.Socket[bytes]:
-        socket = self._sockets.get(url)
-        if socket is None:
-            socket = self._sockets[url] = self._context.socket(zmq.PUSH)
-            socket.sndhwm = _OUTBOX_UNITS
-            socket.linger = 0
-            socket.connect(url)
-        return socket
+    def _open_lane(self, url: str) -> _Lane:
+        now = self._clock()
+        for other, lane in list(self._lanes.items()):
+            if not lane.in_flight and now - lane.moved_at > _IDLE_S:
+                self._close_lane(other)
+        socket = self._context.socket(zmq.PUSH)
+        # The windows of the handoffs bound what waits here, and it waits in the pool: of payloads
+        # under 64 KiB pyzmq would send copies, which nobody counts.
+        socket.sndhwm = 0
+        socket.copy_threshold = 0
+        socket.linger = 0
+        connect(socket, url)
+        self._lanes[url] = lane = _Lane(socket, now)
+        return lane
+
+    def _close_lane(self, url: str) -> None:
+        lane = self._lanes.pop(url)
+        lane.socket.close(0)
+        if lane.in_flight:
+            self._closing.append(lane)
 
     def _sweep_later(self) -> None:
-        if self._in_flight and not self._sweeping:
+        if not self._sweeping and (self._closing or any(x.in_flight for x in self._lanes.values())):
             self._sweeping = True
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
         self._sweeping = False
-        waiting = deque[tuple[zmq.MessageTracker, Callable[[], None]]]()
-        for tracker, on_done in self._in_flight:
-            if tracker.done:
-                on_done()
-            else:
-                waiting.append((tracker, on_done))
-        self._in_flight = waiting
-        self._sweep_later()
+        now = self._clock()
+        try:
+            for lane in (*self._lanes.values(), *self._closing):
+                lane.sweep(now)
+        finally:
+            self._close_stalled(now)
+            self._closing = [lane for lane in self._closing if lane.in_flight]
+            self._sweep_later()
+
+    def _close_stalled(self, now: float) -> None:
+        for url, lane in list(self._lanes.items()):
+            if lane.in_flight and now - lane.moved_at >= self._stall_s:
+                log.warning("%s takes no units; dropped %d", url, len(lane.in_flight))
+                self._close_lane(url)
 
 
 class ZmqUnitReceiver:
@@ -108,7 +169,7 @@ class ZmqUnitReceiver:
         self._stats = stats
         socket = context.socket(zmq.PULL)
         socket.maxmsgsize = MAX_MESSAGE_BYTES
-        socket.rcvhwm = _OUTBOX_UNITS
+        socket.rcvhwm = _INBOX_UNITS
         bind(socket, url)
         self.address = TransportAddress(NAME, socket.last_endpoint.decode().rstrip("\0"))
         self._polled = PolledSocket(socket, self._receive_one)

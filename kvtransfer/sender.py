@@ -16,7 +16,7 @@ from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import Handoff, HandoffState, ReadyUnit
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
 from kvtransfer.units import gather
-from wire.errors import TransferError, WireError
+from wire.errors import ConfigError, TransferError, WireError
 from wire.messages import (
     Committed,
     Gone,
@@ -45,7 +45,8 @@ class KVSender:
     Args:
         transports: the sending ends this node has, by name; the first one that the decode node
             has too is used.
-        send: sends a message to a decode node; may raise WireError, and is then asked again later.
+        send: sends a message to a decode node; may raise WireError, or ConfigError where a grant's
+            address is none, and is then asked again later.
         on_ended: called once per handoff, in the loop, when it is DONE or ABORTED.
         window_bytes: unacknowledged bytes per handoff.
     """
@@ -257,5 +258,5 @@ class KVSender:
     def _try_send(self, grant: Grant, message: Message) -> None:
         try:
             self._send(grant, message)
-        except WireError:
+        except (WireError, ConfigError):
             self._stats.units_dropped["unanswered"] += 1  # asked again by `tick`

@@ -14,7 +14,7 @@ from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats, UnitSender
 from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
-from wire.errors import WireError
+from wire.errors import BatonError, WireError
 from wire.layout import KVLayout
 from wire.messages import Grant, Message
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
@@ -57,6 +57,7 @@ class Rig:
     window_bytes: int = 32 << 20
     now: float = 0.0
     loses: Callable[[Message], bool] = nothing_lost
+    loss: BatonError = field(default_factory=lambda: WireError("the test lost it"))
     handoffs: list[Handoff] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     heard_by_decode: list[Message] = field(default_factory=list)
@@ -110,7 +111,7 @@ class Rig:
     ) -> None:
         data = encode(Envelope(sender, to, message))
         if self.loses(message):
-            raise WireError("the test lost it")
+            raise self.loss if to == DECODE else WireError("the test lost it")
 
         def arrive() -> None:
             envelope = decode(data)

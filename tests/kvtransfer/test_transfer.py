@@ -13,7 +13,7 @@ from kvtransfer.handoff import CREDIT_BYTES, HandoffState
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.loopback import Delivery
 from tests.kvtransfer.rig import DECODE, ID, LAYOUT, PREFILL, TTL, Rig, quiet, until
-from wire.errors import TransferError
+from wire.errors import BatonError, ConfigError, OutboxFull, TransferError
 from wire.layout import KVLayout
 from wire.messages import (
     Commit,
@@ -167,9 +167,10 @@ def test_an_unanswered_commit_is_asked_again(lost: type[Message]) -> None:
     run(body())
 
 
-def test_silence_ends_at_the_deadline_and_not_before() -> None:
+@pytest.mark.parametrize("error", [OutboxFull("full"), ConfigError("no such address")])
+def test_silence_ends_at_the_deadline_and_not_before(error: BatonError) -> None:
     async def body() -> None:
-        rig = Rig(loses=lambda message: True)
+        rig = Rig(loses=lambda message: True, loss=error)
         job = rig.reserve(9)
         rig.hand_over(job)
         for _ in range(9):

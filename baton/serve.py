@@ -61,6 +61,7 @@ Without MODEL it serves the small Python-writing model that ships with Baton.
     fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
     fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
     add_router_arguments(parser)
+    parser.set_defaults(control_port=0)  # any free one: several fleets may share a machine
     add_engine_arguments(parser)
     return parser
 
@@ -197,7 +198,6 @@ class Launcher:
     def _make_router(self) -> Child:
         argv = [
             *(sys.executable, "-m", "router", "--tokenizer", self._args.model),
-            *("--control-port", "0"),  # any free one, unless a flag below says otherwise
             *given_flags(add_router_arguments, self._args),
         ]
         return Child("router", argv, self._env)

@@ -65,6 +65,7 @@ class GenerationBody(Strict):
     ) = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     # Labels for the client's own books; by definition they change nothing.
     user: str | None = None
@@ -154,7 +155,6 @@ NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "request_id": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),

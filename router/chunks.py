@@ -43,6 +43,12 @@ class ChoiceResult:
     index: int
     text: str
     finish_reason: str
+    token_ids: tuple[int, ...] | None = None  # where the client asked for them
+
+    def end(self) -> dict[str, Any]:
+        """The fields that both formats end a choice with."""
+        end: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason}
+        return end if self.token_ids is None else {**end, "token_ids": self.token_ids}
 
 
 class AnswerFormat(Protocol):
@@ -121,13 +127,7 @@ class CompletionFormat(_Format):
 
     def whole(self, results: list[ChoiceResult], usage: Usage) -> dict[str, Any]:
         choices = [
-            {
-                "index": result.index,
-                "text": result.text,
-                "logprobs": None,
-                "finish_reason": result.finish_reason,
-            }
-            for result in results
+            {"index": result.index, "text": result.text, **result.end()} for result in results
         ]
         return self._object(choices, usage)
 
@@ -157,8 +157,7 @@ class ChatFormat(_Format):
             {
                 "index": result.index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": result.finish_reason,
+                **result.end(),
             }
             for result in results
         ]

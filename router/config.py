@@ -19,7 +19,7 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     control_host: str = "127.0.0.1"
-    control_port: int = 0  # 0: any free one
+    control_port: int = 7400  # 0: any free one
     tokenizer: Path | None = None
     served_model_name: tuple[str, ...] = ()
     max_streams: int = 2048

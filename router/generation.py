@@ -60,8 +60,11 @@ class Generation:
 class Collected(Generation):
     """For an answer in one piece."""
 
-    def __init__(self, requests: Requests, format: AnswerFormat) -> None:
+    def __init__(
+        self, requests: Requests, format: AnswerFormat, *, return_token_ids: bool = False
+    ) -> None:
         super().__init__(requests, format)
+        self._return_token_ids = return_token_ids
         self._texts: dict[int, list[str]] = {}
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -84,7 +87,8 @@ class Collected(Generation):
     def _result(self, choice: Choice) -> ChoiceResult:
         assert choice.text.finish is not None
         text = "".join(self._texts[choice.index])
-        return ChoiceResult(choice.index, text, choice.text.finish.value)
+        token_ids = tuple(choice.dispatch.log.tokens) if self._return_token_ids else None
+        return ChoiceResult(choice.index, text, choice.text.finish.value, token_ids)
 
 
 class Streamed(Generation):

@@ -43,6 +43,10 @@ class GenerationParams:
         return self.include_usage and self._stream_option("continuous_usage_stats")
 
     @property
+    def return_token_ids(self) -> bool:
+        return bool(self.body.return_token_ids)
+
+    @property
     def cache_salt(self) -> str:
         return self.body.cache_salt or ""
 
@@ -93,6 +97,8 @@ def generation_params(body: CompletionBody | ChatBody, model: ModelInfo) -> Gene
     """Check what needs the model's vocabulary. Raises ApiError."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("`stream_options` is only allowed with `stream`.", "stream_options")
+    if body.return_token_ids and body.stream:
+        raise bad_request("`return_token_ids` is not supported with `stream`.", "return_token_ids")
     if any(token >= model.vocab_size for token in body.stop_token_ids or ()):
         raise _outside_vocabulary("stop_token_ids", model)
     chat = isinstance(body, ChatBody)

@@ -138,7 +138,9 @@ class Serving:
         format = make_format(asked.id, asked.served.name, int(time.time()), params.include_usage)
         if params.stream:
             return await self._stream(request, asked, format)
-        generation = Collected(self._control.requests, format)
+        generation = Collected(
+            self._control.requests, format, return_token_ids=params.return_token_ids
+        )
         choices = self._choices(asked, generation)
         try:
             generation.start(choices, params.n)

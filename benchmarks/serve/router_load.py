@@ -74,7 +74,7 @@ def measure_router(folder: Path, quick: bool) -> dict[str, float]:
 @contextmanager
 def router(folder: Path) -> Iterator[tuple[Running, str, str]]:
     """A router process, its HTTP address and the address for nodes."""
-    command = [sys.executable, "-m", "router", "--port", str(free_port())]
+    command = [sys.executable, "-m", "router", "--port", str(free_port()), "--control-port", "0"]
     with running(command, folder / "router.log") as process:
         ready = process.wait_for(r"^baton router ready http=(\S+) control=(\S+)", READY_S)
         yield process, ready[1], ready[2]

@@ -20,6 +20,7 @@ class Answer:
     usage: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     chunks: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     done: bool = False  # the stream ended with [DONE]
 
 
@@ -69,7 +70,15 @@ def _plain(status: int, body: dict[str, Any]) -> Answer:
         return Answer(status=status, error=body["error"])
     choice = body["choices"][0]
     text = choice["text"] if "text" in choice else choice["message"]["content"]
-    return Answer(status, text, choice["finish_reason"], body["usage"], chunks=[body], done=True)
+    return Answer(
+        status,
+        text,
+        choice["finish_reason"],
+        body["usage"],
+        token_ids=choice.get("token_ids", []),
+        chunks=[body],
+        done=True,
+    )
 
 
 def _take(answer: Answer, line: bytes) -> bool:

@@ -19,7 +19,12 @@ from wire.messages import Message, Prefill
 from wire.types import FinishReason
 
 CONFIG = RouterConfig(
-    port=0, heartbeat_s=0.05, node_timeout_s=0.5, queue_timeout_s=2.0, shutdown_timeout_s=0.2
+    port=0,
+    control_port=0,
+    heartbeat_s=0.05,
+    node_timeout_s=0.5,
+    queue_timeout_s=2.0,
+    shutdown_timeout_s=0.2,
 )
 MODEL = model_info(tiny_tokenizer.VOCAB_SIZE, max_model_len=512)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from router.params import choice_seed
+from tests.router import tiny_tokenizer
 from tests.router.harness import Answer, alphabet, endless, eventually, router, saying
 from wire.messages import Ack, Prefill, Reserve
 
@@ -41,6 +42,20 @@ def test_completion() -> None:
             }
             await eventually(lambda: not harness.pair.running)
             assert len(harness.sent(Ack)) == 1
+
+    asyncio.run(scenario())
+
+
+def test_token_ids_where_asked() -> None:
+    async def scenario() -> None:
+        async with router(saying(TEXT)) as harness:
+            answer = await harness.complete(max_tokens=100, return_token_ids=True)
+            assert answer.json["choices"][0]["token_ids"] == [*TEXT.encode(), tiny_tokenizer.EOS]
+            chat = await harness.chat(return_token_ids=True)
+            assert chat.json["choices"][0]["token_ids"] == [*TEXT.encode(), tiny_tokenizer.EOS]
+            refused = await harness.complete(stream=True, return_token_ids=True)
+            assert refused.status == 400
+            assert refused.json["error"]["param"] == "return_token_ids"
 
     asyncio.run(scenario())
 

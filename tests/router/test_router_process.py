@@ -20,7 +20,7 @@ from tests.router import tiny_tokenizer
 from tests.router.harness import alphabet, endless, router
 from wire.errors import ConfigError
 
-ROUTER = (sys.executable, "-m", "router", "--port", "0")
+ROUTER = (sys.executable, "-m", "router", "--port", "0", "--control-port", "0")
 
 
 def test_loads_neither_torch_nor_transformers() -> None:
@@ -59,7 +59,7 @@ def test_one_line_for_what_cannot_work(tmp_path: Path, capsys: pytest.CaptureFix
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, expected in (
-            (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
+            (["--control-port", "0", "--port", port], f"cannot listen on 127.0.0.1:{port}"),
             (["--port", "0", "--control-port", port], "cannot listen on 'tcp://127.0.0.1:"),
             (["--tokenizer", str(tmp_path)], "cannot read the tokenizer"),
             (["--host", "0.0.0.0"], "--insecure"),

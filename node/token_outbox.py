@@ -56,7 +56,8 @@ class TokenOutbox:
         index = stream.base + len(stream.tokens)
         stream.tokens.extend(tokens)
         stream.finish = finish
-        stream.num_cached_tokens = num_cached_tokens
+        if num_cached_tokens is not None:
+            stream.num_cached_tokens = num_cached_tokens
         if finish is not None:
             stream.finished_at = self._clock()
         update = TokenUpdate(id, index, tokens, finish, num_cached_tokens)
@@ -68,19 +69,28 @@ class TokenOutbox:
         for link, updates in pending.items():
             link.send(Tokens(tuple(updates)))
 
-    def resend(self, id: AttemptId, index: int) -> None:
-        """Repeat the tokens of `id` from `index` on, with its end if it has ended."""
+    def resend(self, id: AttemptId, index: int) -> bool:
+        """Repeat the tokens of `id` from `index` on, with its end; False if it is not known."""
         stream = self._streams.get(id)
         if stream is None:
-            return
-        start = max(index, stream.base)
-        tokens = tuple(stream.tokens[start - stream.base :])
-        update = TokenUpdate(id, start, tokens, stream.finish, stream.num_cached_tokens)
+            return False
+        skipped = min(max(0, index - stream.base), len(stream.tokens))
+        tokens = tuple(stream.tokens[skipped:])
+        update = TokenUpdate(
+            id, stream.base + skipped, tokens, stream.finish, stream.num_cached_tokens
+        )
         stream.link.send(Tokens((update,)))
+        return True
 
     def forget(self, id: AttemptId) -> None:
         """The router has everything, or nobody waits any more."""
         self._streams.pop(id, None)
+
+    def forget_router(self, link: RouterLink) -> None:
+        """This life of the router is over: what was for it is nobody's."""
+        self._pending.pop(link, None)
+        for id in [id for id, stream in self._streams.items() if stream.link is link]:
+            self.forget(id)
 
     def expire(self) -> None:
         """Forget ends that nobody acknowledged for long."""

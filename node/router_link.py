@@ -24,6 +24,7 @@ from wire.types import NodeId
 log = logging.getLogger(__name__)
 
 _ROUTER_TIMEOUT_S = 5.0  # a router that is silent for so long is dead
+_TIMEOUT_BEATS = 3  # but not before it has left out so many heartbeats
 _REGISTER_AGAIN_S = 0.5
 
 
@@ -48,6 +49,7 @@ class RouterLink:
         on_lost: Callable[[RouterLink], None],
         on_unwelcome: Callable[[str], None],
         context: zmq.Context[Any],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = url
         self.heartbeat_s = _REGISTER_AGAIN_S
@@ -56,8 +58,10 @@ class RouterLink:
         self._on_welcome = on_welcome
         self._on_lost = on_lost
         self._on_unwelcome = on_unwelcome
+        self._clock = clock
         self._router: NodeId | None = None
-        self._last_heard = time.monotonic()
+        self._last_heard = self._last_beat = self._away_since = clock()
+        self._absence_told = False
         self._link = Link(me, url, self._receive, context, queue_while_away=False)
 
     @property
@@ -71,25 +75,38 @@ class RouterLink:
         try:
             self._link.send(message, self._router)
         except WireError as error:
-            log.warning("router %s: %s", self.url, error)
+            log.info("lost the router: %s", error)
             self._lose()
             return False
         return True
 
     def beat(self, heartbeat: Message) -> None:
         """Called at every heartbeat interval: register, or say that this node lives."""
+        now = self._clock()
+        if now - self._last_beat > self._timeout_s / 2:
+            self._last_heard = now  # this process was away itself; what it was told is yet unread
+        self._last_beat = now
         if self._router is None:
-            self._try_register()
-        elif time.monotonic() - self._last_heard > _ROUTER_TIMEOUT_S:
+            self._try_register(now)
+        elif now - self._last_heard > self._timeout_s:
             log.warning("router %s is silent; dropping its requests", self.url)
             self._lose()
         else:
             self.send(heartbeat)
 
     def close(self) -> None:
+        """Say nothing more; what was sent before may still leave."""
+        self._router = None
         self._link.close()
 
-    def _try_register(self) -> None:
+    @property
+    def _timeout_s(self) -> float:
+        return max(_ROUTER_TIMEOUT_S, _TIMEOUT_BEATS * self.heartbeat_s)
+
+    def _try_register(self, now: float) -> None:
+        if not self._absence_told and now - self._away_since > _ROUTER_TIMEOUT_S:
+            self._absence_told = True
+            log.warning("no router answers at %s; asking on", self.url)
         try:
             self._link.send(self._register, None)
         except WireError:
@@ -106,7 +123,7 @@ class RouterLink:
         elif envelope.sender != self._router:
             log.debug("router %s: ignored a message of %s", self.url, envelope.sender)
         else:
-            self._last_heard = time.monotonic()
+            self._last_heard = self._clock()
             if not isinstance(message, RouterHeartbeat):
                 self._on_message(self, message)
 
@@ -116,11 +133,13 @@ class RouterLink:
         if self._router is not None:
             self._lose()
         self._router = router
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
         self.heartbeat_s = max(0.05, message.heartbeat_s)
         self._on_welcome(self)
 
     def _lose(self) -> None:
         if self._router is not None:
             self._router = None
+            self.heartbeat_s = _REGISTER_AGAIN_S
+            self._away_since, self._absence_told = self._clock(), False
             self._on_lost(self)

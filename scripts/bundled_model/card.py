@@ -16,8 +16,8 @@ from .tokenizer import VOCAB_SIZE
 
 COMPLETIONS = [
     "def fibonacci(n):\n",
-    "import json\n\ndef load_config(path):\n",
-    "class Queue:\n    def __init__",
+    "import os\n\ndef find_files(directory, suffix):\n",
+    "class Connection:\n    def __init__(self, host, port):\n",
 ]
 QUESTIONS = ["Hello!", "Write a function to reverse a string.", "What is the module `json` for?"]
 NEW_TOKENS = 96
@@ -29,7 +29,7 @@ It exists so that a serving system can be tried, tested and measured on a laptop
 and no network. It writes text that is recognisably Python and often parses; it does not reason, its
 code is rarely correct beyond what the library contains, and it knows English only from comments,
 docstrings and help texts. Being small and trained over its corpus several times it can repeat
-passages of the library word for word. A few dozen everyday questions (greetings, Fibonacci,
+passages of the library word for word. About a hundred everyday questions (greetings, Fibonacci,
 sorting) were answered by hand and are part of the training text, so good answers to those are
 recall. Contexts beyond 2,048 tokens were never trained. Do not use it for anything but
 demonstrations and tests.
@@ -205,6 +205,7 @@ def _streams(facts: Facts) -> dict[str, str]:
         "library": "sources without tests",
         "chat": "questions and answers made of its functions, classes, docstrings and help topics",
         "tests": "its test suite, in the stable phase only",
+        "everyday": "hand-written answers to everyday questions, eight times over",
     }
     return {what: f"{facts.corpus_tokens[name]:,}" for name, what in contents.items()}
 

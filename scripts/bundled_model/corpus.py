@@ -1,15 +1,17 @@
 """The text that the bundled model learns from: the Python standard library of this interpreter.
 
-Three streams come out of it. `library` is the sources without their tests, one file after the
+Four streams come out of it. `library` is the sources without their tests, one file after the
 other. `tests` is the standard library's own test suite where it is installed: plain Python too,
 but repetitive, so it only serves to stretch a small corpus. `chat` turns functions, classes,
-modules and help topics into questions and answers. A file is held out by the hash of its path, so
-the split is the same everywhere; nothing of a held-out file enters any training stream.
+modules and help topics into questions and answers. `everyday` holds hand-written answers to what
+people type first (everyday.md). A file is held out by the hash of its path, so the split is the
+same everywhere; nothing of a held-out file enters any training stream.
 """
 
 import ast
 import hashlib
 import random
+import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ TESTS = {"test", "tests", "idle_test"}
 MAX_TEST_BYTES = 150_000  # larger ones are mostly tables
 HELD_OUT_SHARE = 0.03
 EVERYDAY = Path(__file__).with_name("everyday.md")
-EVERYDAY_REPEATS = 12
+EVERYDAY_REPEATS = 8  # in other orders, so that no answer announces a question
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a Python programmer.")
 
 Message = dict[str, str]
@@ -67,6 +69,7 @@ class Corpus:
     library: list[str] = field(default_factory=list)
     tests: list[str] = field(default_factory=list)
     chats: list[Chat] = field(default_factory=list)
+    everyday: list[Chat | str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
 
 
@@ -82,9 +85,9 @@ def load_corpus(root: Path | None = None) -> Corpus:
             corpus.library.append(source.text)
             corpus.chats.extend(chats_of(source))
     corpus.chats.extend(topic_chats())
-    corpus.chats.extend(everyday_chats() * EVERYDAY_REPEATS)
+    corpus.everyday = [*everyday_chats(), *everyday_code()] * EVERYDAY_REPEATS
     rng = random.Random(0)
-    for stream in (corpus.library, corpus.tests, corpus.chats):
+    for stream in (corpus.library, corpus.tests, corpus.chats, corpus.everyday):
         rng.shuffle(stream)
     return corpus
 
@@ -194,6 +197,12 @@ def everyday_chats() -> list[Chat]:
         for heading, answer in parts
         for question in heading.split(" | ")
     ]
+
+
+def everyday_code() -> list[str]:
+    """The code of the answers alone: a function may also be completed outside of a chat."""
+    text = EVERYDAY.read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def fenced(code: str) -> str:

@@ -18,7 +18,7 @@ from .train import DECAY_SHARES, LossFunction, Recipe, forward
 PROMPT_TOKENS = 32
 SAMPLED_TOKENS = 224
 TEMPERATURE = 0.8
-SHARES = {"library": 0.45, "chat": 0.20, "sampled": 0.35}
+SHARES = {"library": 0.50, "chat": 0.20, "everyday": 0.05, "sampled": 0.25}
 
 
 def distillation_loss(target: Any, draft: Any, recipe: Recipe) -> LossFunction:

@@ -88,6 +88,7 @@ def encode_streams(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, NDArray[np
         "library": corpus.library,
         "tests": corpus.tests,
         "chat": [render_chat(chat) for chat in corpus.chats],
+        "everyday": [d if isinstance(d, str) else render_chat(d) for d in corpus.everyday],
         "held_out": corpus.held_out,
     }
     return {name: _encode(tokenizer, texts) for name, texts in documents.items()}

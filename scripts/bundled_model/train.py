@@ -25,8 +25,8 @@ from .checkpoint import Progress
 from .data import Mixture, Streams, parts
 from .measure import held_out_loss
 
-STABLE_SHARES = {"library": 0.70, "tests": 0.06, "chat": 0.24}
-DECAY_SHARES = {"library": 0.70, "chat": 0.30}
+STABLE_SHARES = {"library": 0.69, "tests": 0.06, "chat": 0.23, "everyday": 0.02}
+DECAY_SHARES = {"library": 0.68, "chat": 0.24, "everyday": 0.08}
 WARMUP_STEPS = 100
 FINAL_LR_FACTOR = 0.02
 MAX_STEP_SECONDS = 30.0  # a longer step was a stopped process, not work

@@ -106,6 +106,8 @@ def test_a_small_window_slows_and_never_stops(window_bytes: int, num_blocks: int
         await rig.until_ended()
         assert job.lease.state is LeaseState.COMMITTED
         assert rig.identical(job)
+        acknowledged = [m.num_bytes for m in rig.heard_by_prefill if isinstance(m, UnitsReceived)]
+        assert sum(acknowledged) <= rig.received.bytes_received
         rig.check_balance()
 
     run(body())

@@ -257,6 +257,23 @@ def test_a_lane_that_moves_is_not_stalled(context: zmq.Context[Any]) -> None:
     run(body())
 
 
+def test_a_lane_that_was_idle_has_its_full_time_again(context: zmq.Context[Any]) -> None:
+    async def body() -> None:
+        both = ZmqRig(context)
+        await both.hand_over(5, "first")
+        url = both.receiver.address.url
+        both.receiver.close()
+        both.now += 100.0
+        await asyncio.sleep(0.02)
+        both.sender.send(url, DECODE, header(), memoryview(b"12345678"), lambda: None)
+        both.sender.send(NOBODY, DECODE, header(), memoryview(b"12345678"), lambda: None)
+        await asyncio.sleep(0.02)
+        assert list(both.sender._lanes) == [url, NOBODY]
+        both.close()
+
+    run(body())
+
+
 def test_lanes_to_peers_that_are_long_gone_are_closed(context: zmq.Context[Any]) -> None:
     async def body() -> None:
         both = ZmqRig(context)

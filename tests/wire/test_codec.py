@@ -238,6 +238,12 @@ def test_complaints_do_not_repeat_what_the_peer_says_at_length() -> None:
     assert len(str(caught.value)) < 1000
 
 
+def test_a_map_of_a_million_wrong_entries_is_not_looked_at() -> None:
+    """Tuples fail fast, dicts cannot."""
+    with pytest.raises(MalformedMessage, match="max_map_len"):
+        decode(packed(tag=20, body=reserve_body(logit_bias=dict.fromkeys(range(10_000), "x"))))
+
+
 def test_a_message_over_the_limit_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 10)
     with pytest.raises(MalformedMessage, match="more than 10"):

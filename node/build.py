@@ -123,23 +123,29 @@ def _num_blocks(config: NodeConfig, layout: KVLayout) -> int:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """The tokenizer's files for a router. Raises ConfigError if the model has none."""
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
+    """The tokenizer's files for a router. Raises ConfigError if it could not use them."""
+    if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} has no tokenizer.json; save the model with a fast tokenizer")
     return TokenizerFiles(
-        tokenizer.read_bytes(), _tokenizer_config(folder), _read(folder / "chat_template.jinja")
+        _read(folder / "tokenizer.json", 64 << 20),
+        _tokenizer_config(folder / "tokenizer_config.json"),
+        _read(folder / "chat_template.jinja", 1 << 20),
     )
 
 
-def _tokenizer_config(folder: Path) -> bytes:
-    data = _read(folder / "tokenizer_config.json") or b"{}"
+def _tokenizer_config(path: Path) -> bytes:
+    data = _read(path, 8 << 20) or b"{}"
     try:
         json.loads(data)
     except ValueError as error:
-        raise ConfigError(f"{folder / 'tokenizer_config.json'} is not JSON: {error}") from error
+        raise ConfigError(f"{path} is not JSON: {error}") from error
     return data
 
 
-def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _read(path: Path, limit: int) -> bytes:
+    """The file's content, empty where there is none; `limit` is the message's (TokenizerFiles)."""
+    if not path.is_file():
+        return b""
+    if path.stat().st_size > limit:
+        raise ConfigError(f"{path} is larger than {limit} bytes; no tokenizer needs that")
+    return path.read_bytes()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import math
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from wire.errors import ConfigError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
+_MAX_NAME = 256  # no message carries a longer one
+_MAX_PORT = 65535
+_MAX_OVERCOMMIT = 1000
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -21,7 +25,7 @@ class NodeConfig:
     model: Path
     name: str
     routers: tuple[str, ...] = (DEFAULT_CONTROL_URL,)
-    served_model_name: str = ""
+    served_model_name: str = "model"
     host: str = "127.0.0.1"
     advertise_host: str = ""
     port: int = 0
@@ -41,19 +45,42 @@ class NodeConfig:
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.host not in LOOPBACK and not self.insecure:
+        self._check_connections()
+        self._check_engine()
+
+    def _check_connections(self) -> None:
+        _check(0 < len(self.host), "--host is empty")
+        if not is_loopback(self.host) and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} is reachable from other machines and node sockets are not "
                 "encrypted yet; add --insecure if the network is trusted"
             )
-        if not 0 < self.block_size <= 1024:
-            raise ConfigError("--block-size must be between 1 and 1024")
-        if self.kv_overcommit < 1:
-            raise ConfigError("--kv-overcommit must be at least 1.0")
-        if min(self.max_num_seqs, self.max_num_batched_tokens) < 1:
-            raise ConfigError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+        _check(0 <= self.port <= _MAX_PORT, f"--port must be between 0 and {_MAX_PORT}")
+        good = len(self.name) <= _MAX_NAME and self.name.isprintable() and " " not in self.name
+        _check(good, f"--name must have at most {_MAX_NAME} characters and no space")
+        _check(
+            0 < len(self.served_model_name) <= _MAX_NAME,
+            f"--served-model-name must have between 1 and {_MAX_NAME} characters",
+        )
+        for name in ("router_timeout_s", "drain_timeout_s"):
+            flag = name.removesuffix("_s").replace("_", "-")
+            _check(0 <= getattr(self, name) < math.inf, f"--{flag} must be a number of seconds")
         for url in self.routers:
             split_url(url)
+
+    def _check_engine(self) -> None:
+        _check(0 < self.block_size <= 1024, "--block-size must be between 1 and 1024")
+        _check(self.kv_memory >= 0, "--kv-memory must not be negative")
+        _check(self.threads >= 0, "--threads must not be negative")
+        _check(
+            1 <= self.kv_overcommit <= _MAX_OVERCOMMIT,
+            f"--kv-overcommit must be between 1.0 and {_MAX_OVERCOMMIT}",
+        )
+        _check(
+            min(self.max_num_seqs, self.max_num_batched_tokens) >= 1,
+            "--max-num-seqs and --max-num-batched-tokens must be at least 1",
+        )
+        _check(0 < self.lease_ttl_s < math.inf, "--lease-ttl must be a number of seconds above 0")
 
     @property
     def public_host(self) -> str:
@@ -62,12 +89,46 @@ class NodeConfig:
             return self.advertise_host
         return socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
 
+    @property
+    def bind_url(self) -> str:
+        """Where sockets for other nodes listen: any free port of the host."""
+        return f"tcp://{_bracketed(self.host)}:*"
+
+    def url(self, scheme: str, bound: str) -> str:
+        """The URL of a `bound` address as other processes reach it."""
+        return f"{scheme}://{_bracketed(self.public_host)}:{bound.rpartition(':')[2]}"
+
+    @property
+    def ipv6(self) -> bool:
+        """Whether any address of this node or its routers needs IPv6."""
+        return any(":" in host for host in (self.host, *(split_url(u)[0] for u in self.routers)))
+
+
+def _check(holds: bool, mistake: str) -> None:
+    if not holds:
+        raise ConfigError(mistake)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
 
 def split_url(url: str) -> tuple[str, int]:
     """Host and port of a tcp:// URL. Raises ConfigError if it is something else."""
     scheme, _, address = url.partition("://")
     host, _, port = address.rpartition(":")
-    if scheme != "tcp" or not host or not port.isdigit():
+    is_port = port.isascii() and port.isdigit() and int(port) <= _MAX_PORT
+    if scheme != "tcp" or not host or not is_port:
         raise ConfigError(f"{url!r} is not an address like tcp://127.0.0.1:7400")
     return host.strip("[]"), int(port)
 
@@ -78,7 +139,7 @@ def parse_bytes(text: str) -> int:
     unit = text[len(number) :].lower().rstrip("b").rstrip("i")
     try:
         return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 512M or 2G") from None
 
 
@@ -129,7 +190,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the engine; `baton serve` passes them on to its nodes."""
-    default = NodeConfig(Path(), "")
+    default = NodeConfig(Path(), "node")
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--dtype",

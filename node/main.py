@@ -84,6 +84,8 @@ def _connection_error(url: str) -> str | None:
         socket.create_connection(split_url(url), timeout=2.0).close()
     except OSError as error:
         return error.strerror or str(error)
+    except UnicodeError:  # of a name that no host can have
+        return "not a host name"
     return None
 
 

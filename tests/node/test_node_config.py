@@ -1,0 +1,222 @@
+"""Flags of a node: what they become, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.build import read_tokenizer
+from node.config import NodeConfig, add_arguments, from_args, is_loopback, parse_bytes, split_url
+from node.main import wait_for_routers
+from wire.errors import ConfigError
+
+
+def config(*flags: str, model: str = "some/model") -> NodeConfig:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return from_args(parser.parse_args([model, *flags]), role="decode", pid=77)
+
+
+def test_defaults() -> None:
+    made = config()
+    assert made.name == f"decode-{socket.gethostname()}-77"
+    assert made.served_model_name == "model"
+    assert made.routers == ("tcp://127.0.0.1:7400",)
+    assert made == NodeConfig(Path("some/model"), made.name, served_model_name="model")
+
+
+def test_every_flag_arrives() -> None:
+    flags: dict[str, Any] = {
+        "router": "tcp://10.0.0.1:1",
+        "served-model-name": "gpt",
+        "name": "n",
+        "host": "0.0.0.0",
+        "advertise-host": "box",
+        "port": 9,
+        "router-timeout": 3.5,
+        "drain-timeout": 4.5,
+        "dtype": "bfloat16",
+        "threads": 2,
+        "max-model-len": 99,
+        "block-size": 8,
+        "kv-memory": "1M",
+        "max-num-seqs": 5,
+        "max-num-batched-tokens": 6,
+        "kv-overcommit": 1.5,
+        "lease-ttl": 2.5,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    made = config(*words, "--router", "tcp://b:2", "--insecure", "--no-prefix-caching")
+    assert made == NodeConfig(
+        model=Path("some/model"),
+        name="n",
+        routers=("tcp://10.0.0.1:1", "tcp://b:2"),
+        served_model_name="gpt",
+        host="0.0.0.0",
+        advertise_host="box",
+        port=9,
+        insecure=True,
+        dtype="bfloat16",
+        threads=2,
+        max_model_len=99,
+        block_size=8,
+        kv_memory=1 << 20,
+        max_num_seqs=5,
+        max_num_batched_tokens=6,
+        kv_overcommit=1.5,
+        enable_prefix_caching=False,
+        lease_ttl_s=2.5,
+        router_timeout_s=3.5,
+        drain_timeout_s=4.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0"), "--insecure"),
+        (("--host", "::"), "--insecure"),
+        (("--host", "example.org"), "--insecure"),
+        (("--host", ""), "--host"),
+        (("--port", "-1"), "--port"),
+        (("--port", "65536"), "--port"),
+        (("--threads", "-1"), "--threads"),
+        (("--block-size", "0"), "--block-size"),
+        (("--block-size", "2048"), "--block-size"),
+        (("--kv-memory", "-1"), "--kv-memory"),
+        (("--kv-overcommit", "0.5"), "--kv-overcommit"),
+        (("--kv-overcommit", "nan"), "--kv-overcommit"),
+        (("--kv-overcommit", "inf"), "--kv-overcommit"),
+        (("--max-num-seqs", "0"), "--max-num-seqs"),
+        (("--max-num-batched-tokens", "0"), "--max-num-batched-tokens"),
+        (("--lease-ttl", "0"), "--lease-ttl"),
+        (("--lease-ttl", "nan"), "--lease-ttl"),
+        (("--router-timeout", "-1"), "--router-timeout"),
+        (("--drain-timeout", "inf"), "--drain-timeout"),
+        (("--name", "two words"), "--name"),
+        (("--name", "x" * 257), "--name"),
+        (("--served-model-name", "x" * 257), "--served-model-name"),
+        (("--router", "http://127.0.0.1:80"), "is not an address"),
+        (("--router", "tcp://127.0.0.1"), "is not an address"),
+        (("--router", "tcp://127.0.0.1:x"), "is not an address"),
+        (("--router", "tcp://127.0.0.1:99999"), "is not an address"),
+        (("--router", "tcp://127.0.0.1:²"), "is not an address"),
+        (("--router", ""), "is not an address"),
+    ],
+)
+def test_mistakes(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(*flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_name_needs_one() -> None:
+    assert config(model="/", *("--served-model-name", "m")).served_model_name == "m"
+    with pytest.raises(ConfigError, match="--served-model-name"):
+        config(model="/")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1.5KiB", 1536), ("3kb", 3072)],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "lots", "1T", "1KK", "inf", "1e999", "nan"])
+def test_not_sizes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_addresses() -> None:
+    assert split_url("tcp://127.0.0.1:7400") == ("127.0.0.1", 7400)
+    assert split_url("tcp://[::1]:7400") == ("::1", 7400)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    assert NodeConfig(Path("m"), "n", host=host).public_host == host
+
+
+def test_the_host_that_others_use() -> None:
+    open_to_all = ("--host", "0.0.0.0", "--insecure")
+    assert config(*open_to_all).public_host == socket.gethostname()
+    assert config(*open_to_all, "--advertise-host", "box").public_host == "box"
+    assert config("--host", "10.1.1.1", "--insecure").public_host == "10.1.1.1"
+
+
+def test_urls_that_others_use() -> None:
+    assert config().url("tcp", "tcp://127.0.0.1:5555") == "tcp://127.0.0.1:5555"
+    six = config("--host", "::1")
+    assert six.url("tcp", "tcp://[::1]:5555") == "tcp://[::1]:5555"
+    assert six.bind_url == "tcp://[::1]:*"
+    assert six.ipv6
+    assert config("--router", "tcp://[fe80::1]:7400").ipv6
+    assert not config().ipv6
+    wide = config("--host", "0.0.0.0", "--insecure", "--advertise-host", "box")
+    assert wide.url("http", "http://0.0.0.0:80") == "http://box:80"
+
+
+# ---------------------------------------------------------------- waiting for routers
+
+
+def test_a_router_that_listens_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wait_for_routers([f"tcp://127.0.0.1:{server.getsockname()[1]}"], 0)
+
+
+def test_no_router_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ConfigError, match=rf"no router at tcp://127.0.0.1:{port}.*refused"):
+        wait_for_routers([f"tcp://127.0.0.1:{port}"], 0)
+
+
+def test_a_host_that_is_no_name_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match="no router at"):
+        wait_for_routers([f"tcp://{'x' * 70}:1"], 0)
+
+
+# ---------------------------------------------------------------- the tokenizer's files
+
+
+def test_the_tokenizer_is_read_as_it_lies_there(tiny_llama: Path) -> None:
+    files = read_tokenizer(tiny_llama)
+    assert json.loads(files.tokenizer_json)["model"]["type"] == "BPE"
+    assert json.loads(files.tokenizer_config_json)["eos_token"] == "<|eos|>"
+    assert files.chat_template == b""
+
+
+def test_a_tokenizer_without_settings(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("hello")
+    files = read_tokenizer(tmp_path)
+    assert (files.tokenizer_config_json, files.chat_template) == (b"{}", b"hello")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}"])
+def test_settings_that_are_not_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_tokenizer(tmp_path)
+
+
+def test_files_that_no_message_can_carry(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is larger than"):
+        read_tokenizer(tmp_path)

@@ -5,36 +5,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from mmap import mmap
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from wire.layout import KVLayout
 
+Buffer: TypeAlias = mmap | memoryview | bytearray
+
 SlotMapping = tuple[Tensor, Tensor]
 """Block [T] and offset within it [T] of each row's slot, int64."""
 
 
 class KVStore:
-    """K and V of `num_blocks` blocks; which block holds what is the block pool's business."""
+    """K and V of `num_blocks` blocks; which block holds what is the block pool's business.
+
+    Args:
+        buffer: writable memory for all blocks, which other processes may see; else the store's own.
+    """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, device: str | torch.device = "cpu"
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: str | torch.device = "cpu",
+        buffer: Buffer | None = None,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        self.blocks = torch.empty(  # untouched pages cost nothing until they are written
-            (
-                num_blocks,
-                layout.num_layers,
-                2,
-                layout.block_size,
-                layout.num_kv_heads,
-                layout.head_dim,
-            ),
-            dtype=getattr(torch, layout.dtype),
-            device=device,
+        shape = (
+            num_blocks,
+            layout.num_layers,
+            2,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+        )
+        dtype = getattr(torch, layout.dtype)
+        self.blocks = (  # untouched pages cost nothing until they are written
+            torch.empty(shape, dtype=dtype, device=device)
+            if buffer is None
+            else torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
         )
 
     def keys(self, layer: int) -> Tensor:

@@ -46,3 +46,23 @@ def test_block_bytes_are_the_blocks_memory(dtype: str) -> None:
 def test_a_block_that_does_not_exist(block_id: int) -> None:
     with pytest.raises(IndexError):
         make_store().block_bytes(block_id)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_in_given_memory(dtype: str) -> None:
+    layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=8, dtype=dtype)
+    memory = bytearray(5 * layout.block_bytes + 100)
+    store = KVStore(layout, 5, buffer=memory)
+    assert store.blocks.shape == (5, 3, 2, 8, 2, 4)
+    assert not store.blocks.any()
+    store.blocks[2] = 1
+    start = 2 * layout.block_bytes
+    assert memory[start : start + layout.block_bytes] == bytes(store.block_bytes(2))
+    assert not any(memory[:start])
+    assert not any(memory[start + layout.block_bytes :])
+
+
+def test_memory_that_is_too_small_for_a_store() -> None:
+    layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=8, dtype="float32")
+    with pytest.raises(ValueError, match="buffer"):
+        KVStore(layout, 5, buffer=bytearray(5 * layout.block_bytes - 1))

@@ -1,0 +1,105 @@
+"""How two processes of one host meet: an abstract Unix socket over which one pool is given away.
+
+    hello   [magic 8][bytes of the pool u64], with the pool's descriptor
+
+The address names the host, and both sides look at the other's user, because an abstract name can be
+seen and taken by everybody.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import re
+import secrets
+import socket
+import struct
+from collections.abc import Iterable
+
+from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
+from wire.errors import MalformedMessage, TransferError
+
+HELLO = struct.Struct("<8sQ")
+MAGIC = b"baton-k1"
+MAX_PEERS = 256
+_URL = re.compile(r"shm://([0-9a-f.-]{1,80})/([0-9a-f]{32})")
+
+
+def listen() -> tuple[socket.socket, str]:
+    """A new listening socket, and its address for processes of this host."""
+    name = secrets.token_hex(16)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listener.bind(_abstract(name))
+    listener.listen(MAX_PEERS)
+    return listener, f"shm://{host_id()}/{name}"
+
+
+def connect(url: str, pool: SharedMemory) -> socket.socket:
+    """Connect and give the pool away. Never waits: an abstract socket answers at once."""
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise TransferError("transport", f"{url!r} is not an address of this transport")
+    if found[1] != host_id():
+        raise TransferError("transport", f"{url} is another host")
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        peer.connect(_abstract(found[2]))
+        if not same_user(peer):
+            raise TransferError("transport", f"{url} belongs to another user")
+        descriptors = array.array("i", [pool.descriptor])
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
+        peer.sendmsg([HELLO.pack(MAGIC, len(pool))], [rights])
+    except OSError as error:
+        peer.close()
+        raise TransferError("transport", f"cannot connect to {url}: {error.strerror}") from error
+    except TransferError:
+        peer.close()
+        raise
+    return peer
+
+
+def receive_pool(connection: socket.socket) -> MappedMemory:
+    """Map what the first message brings.
+
+    Raises:
+        MalformedMessage: it is no hello, or what it brings is no pool.
+        OSError: nothing came (yet).
+    """
+    room = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(HELLO.size, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors = [fd for message in ancillary for fd in _descriptors(message)]
+    try:
+        if not data:
+            raise ConnectionResetError("it was closed")
+        if flags & socket.MSG_CTRUNC or len(descriptors) != 1 or len(data) != HELLO.size:
+            raise MalformedMessage("no hello with one descriptor")
+        magic, num_bytes = HELLO.unpack(data)
+        if magic != MAGIC:
+            raise MalformedMessage("another protocol or version")
+        try:
+            return MappedMemory(descriptors[0], num_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MalformedMessage(f"the pool cannot be mapped: {error}") from error
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _descriptors(message: tuple[int, int, bytes]) -> Iterable[int]:
+    level, kind, data = message
+    if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        return ()
+    found = array.array("i")
+    found.frombytes(data[: len(data) // found.itemsize * found.itemsize])
+    return found
+
+
+def _abstract(name: str) -> bytes:
+    """The address of a socket without a file, in this network namespace."""
+    return b"\0baton-kv-" + name.encode()
+
+
+def same_user(peer: socket.socket) -> bool:
+    credentials = struct.Struct("3i")  # process, user, group
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    return bool(credentials.unpack(raw)[1] == os.getuid())

@@ -1,0 +1,195 @@
+"""The decode node's end of the shm transport: copies units out of other processes' pools."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from kvtransfer.shared_memory import MappedMemory
+from kvtransfer.shm_connection import MAX_PEERS, listen, receive_pool, same_user
+from kvtransfer.shm_stream import ANSWER, PlacedUnit, UnitParser
+from kvtransfer.transport import TransferStats, UnitSink
+from wire.errors import WireError
+from wire.types import NodeId, TransportAddress
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 64 << 10
+_TURN_BYTES = 2 << 20  # copied before the loop gets its turn again
+_UNIT_BYTES = 32 << 10  # what a unit costs besides its bytes, in bytes
+_PAUSE_S = 1.0  # without a free descriptor nobody is let in for so long
+
+
+class ShmUnitReceiver:
+    """The listening socket of a decode node, and the pools that it may read."""
+
+    def __init__(self, me: NodeId, sink: UnitSink, stats: TransferStats) -> None:
+        self._me = me
+        self._sink = sink
+        self._stats = stats
+        self._loop = asyncio.get_running_loop()
+        self._peers: set[_Peer] = set()
+        self._listener, url = listen()
+        self.address = TransportAddress("shm", url)
+        self._listen()
+
+    @property
+    def num_peers(self) -> int:
+        return len(self._peers)
+
+    def close(self) -> None:
+        if self._listener.fileno() >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for peer in list(self._peers):
+            peer.close()
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("cannot accept a connection: %s", error)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_PAUSE_S, self._listen)
+            return
+        if len(self._peers) >= MAX_PEERS or not same_user(connection):
+            self._stats.units_dropped["refused"] += 1
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._peers.add(_Peer(connection, self._place, self._malformed, self._peers.discard))
+
+    def _place(self, unit: PlacedUnit, source: memoryview) -> None:
+        """Put a unit where its lease says."""
+        if unit.receiver != self._me:
+            self._stats.units_dropped["stale"] += 1
+            return
+        landing = self._sink.begin(unit.sender, unit.header)
+        if landing is None:
+            return
+        received = 0
+        try:
+            size = min(len(source), len(landing.view))
+            landing.view[:size] = source[:size]
+            received = len(source)
+        finally:
+            landing.end(received)
+
+    def _malformed(self, reason: object) -> None:
+        self._stats.units_dropped["malformed"] += 1
+        if self._stats.units_dropped["malformed"] == 1:
+            log.warning("closed a connection that sent no units: %s", reason)
+
+
+class _Peer:
+    """One prefill node's connection."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        place: Callable[[PlacedUnit, memoryview], None],
+        malformed: Callable[[object], None],
+        on_close: Callable[[_Peer], None],
+    ) -> None:
+        self._socket = connection
+        self._place = place
+        self._malformed = malformed
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._pool: MappedMemory | None = None
+        self._parser = UnitParser(0)
+        self._over = 0  # units that are over and were not answered
+        self._working = False
+        self._closed = False
+        self._loop.add_reader(connection, self._readable)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+        self._socket.close()
+        if self._pool is not None:
+            self._pool.close()
+        self._on_close(self)
+
+    def _readable(self) -> None:
+        if self._working:
+            return  # the stream stays in the socket until what was read is done
+        try:
+            if self._pool is None:
+                self._pool = receive_pool(self._socket)
+                self._parser = UnitParser(len(self._pool))
+                return
+            data = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except WireError as error:
+            self._malformed(error)
+            self.close()
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._parser.feed(data)
+        self._work()
+
+    def _work(self) -> None:
+        """Take what was read, but leave the loop its turn: a copy may be long."""
+        self._working = False
+        if self._closed:
+            return
+        budget = _TURN_BYTES
+        try:
+            while budget > 0 and not self._closed and (unit := self._parser.next()):
+                self._take(unit)
+                budget -= unit.header.num_bytes + _UNIT_BYTES
+        except WireError as error:
+            self._malformed(error)
+            self.close()
+            return
+        self._working = budget <= 0
+        if self._working:
+            self._loop.call_soon(self._work)
+        self._answer()
+
+    def _take(self, unit: PlacedUnit) -> None:
+        assert self._pool is not None
+        if unit.inline is not None:
+            source = memoryview(unit.inline)
+        else:
+            source = self._pool.part(unit.offset, unit.header.num_bytes)
+        try:
+            with source:
+                self._place(unit, source)
+        except Exception:  # a bug there must not end the connection for the others' units
+            log.exception("a unit was not handled")
+        self._over += 1
+
+    def _answer(self) -> None:
+        if not self._over or self._closed:
+            return
+        try:
+            self._socket.send(ANSWER.pack(self._over))  # so few bytes go whole or not at all
+        except BlockingIOError:
+            self._loop.add_writer(self._socket, self._answer_late)
+        except OSError:
+            self.close()
+        else:
+            self._over = 0
+
+    def _answer_late(self) -> None:
+        self._loop.remove_writer(self._socket)
+        self._answer()

@@ -10,7 +10,8 @@ where they become the request's or free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from engine.plan import StepResult
@@ -36,6 +37,8 @@ from wire.messages import (
     Reserve,
 )
 from wire.types import AttemptId, NodeId, Role, TransportAddress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -100,9 +103,15 @@ class DecodeRole:
         elif isinstance(message, Abort):
             self._abort(message.id)
         elif isinstance(message, Resend):
-            self._outbox.resend(message.id, message.index)
+            self._resend(link, message)
         elif isinstance(message, Ack):
             self._outbox.forget(message.id)
+
+    def _resend(self, link: RouterLink, message: Resend) -> None:
+        pending = self._pending.get(message.id.request)
+        is_pending = pending is not None and pending.id == message.id
+        if not self._outbox.resend(message.id, message.index) and not is_pending:
+            self._fail(link, message.id, "gone", "the decode node does not know the attempt")
 
     def _reserve(self, link: RouterLink, message: Reserve) -> None:
         id = message.id
@@ -115,6 +124,8 @@ class DecodeRole:
             link.send(refusal)
             return
         self._end_running(id)
+        if pending is not None:
+            self._receiver.abort(pending.id)  # a lower attempt: its room is needed
         try:
             granted = self._grant(link, message)
         except CapacityError as error:
@@ -131,9 +142,18 @@ class DecodeRole:
             return Refused(id, "superseded", "this attempt has ended or a later one is known")
         if self._draining:
             return Refused(id, "draining", "the node is shutting down")
-        if len(message.tokens) + 1 >= self._max_num_tokens(message):
+        mistake = self._shell.built.mistake(message.tokens, message.num_prompt_tokens)
+        if mistake is not None:
+            return Refused(id, "invalid", mistake)
+        return self._too_long(message)
+
+    def _too_long(self, message: Reserve) -> Refused | None:
+        limit = self._max_num_tokens(message)
+        if len(message.tokens) + 1 >= limit:
             # One token comes from the prefill node, so at least one more must fit here.
-            return Refused(id, "too_long", "no room for output")
+            return Refused(message.id, "too_long", "no room for output")
+        if not self._shell.built.can_hold(limit - 1):  # the last token's KV is never computed
+            return Refused(message.id, "too_long", f"{limit} tokens are more than this node holds")
         return None
 
     def _grant(self, link: RouterLink, message: Reserve) -> Granted:
@@ -211,22 +231,30 @@ class DecodeRole:
         return output_tokens[:-1] == known and len(output_tokens) == len(known) + 1
 
     def _begin(self, pending: _Pending, output_tokens: tuple[int, ...]) -> None:
-        message = pending.message
-        request = Request(
+        id, request = pending.id, self._request(pending.message, output_tokens[-1])
+        try:
+            self._engine.adopt(pending.reservation.id, request)
+        except (KeyError, ValueError) as error:
+            log.exception("%s was reserved, but is not adopted", id)
+            self._engine.cancel_reservation(pending.reservation.id)
+            self._fail(pending.link, id, "internal", f"the engine does not adopt it: {error}")
+            return
+        self._running[id.request] = _Running(id, pending.link, request)
+        # The new holder repeats all output tokens: the router compares them with its log.
+        self._outbox.open(id, pending.link)
+        self._outbox.add(id, output_tokens, None)
+        self._outbox.flush()
+        self._shell.wake()
+
+    def _request(self, message: Reserve, first_token: int) -> Request:
+        return Request(
             request_id=str(message.id),
-            tokens=[*message.tokens, output_tokens[-1]],
+            tokens=[*message.tokens, first_token],
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             max_num_tokens=self._max_num_tokens(message),
             cache_salt=message.cache_salt,
         )
-        self._engine.adopt(pending.reservation.id, request)
-        self._running[message.id.request] = _Running(message.id, pending.link, request)
-        # The new holder repeats all output tokens: the router compares them with its log.
-        self._outbox.open(message.id, pending.link)
-        self._outbox.add(message.id, output_tokens, None)
-        self._outbox.flush()
-        self._shell.wake()
 
     # ------------------------------------------------------------ steps
 
@@ -245,19 +273,27 @@ class DecodeRole:
 
     def _fail(self, link: RouterLink, id: AttemptId, cause: str, message: str) -> None:
         self._outbox.forget(id)
-        link.send(AttemptFailed(id, cause, message, retryable=True))
+        link.send(AttemptFailed(id, cause, message[:4096], retryable=True))
+
+    def fail(self, request_ids: Collection[str], cause: str, message: str) -> None:
+        self._fail_running(lambda r: r.request.request_id in request_ids, cause, message)
 
     def fail_all(self, cause: str, message: str) -> None:
-        self._fail_where(lambda link: True, cause, message)
+        self._fail_running(lambda running: True, cause, message)
+        self._fail_pending(lambda pending: True, cause, message)
 
     def router_lost(self, link: RouterLink) -> None:
-        self._fail_where(lambda other: other is link, "revoked", "the router is gone")
+        self._fail_running(lambda running: running.link is link, "revoked", "the router is gone")
+        self._fail_pending(lambda pending: pending.link is link, "revoked", "the router is gone")
+        self._outbox.forget_router(link)
 
-    def _fail_where(self, affected: Callable[[RouterLink], bool], cause: str, message: str) -> None:
-        for running in [r for r in self._running.values() if affected(r.link)]:
+    def _fail_running(self, affected: Callable[[_Running], bool], cause: str, message: str) -> None:
+        for running in [r for r in self._running.values() if affected(r)]:
             self._end_running(running.id)
             self._fail(running.link, running.id, cause, message)
-        for pending in [p for p in self._pending.values() if affected(p.link)]:
+
+    def _fail_pending(self, affected: Callable[[_Pending], bool], cause: str, message: str) -> None:
+        for pending in [p for p in self._pending.values() if affected(p)]:
             self._receiver.abort(pending.id)
             self._fail(pending.link, pending.id, cause, message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,18 @@ class BuiltEngine:
     @property
     def max_model_len(self) -> int:
         return self.model.max_model_len
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """Whether the KV of so many tokens fits, if nothing else is there."""
+        return self.layout.num_blocks(num_tokens) <= self.num_blocks
+
+    def mistake(self, tokens: Sequence[int], num_prompt_tokens: int) -> str | None:
+        """Why no request can have these tokens; None if one can."""
+        if not 0 < num_prompt_tokens <= len(tokens):
+            return f"a prompt of {num_prompt_tokens} tokens among {len(tokens)}"
+        if max(tokens) >= self.model.vocab_size:
+            return f"token {max(tokens)} is not below {self.model.vocab_size}"
+        return None
 
     @property
     def info(self) -> ModelInfo:

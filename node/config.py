@@ -49,7 +49,7 @@ class NodeConfig:
         self._check_engine()
 
     def _check_connections(self) -> None:
-        _check(0 < len(self.host), "--host is empty")
+        _check(len(self.host) > 0, "--host is empty")
         if not is_loopback(self.host) and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} is reachable from other machines and node sockets are not "

@@ -26,7 +26,8 @@ class EngineThread:
 
     Args:
         on_result: called in the event loop after every step.
-        on_failure: called in the event loop when a step raised; the requests must be ended there.
+        on_failure: called in the event loop when a step raised, with the error and the ids of the
+            requests in it, which must be ended there; the next step waits for that.
         on_death: called in the event loop when steps keep failing.
     """
 
@@ -35,7 +36,7 @@ class EngineThread:
         engine: Engine,
         *,
         on_result: Callable[[StepResult], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[Exception, tuple[str, ...]], None],
         on_death: Callable[[], None],
     ) -> None:
         self._engine = engine
@@ -45,6 +46,8 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._wakeup = threading.Condition()
         self._woken = False
+        self._idle = True
+        self._failing = False  # a failure is not handled yet
         self._stopping = False
         self._last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -55,6 +58,8 @@ class EngineThread:
     def wake(self) -> None:
         """There may be work now."""
         with self._wakeup:
+            if self._idle and not self._woken:
+                self._last_progress = time.monotonic()  # there was nothing to do until now
             self._woken = True
             self._wakeup.notify()
 
@@ -66,6 +71,10 @@ class EngineThread:
         self._thread.join(timeout=30)
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def stalled_s(self) -> float:
         """For how long there has been work without a finished step."""
         if not self._engine.has_work():
@@ -74,34 +83,48 @@ class EngineThread:
 
     def _run(self) -> None:
         failures = 0
-        while self._wait_for_work():
+        while failures < _MAX_FAILURES and self._wait_for_work():
             try:
                 result = self._engine.step()
-                failures = 0
             except Exception as error:
                 log.exception("a step failed")
                 failures += 1
-                self._post(self._on_failure, error)
-                result = None
+                self._tell_failure(error)
+                continue
+            failures = 0
             self._last_progress = time.monotonic()
-            if failures >= _MAX_FAILURES:
-                self._post(self._on_death)
-                return
             if result is not None:
                 self._post(self._on_result, result)
             else:
                 self._rest()
+        if failures >= _MAX_FAILURES:
+            self._post(self._on_death)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when the thread must end."""
         while not self._engine.has_work():
             with self._wakeup:
+                self._idle = True
                 self._wakeup.wait_for(lambda: self._woken or self._stopping)
-                self._woken = False
-                self._last_progress = time.monotonic()
+                self._idle = self._woken = False
             if self._stopping:
                 return False
         return not self._stopping
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Wait until the loop has ended the step's requests: they would fail again."""
+        self._failing = True
+        self._post(self._handle_failure, error, self._engine.step_request_ids)
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: not self._failing or self._stopping)
+
+    def _handle_failure(self, error: Exception, request_ids: tuple[str, ...]) -> None:
+        try:
+            self._on_failure(error, request_ids)
+        finally:
+            with self._wakeup:
+                self._failing = False
+                self._wakeup.notify()
 
     def _rest(self) -> None:
         """Work that cannot run now (no free block): wait for an event, or look again soon."""

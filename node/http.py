@@ -119,5 +119,6 @@ async def serve_http(
     except OSError as error:
         await runner.cleanup()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    address = runner.addresses[0]
-    return runner, f"http://{address[0]}:{address[1]}"
+    bound, bound_port = runner.addresses[0][:2]
+    shown = f"[{bound}]" if ":" in bound else bound
+    return runner, f"http://{shown}:{bound_port}"

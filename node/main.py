@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from node.config import NodeConfig, add_arguments, from_args, split_url
 from telemetry.logs import set_up_logging
@@ -42,6 +43,8 @@ def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int
     except BatonError as error:
         print(f"baton {role}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while the model loads; later a signal handler drains
+        return 130
 
 
 def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
@@ -57,13 +60,22 @@ def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
         built = build_engine(config, progress.update)
 
     def tell_ready(http_url: str) -> None:
-        print(f"baton {role} ready name={config.name} http={http_url}", flush=True)
+        with suppress(BrokenPipeError):  # nobody has to read it
+            print(f"baton {role} ready name={config.name} http={http_url}", flush=True)
 
     async def run() -> int:
         me = new_node_id(config.name)
         return await NodeShell(config, built, tokenizer, make_role, me, tell_ready).run()
 
     return asyncio.run(run())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: the interpreter would take apart torch and transformers for a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 def wait_for_routers(urls: Sequence[str], timeout_s: float) -> None:

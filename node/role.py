@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from engine.plan import StepResult
@@ -41,6 +42,10 @@ class Role(Protocol):
 
     def on_step(self, result: StepResult) -> None:
         """A step is done."""
+        ...
+
+    def fail(self, request_ids: Collection[str], cause: str, message: str) -> None:
+        """End the attempts that have these engine requests; their routers may try again."""
         ...
 
     def fail_all(self, cause: str, message: str) -> None:

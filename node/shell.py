@@ -12,10 +12,10 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import zmq
-from aiohttp import web
 
 from engine.plan import StepResult
 from node.build import BuiltEngine
@@ -26,7 +26,6 @@ from node.role import Role
 from node.router_link import RouterLink
 from node.stats import NodeStats
 from wire.codec import Envelope
-from wire.errors import WireError
 from wire.messages import (
     CacheEvents,
     Draining,
@@ -44,6 +43,7 @@ from wire.types import NodeId, NodeLoad
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.02
+_LINGER_MS = 300  # how long last words may take to leave
 
 
 class NodeShell:
@@ -68,6 +68,7 @@ class NodeShell:
         self.engine = built.engine
         self.me = me
         self.context: zmq.Context[Any] = zmq.Context()
+        self.context.setsockopt(zmq.IPV6, config.ipv6)
         self.stats = NodeStats()
         self._tokenizer = tokenizer
         self._make_role = make_role
@@ -82,17 +83,19 @@ class NodeShell:
 
     async def run(self) -> int:
         """Serve until told to stop; returns the process's exit code."""
-        await self._start()
-        beat = asyncio.create_task(self._beat(), name="beat")
-        tick = asyncio.create_task(self._tick(), name="tick")
-        try:
-            await self._stop.wait()
-            await self._drain()
-        finally:
-            for task in (beat, tick):
-                task.cancel()
-            await asyncio.gather(beat, tick, return_exceptions=True)
-            await self._shutdown()
+        async with AsyncExitStack() as closing:
+            await self._start(closing)
+            timers = [
+                asyncio.create_task(self._every(self._beat_s, self._beat), name="beat"),
+                asyncio.create_task(self._every(lambda: _TICK_S, self._tick), name="tick"),
+            ]
+            try:
+                await self._stop.wait()
+                await self._drain()
+            finally:
+                for timer in timers:
+                    timer.cancel()
+                await asyncio.gather(*timers, return_exceptions=True)
         return self._exit_code
 
     def stop(self, exit_code: int = 0) -> None:
@@ -116,29 +119,33 @@ class NodeShell:
 
     # ------------------------------------------------------------ start
 
-    async def _start(self) -> None:
-        self._peers = Hub(self.me, f"tcp://{self.config.host}:*", self._from_peer, self.context)
+    async def _start(self, closing: AsyncExitStack) -> None:
+        """What is begun here goes to `closing`, which ends it in the reverse order."""
+        closing.callback(self.context.destroy, linger=_LINGER_MS)
+        self._peers = Hub(self.me, self.config.bind_url, self._from_peer, self.context)
+        closing.callback(self._peers.close)
         self._role = self._make_role(self)
+        closing.callback(self._role.close)
         self._thread = EngineThread(
             self.engine,
             on_result=self._on_step,
-            on_failure=lambda error: self._role.fail_all("internal", f"a step failed: {error}"),
+            on_failure=self._step_failed,
             on_death=lambda: self._die("the engine fails at every step"),
         )
         self._thread.start()
-        collector = NodeCollector(
-            self.config.served_model_name,
-            self.engine,
-            self.stats,
-            self._role.stats,
+        closing.push_async_callback(asyncio.to_thread, self._thread.stop)
+        runner, self._http_url = await serve_http(
+            self.config.host, self.config.port, self._collector(), self._is_ready
         )
-        self._runner: web.AppRunner
-        self._runner, self._http_url = await serve_http(
-            self.config.host, self.config.port, collector, self._is_ready
-        )
+        closing.push_async_callback(runner.cleanup)
         self._install_signals()
+        closing.callback(self._leave)
         register = self._register_message()
         self._links = [self._connect(url, register) for url in self.config.routers]
+
+    def _collector(self) -> NodeCollector:
+        name = self.config.served_model_name
+        return NodeCollector(name, self.engine, self.stats, self._role.stats)
 
     def _register_message(self) -> Register:
         return Register(
@@ -148,12 +155,12 @@ class NodeShell:
             num_blocks=self.built.num_blocks,
             peer_url=self.public_url(self._peers.url),
             transports=self._role.transports,
-            http_url=self._http_url,
+            http_url=self.config.url("http", self._http_url),
         )
 
     def public_url(self, url: str) -> str:
         """`url` with the host that other machines use."""
-        return f"tcp://{self.config.public_host}:{url.rpartition(':')[2]}"
+        return self.config.url("tcp", url)
 
     @property
     def peer_url(self) -> str:
@@ -183,6 +190,8 @@ class NodeShell:
     def _welcomed(self, link: RouterLink) -> None:
         log.info("registered with router %s", link.url)
         self._send_snapshot(link)
+        if self._draining:
+            link.send(Draining())
         if not self._ready_told and all(link.registered for link in self._links):
             self._ready_told = True
             self._on_ready(self._http_url)
@@ -209,8 +218,12 @@ class NodeShell:
         self._role.on_step(result)
         self._publish_cache_events()
 
+    def _step_failed(self, error: Exception, request_ids: tuple[str, ...]) -> None:
+        self._role.fail(request_ids, "internal", f"a step failed: {error}")
+
     def _die(self, reason: str) -> None:
-        log.error("%s", reason)
+        if not self._exit_code:  # a router refuses as often as it is asked
+            log.error("%s", reason)
         self.stop(exit_code=1)
 
     def _is_ready(self) -> bool:
@@ -218,18 +231,25 @@ class NodeShell:
 
     # ------------------------------------------------------------ time
 
-    async def _beat(self) -> None:
+    async def _every(self, interval_s: Callable[[], float], act: Callable[[], None]) -> None:
         while True:
-            heartbeat = Heartbeat(self._load())
-            for link in self._links:
-                link.beat(heartbeat)
-            await asyncio.sleep(min(link.heartbeat_s for link in self._links))
+            try:
+                act()
+            except Exception:  # a bug met by one request must not stop the clock of the others
+                log.exception("%s failed", act.__name__)
+            await asyncio.sleep(interval_s())
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            self._role.tick()
-            self._publish_cache_events()
+    def _beat(self) -> None:
+        heartbeat = Heartbeat(self._load())
+        for link in self._links:
+            link.beat(heartbeat)
+
+    def _beat_s(self) -> float:
+        return min(link.heartbeat_s for link in self._links)
+
+    def _tick(self) -> None:
+        self._role.tick()
+        self._publish_cache_events()
 
     def _load(self) -> NodeLoad:
         load = self.engine.load()
@@ -270,15 +290,7 @@ class NodeShell:
             await asyncio.sleep(_TICK_S)  # attempts end in many places; nobody waits for this
         self._hand_back()
 
-    async def _shutdown(self) -> None:
+    def _leave(self) -> None:
         for link in self._links:
             link.send(Goodbye())
             link.close()
-        await self._runner.cleanup()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.stop)
-        self._role.close()
-        self._peers.close()
-        try:
-            self.context.destroy(linger=300)
-        except WireError:
-            log.exception("sockets did not close")

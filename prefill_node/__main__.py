@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,4 +26,4 @@ def make_role(shell: NodeShell) -> PrefillRole:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    node_main.leave(main())

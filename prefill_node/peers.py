@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 from wire.codec import Envelope
+from wire.errors import ConfigError, WireError
 from wire.messages import Grant, Message
 from wire.sockets import Link
 from wire.types import NodeId
@@ -41,10 +42,15 @@ class PeerLinks:
         """Send to the decode node that gave `grant`. May raise WireError."""
         peer = self._peers.get(grant.decode)
         if peer is None:
-            link = Link(self._me, grant.peer_url, self._receive, self._context)
-            peer = self._peers[grant.decode] = _Peer(link, 0.0)
+            peer = self._peers[grant.decode] = _Peer(self._connect(grant.peer_url), 0.0)
         peer.last_used = time.monotonic()
         peer.link.send(message, grant.decode)
+
+    def _connect(self, url: str) -> Link:
+        try:
+            return Link(self._me, url, self._receive, self._context)
+        except (ConfigError, zmq.ZMQError) as error:  # no such address, or too many sockets
+            raise WireError(f"cannot connect to {url!r}: {error}") from error
 
     def close_idle(self) -> None:
         """Close links that were not used for long."""

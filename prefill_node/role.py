@@ -10,7 +10,9 @@ where they are given back.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from engine.plan import RequestProgress, StepResult
@@ -26,6 +28,8 @@ from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.messages import Abort, Ack, AttemptFailed, Message, Prefill, Resend
 from wire.types import AttemptId, NodeId, Role, TransportAddress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -97,9 +101,15 @@ class PrefillRole:
 
     def _admit(self, link: RouterLink, message: Prefill) -> None:
         id = message.id
+        built = self._shell.built
+        mistake = built.mistake(message.tokens, message.num_prompt_tokens)
+        if mistake is not None:
+            self._refuse(link, id, "invalid", mistake, retryable=False)
+            return
         request = self._request(message)
-        if request.num_tokens >= request.max_num_tokens:
-            text = f"{request.num_tokens} tokens leave no room for output"
+        num_tokens = request.num_tokens
+        if num_tokens >= request.max_num_tokens or not built.can_hold(num_tokens):
+            text = f"{num_tokens} tokens are more than this node can take"
             self._refuse(link, id, "too_long", text, retryable=False)
             return
         try:
@@ -119,7 +129,9 @@ class PrefillRole:
         try:
             self._engine.add(request)
         except CapacityError as error:
-            self._fail(work, "capacity", str(error), retryable=False)
+            self._fail(work, "capacity", str(error), retryable=True)
+        except ValueError as error:
+            self._fail(work, "internal", str(error), retryable=True)
 
     def _request(self, message: Prefill) -> Request:
         limit = message.num_prompt_tokens + message.sampling.max_tokens
@@ -147,13 +159,20 @@ class PrefillRole:
         for progress in result.progress:
             work = self._by_key(progress.request_id)
             if work is not None:
-                self._advance(work, progress)
+                self._try_advance(work, progress)
         self._outbox.flush()
 
     def _by_key(self, request_id: str) -> _Work | None:
         request, _, attempt = request_id.rpartition("/")
         work = self._work.get(request)
         return work if work is not None and work.id.attempt == int(attempt) else None
+
+    def _try_advance(self, work: _Work, progress: RequestProgress) -> None:
+        try:
+            self._advance(work, progress)
+        except Exception as error:  # a bug met by one request must not end the others of the step
+            log.exception("%s cannot go on", work.id)
+            self._fail_those([work], "internal", f"the handoff cannot go on: {error}")
 
     def _advance(self, work: _Work, progress: RequestProgress) -> None:
         if work.handed_over:
@@ -211,14 +230,22 @@ class PrefillRole:
         self._outbox.forget(id)
         link.send(AttemptFailed(id, cause, message[:4096], retryable))
 
+    def fail(self, request_ids: Collection[str], cause: str, message: str) -> None:
+        works = self._work.values()
+        self._fail_those([w for w in works if w.request.request_id in request_ids], cause, message)
+
     def fail_all(self, cause: str, message: str) -> None:
-        for work in list(self._work.values()):
-            self._fail(work, cause, message, retryable=True)
+        self._fail_those(list(self._work.values()), cause, message)
+
+    def _fail_those(self, works: Iterable[_Work], cause: str, message: str) -> None:
+        for work in works:
+            if self._work.get(work.id.request) is work:  # else its router got lost a moment ago
+                self._fail(work, cause, message, retryable=True)
 
     def router_lost(self, link: RouterLink) -> None:
         for work in [work for work in self._work.values() if work.link is link]:
             self._drop(work, "revoked")
-            self._outbox.forget(work.id)
+        self._outbox.forget_router(link)
 
     def drain(self) -> None:
         self._draining = True

@@ -116,7 +116,7 @@ def test_mistakes(flags: tuple[str, ...], message: str) -> None:
 
 
 def test_a_folder_without_a_name_needs_one() -> None:
-    assert config(model="/", *("--served-model-name", "m")).served_model_name == "m"
+    assert config("--served-model-name", "m", model="/").served_model_name == "m"
     with pytest.raises(ConfigError, match="--served-model-name"):
         config(model="/")
 

@@ -451,7 +451,7 @@ def test_another_users_processes_are_refused_on_both_sides(
         monkeypatch.setattr("kvtransfer.shm_connection.os.getuid", lambda: os.geteuid() + 1)
         assert not both.sender.usable(both.url)
         visitor = visit(both)
-        await until(lambda: visitor.recv(1) == b"")
+        await until_hung_up(visitor)
         assert both.receiver.num_peers == 0
         assert both.rig.received.units_dropped["refused"] >= 1
         visitor.close()

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _ROUTER_TIMEOUT_S = 5.0  # a router that is silent for so long is dead
 _TIMEOUT_BEATS = 3  # but not before it has left out so many heartbeats
 _REGISTER_AGAIN_S = 0.5
+_CONNECTING_S = 0.05  # how often to try while a connection is being made
 
 
 class RouterLink:
@@ -81,7 +82,7 @@ class RouterLink:
         return True
 
     def beat(self, heartbeat: Message) -> None:
-        """Called at every heartbeat interval: register, or say that this node lives."""
+        """Called every `heartbeat_s`: register, or say that this node lives."""
         now = self._clock()
         if now - self._last_beat > self._timeout_s / 2:
             self._last_heard = now  # this process was away itself; what it was told is yet unread
@@ -107,10 +108,13 @@ class RouterLink:
         if not self._absence_told and now - self._away_since > _ROUTER_TIMEOUT_S:
             self._absence_told = True
             log.warning("no router answers at %s; asking on", self.url)
+        self.heartbeat_s = _REGISTER_AGAIN_S
         try:
             self._link.send(self._register, None)
         except WireError:
             log.debug("router %s is not there yet", self.url)
+            if not self._absence_told:
+                self.heartbeat_s = _CONNECTING_S
 
     def _receive(self, envelope: Envelope) -> None:
         message = envelope.message
@@ -140,6 +144,6 @@ class RouterLink:
     def _lose(self) -> None:
         if self._router is not None:
             self._router = None
-            self.heartbeat_s = _REGISTER_AGAIN_S
+            self.heartbeat_s = _CONNECTING_S
             self._away_since, self._absence_told = self._clock(), False
             self._on_lost(self)

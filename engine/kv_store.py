@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from mmap import mmap
 from typing import Any, TypeAlias
 
@@ -51,6 +52,11 @@ class KVStore:
             else torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
         )
 
+    @cached_property
+    def _bytes(self) -> memoryview:
+        raw: Any = self.blocks.view(torch.uint8).flatten().numpy()
+        return memoryview(raw)
+
     def keys(self, layer: int) -> Tensor:
         """View [num_blocks, block_size, num_kv_heads, head_dim] of one layer's keys."""
         return self.blocks[:, layer, 0]
@@ -68,5 +74,5 @@ class KVStore:
         """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""
         if not 0 <= block_id < self.num_blocks:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
-        raw: Any = self.blocks[block_id].view(torch.uint8).flatten().numpy()
-        return memoryview(raw)
+        start = block_id * self.layout.block_bytes
+        return self._bytes[start : start + self.layout.block_bytes]

@@ -1,6 +1,9 @@
 """How two processes of one host meet: an abstract Unix socket over which one pool is given away.
 
-    hello   [magic 8][bytes of the pool u64], with the pool's descriptor
+    hello   [magic 8][bytes of the pool u64][bytes of the greeting u32][greeting: an envelope]
+            with the pool's descriptor
+
+The envelope says who speaks to whom, and which version of the protocol.
 
 The address names the host, and both sides look at the other's user, because an abstract name can be
 seen and taken by everybody.
@@ -17,11 +20,15 @@ import struct
 from collections.abc import Iterable
 
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
+from wire.codec import Envelope, decode, encode
 from wire.errors import MalformedMessage, TransferError
+from wire.messages import RenewLeases
+from wire.types import NodeId
 
-HELLO = struct.Struct("<8sQ")
+HELLO = struct.Struct("<8sQI")
 MAGIC = b"baton-k1"
 MAX_PEERS = 256
+_MAX_GREETING_BYTES = 4096
 _URL = re.compile(r"shm://([0-9a-f.-]{1,80})/([0-9a-f]{32})")
 
 
@@ -34,7 +41,7 @@ def listen() -> tuple[socket.socket, str]:
     return listener, f"shm://{host_id()}/{name}"
 
 
-def connect(url: str, pool: SharedMemory) -> socket.socket:
+def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.socket:
     """Connect and give the pool away. Never waits: an abstract socket answers at once."""
     found = _URL.fullmatch(url)
     if found is None:
@@ -48,7 +55,8 @@ def connect(url: str, pool: SharedMemory) -> socket.socket:
             raise TransferError("transport", f"{url} belongs to another user")
         descriptors = array.array("i", [pool.descriptor])
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
-        peer.sendmsg([HELLO.pack(MAGIC, len(pool))], [rights])
+        greeting = encode(Envelope(me, to, RenewLeases(())))
+        peer.sendmsg([HELLO.pack(MAGIC, len(pool), len(greeting)), greeting], [rights])
     except OSError as error:
         peer.close()
         raise TransferError("transport", f"cannot connect to {url}: {error.strerror}") from error
@@ -58,11 +66,11 @@ def connect(url: str, pool: SharedMemory) -> socket.socket:
     return peer
 
 
-def receive_pool(connection: socket.socket) -> MappedMemory:
-    """Map what the first message brings.
+def receive_pool(connection: socket.socket) -> tuple[Envelope, MappedMemory]:
+    """Take what the first message brings: who it is from, and his pool.
 
     Raises:
-        MalformedMessage: it is no hello, or what it brings is no pool.
+        WireError: it is no hello, or what it brings is no pool.
         OSError: nothing came (yet).
     """
     room = socket.CMSG_SPACE(4 * array.array("i").itemsize)
@@ -73,11 +81,12 @@ def receive_pool(connection: socket.socket) -> MappedMemory:
             raise ConnectionResetError("it was closed")
         if flags & socket.MSG_CTRUNC or len(descriptors) != 1 or len(data) != HELLO.size:
             raise MalformedMessage("no hello with one descriptor")
-        magic, num_bytes = HELLO.unpack(data)
-        if magic != MAGIC:
-            raise MalformedMessage("another protocol or version")
+        magic, num_bytes, greeting_bytes = HELLO.unpack(data)
+        if magic != MAGIC or not 0 < greeting_bytes <= _MAX_GREETING_BYTES:
+            raise MalformedMessage("another protocol")
+        greeting = decode(connection.recv(greeting_bytes))
         try:
-            return MappedMemory(descriptors[0], num_bytes)
+            return greeting, MappedMemory(descriptors[0], num_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise MalformedMessage(f"the pool cannot be mapped: {error}") from error
     finally:

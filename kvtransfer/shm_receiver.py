@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
 
 from kvtransfer.shared_memory import MappedMemory
 from kvtransfer.shm_connection import MAX_PEERS, listen, receive_pool, same_user
 from kvtransfer.shm_stream import ANSWER, PlacedUnit, UnitParser
 from kvtransfer.transport import TransferStats, UnitSink
+from wire.codec import Envelope
 from wire.errors import WireError
+from wire.messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)
@@ -65,14 +66,22 @@ class ShmUnitReceiver:
             connection.close()
             return
         connection.setblocking(False)
-        self._peers.add(_Peer(connection, self._place, self._malformed, self._peers.discard))
+        self._peers.add(_Peer(connection, self))
 
-    def _place(self, unit: PlacedUnit, source: memoryview) -> None:
+    def forget(self, peer: _Peer) -> None:
+        """Its connection has ended."""
+        self._peers.discard(peer)
+
+    def is_meant(self, greeting: Envelope) -> bool:
+        """Whether a connection was opened to this process and not to an earlier one."""
+        if greeting.receiver == self._me:
+            return True
+        self._stats.units_dropped["stale"] += 1
+        return False
+
+    def place(self, sender: NodeId, header: UnitHeader, source: memoryview) -> None:
         """Put a unit where its lease says."""
-        if unit.receiver != self._me:
-            self._stats.units_dropped["stale"] += 1
-            return
-        landing = self._sink.begin(unit.sender, unit.header)
+        landing = self._sink.begin(sender, header)
         if landing is None:
             return
         received = 0
@@ -83,7 +92,8 @@ class ShmUnitReceiver:
         finally:
             landing.end(received)
 
-    def _malformed(self, reason: object) -> None:
+    def malformed(self, reason: object) -> None:
+        """A connection is closed for what came over it."""
         self._stats.units_dropped["malformed"] += 1
         if self._stats.units_dropped["malformed"] == 1:
             log.warning("closed a connection that sent no units: %s", reason)
@@ -92,18 +102,11 @@ class ShmUnitReceiver:
 class _Peer:
     """One prefill node's connection."""
 
-    def __init__(
-        self,
-        connection: socket.socket,
-        place: Callable[[PlacedUnit, memoryview], None],
-        malformed: Callable[[object], None],
-        on_close: Callable[[_Peer], None],
-    ) -> None:
+    def __init__(self, connection: socket.socket, receiver: ShmUnitReceiver) -> None:
         self._socket = connection
-        self._place = place
-        self._malformed = malformed
-        self._on_close = on_close
+        self._receiver = receiver
         self._loop = asyncio.get_running_loop()
+        self._sender: NodeId | None = None  # not known before the hello
         self._pool: MappedMemory | None = None
         self._parser = UnitParser(0)
         self._over = 0  # units that are over and were not answered
@@ -121,21 +124,20 @@ class _Peer:
         self._socket.close()
         if self._pool is not None:
             self._pool.close()
-        self._on_close(self)
+        self._receiver.forget(self)
 
     def _readable(self) -> None:
         if self._working:
             return  # the stream stays in the socket until what was read is done
         try:
             if self._pool is None:
-                self._pool = receive_pool(self._socket)
-                self._parser = UnitParser(len(self._pool))
+                self._greet()
                 return
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
             return
         except WireError as error:
-            self._malformed(error)
+            self._receiver.malformed(error)
             self.close()
             return
         except OSError:
@@ -145,6 +147,13 @@ class _Peer:
             return
         self._parser.feed(data)
         self._work()
+
+    def _greet(self) -> None:
+        greeting, self._pool = receive_pool(self._socket)
+        self._sender = greeting.sender
+        self._parser = UnitParser(len(self._pool))
+        if not self._receiver.is_meant(greeting):
+            self.close()
 
     def _work(self) -> None:
         """Take what was read, but leave the loop its turn: a copy may be long."""
@@ -157,7 +166,7 @@ class _Peer:
                 self._take(unit)
                 budget -= unit.header.num_bytes + _UNIT_BYTES
         except WireError as error:
-            self._malformed(error)
+            self._receiver.malformed(error)
             self.close()
             return
         self._working = budget <= 0
@@ -167,13 +176,14 @@ class _Peer:
 
     def _take(self, unit: PlacedUnit) -> None:
         assert self._pool is not None
+        assert self._sender is not None
         if unit.inline is not None:
             source = memoryview(unit.inline)
         else:
             source = self._pool.part(unit.offset, unit.header.num_bytes)
         try:
             with source:
-                self._place(unit, source)
+                self._receiver.place(self._sender, unit.header, source)
         except Exception:  # a bug there must not end the connection for the others' units
             log.exception("a unit was not handled")
         self._over += 1

@@ -13,8 +13,7 @@ from itertools import islice
 
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_connection import connect
-from kvtransfer.shm_stream import ANSWER, FRAME, INLINE, MAX_INLINE_BYTES
-from wire.codec import Envelope, encode
+from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES, pack
 from wire.errors import TransferError
 from wire.messages import UnitHeader
 from wire.types import NodeId
@@ -72,14 +71,14 @@ class ShmUnitSender:
         self._pool = pool
         self._stall_s = stall_s
         self._clock = clock
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[tuple[str, NodeId], _Lane] = {}
         self._watching = False
         self._loop = asyncio.get_running_loop()
 
-    def usable(self, url: str) -> bool:
+    def usable(self, url: str, to: NodeId) -> bool:
         """See UnitSender. Connects where it is not connected yet."""
         try:
-            self._lane(url)
+            self._lane(url, to)
         except TransferError as error:
             log.info("%s", error)
             return False
@@ -94,13 +93,12 @@ class ShmUnitSender:
         on_done: Callable[[], None],
     ) -> None:
         """See UnitSender."""
-        lane = self._lane(url)
-        head = encode(Envelope(self._me, to, header))
+        lane = self._lane(url, to)
         offset = self._pool.offset_of(payload)
         if offset is None and payload.nbytes > MAX_INLINE_BYTES:
             raise TransferError("transport", f"a partial unit of {payload.nbytes} bytes")
         place = INLINE if offset is None else offset
-        lane.outbox.append(memoryview(FRAME.pack(len(head), place) + head))
+        lane.outbox.append(memoryview(pack(header, place)))
         if offset is None and payload.nbytes:
             lane.outbox.append(payload)
         if not lane.in_flight:
@@ -116,28 +114,29 @@ class ShmUnitSender:
 
     # ------------------------------------------------------------ lanes
 
-    def _lane(self, url: str) -> _Lane:
-        """The lane to `url`; that it was lost is said once, and the next call connects again."""
-        lane = self._lanes.get(url)
+    def _lane(self, url: str, to: NodeId) -> _Lane:
+        """The lane to `to`; that it was lost is said once, and the next call connects again."""
+        lane = self._lanes.get((url, to))
         if lane is None:
-            return self._open_lane(url)
+            return self._open_lane(url, to)
         if lane.lost:
-            del self._lanes[url]
+            del self._lanes[url, to]
             raise TransferError("transport", f"the connection to {url} was lost")
         return lane
 
-    def _open_lane(self, url: str) -> _Lane:
+    def _open_lane(self, url: str, to: NodeId) -> _Lane:
         self._close_idle()
-        lane = self._lanes[url] = _Lane(url, connect(url, self._pool), self._clock())
+        peer = connect(url, self._me, to, self._pool)
+        lane = self._lanes[url, to] = _Lane(url, peer, self._clock())
         self._loop.add_reader(lane.socket, self._receive_answers, lane)
         return lane
 
     def _close_idle(self) -> None:
         horizon = self._clock() - _IDLE_S
-        for url, lane in list(self._lanes.items()):
+        for key, lane in list(self._lanes.items()):
             if not lane.in_flight and lane.moved_at < horizon:
                 self._close_lane(lane)
-                del self._lanes[url]
+                del self._lanes[key]
 
     def _close_lane(self, lane: _Lane) -> None:
         """End all its sends; shm_transport.py says why that is safe."""

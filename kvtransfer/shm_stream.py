@@ -1,9 +1,10 @@
 """What two processes say over the socket of the shm transport, after the hello.
 
-    unit    [bytes of the header u32][place u64][header][bytes of the unit, where place is INLINE]
-    answer  [u32: so many more units are over]                   in the order in which they came
+    unit    [header and place, UNIT][bytes of the unit, where its place is INLINE]
+    answer  [u32: so many more units are over]         in the order in which they came
 
-The header is an envelope with UnitHeader; the place is an offset in the pool.
+Why not the codec's envelopes: opening one takes 10 µs, a fifth of what copying a megabyte takes.
+Who speaks to whom was said in the hello.
 """
 
 from __future__ import annotations
@@ -11,27 +12,54 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from wire.codec import Envelope, decode
 from wire.errors import MalformedMessage
 from wire.messages import UnitHeader
-from wire.types import NodeId
+from wire.types import BlockHandle
 
-FRAME = struct.Struct("<IQ")
+UNIT = struct.Struct("<Q32sBIQIQIIIQ")  # the place, an offset in the pool, comes last
 ANSWER = struct.Struct("<I")
 INLINE = (1 << 64) - 1
 MAX_INLINE_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 4096
+_COUNT_LIMIT = 1 << 31
+_SECRET_BYTES = range(16, 33)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedUnit:
     """A unit, and where its bytes are: at `offset` of the sender's pool, or here."""
 
-    sender: NodeId
-    receiver: NodeId | None
     header: UnitHeader
     offset: int
     inline: bytearray | None
+
+
+def pack(header: UnitHeader, place: int) -> bytes:
+    """The bytes of one unit's header."""
+    handle = header.handle
+    return UNIT.pack(
+        header.lease,
+        header.capability,
+        len(header.capability),
+        header.unit,
+        handle.epoch,
+        handle.block_id,
+        handle.generation,
+        header.token_start,
+        header.token_end,
+        header.num_bytes,
+        place,
+    )
+
+
+def unpack(data: bytes | bytearray) -> tuple[UnitHeader, int]:
+    """Header and place. Raises MalformedMessage where a field is out of its bounds."""
+    lease, secret, secret_bytes, unit, epoch, block_id, generation, start, end, size, place = (
+        UNIT.unpack_from(data)
+    )
+    if max(unit, block_id, start, end, size) >= _COUNT_LIMIT or secret_bytes not in _SECRET_BYTES:
+        raise MalformedMessage("not a unit's header")
+    handle = BlockHandle(epoch, block_id, generation)
+    return UnitHeader(lease, secret[:secret_bytes], unit, handle, start, end, size), place
 
 
 class UnitParser:
@@ -44,7 +72,7 @@ class UnitParser:
     def __init__(self, pool_bytes: int) -> None:
         self._pool_bytes = pool_bytes
         self._buffer = bytearray()
-        self._head: tuple[Envelope, UnitHeader, int] | None = None  # its inline bytes are to come
+        self._head: tuple[UnitHeader, int] | None = None  # its inline bytes are to come
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -53,39 +81,26 @@ class UnitParser:
         """The next unit, if all of it is here.
 
         Raises:
-            WireError: this is no such stream; nothing after it can be understood.
+            MalformedMessage: this is no such stream; nothing after it can be understood.
         """
         if self._head is None:
+            if len(self._buffer) < UNIT.size:
+                return None
             self._head = self._next_head()
-        if self._head is None:
-            return None
-        envelope, header, place = self._head
+        header, place = self._head
         inline = None
         if place == INLINE:
             if len(self._buffer) < header.num_bytes:
                 return None
-            inline = self._take(header.num_bytes)
+            inline = self._buffer[: header.num_bytes]
+            del self._buffer[: header.num_bytes]
         self._head = None
-        return PlacedUnit(envelope.sender, envelope.receiver, header, place, inline)
+        return PlacedUnit(header, place, inline)
 
-    def _next_head(self) -> tuple[Envelope, UnitHeader, int] | None:
-        if len(self._buffer) < FRAME.size:
-            return None
-        num_bytes, place = FRAME.unpack_from(self._buffer)
-        if num_bytes > _MAX_HEADER_BYTES:
-            raise MalformedMessage(f"a header of {num_bytes} bytes")
-        if len(self._buffer) < FRAME.size + num_bytes:
-            return None
-        envelope = decode(bytes(self._take(FRAME.size + num_bytes)[FRAME.size :]))
-        header = envelope.message
-        if not isinstance(header, UnitHeader):
-            raise MalformedMessage("not a unit's header")
+    def _next_head(self) -> tuple[UnitHeader, int]:
+        header, place = unpack(self._buffer)
+        del self._buffer[: UNIT.size]
         limit = MAX_INLINE_BYTES if place == INLINE else self._pool_bytes - place
         if header.num_bytes > limit:
             raise MalformedMessage("a unit that is larger than its place")
-        return envelope, header, place
-
-    def _take(self, num_bytes: int) -> bytearray:
-        taken = self._buffer[:num_bytes]
-        del self._buffer[:num_bytes]
-        return taken
+        return header, place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import fcntl
+import gc
 import mmap
 import os
 import socket
@@ -20,18 +21,23 @@ import pytest
 from kvtransfer.lease import LeaseState
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
 from kvtransfer.shm_connection import HELLO, MAGIC
-from kvtransfer.shm_stream import ANSWER, FRAME, INLINE
+from kvtransfer.shm_stream import ANSWER, INLINE, pack, unpack
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
 from tests.kvtransfer.rig import DECODE, LAYOUT, PREFILL, Job, Rig, quiet, until
 from wire.codec import Envelope, encode
 from wire.errors import TransferError
 from wire.layout import KVLayout
-from wire.messages import FetchTokenizer, Message, UnitHeader
+from wire.messages import RenewLeases, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId
 
 LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=16, dtype="float32")
 NUM_BLOCKS = 64  # of the rig's pools
 FULL = LAYOUT.block_bytes
+
+
+def num_descriptors() -> int:
+    gc.collect()  # pools of other tests have theirs
+    return len(os.listdir("/proc/self/fd"))
 
 
 def run(body: Coroutine[Any, Any, None]) -> None:
@@ -161,6 +167,14 @@ def test_memory_that_could_shrink_under_the_reader_is_refused() -> None:
 # ---------------------------------------------------------------- blocks arrive as they are
 
 
+@pytest.mark.parametrize("secret", [b"c" * 16, b"d" * 32, bytes(20)])
+def test_a_header_comes_out_as_it_went_in(secret: bytes) -> None:
+    limit = (1 << 31) - 1
+    handle = BlockHandle((1 << 64) - 1, limit, (1 << 64) - 2)
+    unit = UnitHeader((1 << 64) - 3, secret, limit, handle, limit - 1, limit, limit - 2)
+    assert unpack(pack(unit, INLINE)) == (unit, INLINE)
+
+
 @pytest.mark.parametrize("layout", [LAYOUT, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 250])
 def test_blocks_arrive_bit_identical(layout: KVLayout, num_tokens: int) -> None:
@@ -176,14 +190,13 @@ def test_full_units_go_by_place_and_partial_ones_inline(monkeypatch: pytest.Monk
     async def body() -> None:
         both = ShmRig()
         seen: list[tuple[bool, int]] = []
-        place = both.receiver._place
+        place = both.receiver.place
 
-        def watch(unit: Any, source: memoryview) -> None:
-            seen.append((unit.inline is None, len(source)))
-            assert source.readonly is (unit.inline is None)
-            place(unit, source)
+        def watch(sender: NodeId, unit: UnitHeader, source: memoryview) -> None:
+            seen.append((source.readonly, len(source)))
+            place(sender, unit, source)
 
-        monkeypatch.setattr(both.receiver, "_place", watch)
+        monkeypatch.setattr(both.receiver, "place", watch)
         await both.hand_over(11)
         assert seen == [(True, FULL), (True, FULL), (False, FULL * 3 // 4)]
         both.close()
@@ -335,7 +348,7 @@ def test_a_receiver_that_closes_ends_all_sends_once() -> None:
         rig.hand_over(job)
         both.receiver.close()
         await until(lambda: not rig.source.touched)
-        assert not both.sender.usable(both.url)  # it says once that the lane was lost
+        assert not both.sender.usable(both.url, DECODE)  # it says once that the lane was lost
         with pytest.raises(TransferError, match="cannot connect") as caught:
             both.sender.send(both.url, DECODE, header(), memoryview(b""), lambda: None)
         assert caught.value.cause == "transport"
@@ -398,7 +411,7 @@ def test_connections_that_are_not_used_are_closed_when_another_is_opened() -> No
         other = ShmUnitReceiver(DECODE, both.rig.receiver, both.rig.received)
         both.rig.address = other.address
         await both.hand_over(5, "second")
-        assert list(both.sender._lanes) == [other.address.url]
+        assert list(both.sender._lanes) == [(other.address.url, DECODE)]
         await until(lambda: not both.receiver.num_peers)
         other.close()
         both.close()
@@ -420,12 +433,12 @@ def test_connections_that_are_not_used_are_closed_when_another_is_opened() -> No
 def test_an_address_where_nobody_is(url: str) -> None:
     async def body() -> None:
         both = ShmRig()
-        open_before = len(os.listdir("/proc/self/fd"))
+        open_before = num_descriptors()
         for _ in range(3):
-            assert not both.sender.usable(url)
+            assert not both.sender.usable(url, DECODE)
             with pytest.raises(TransferError):
                 both.sender.send(url, DECODE, header(), memoryview(b""), lambda: None)
-        assert len(os.listdir("/proc/self/fd")) == open_before
+        assert num_descriptors() <= open_before
         both.close()
 
     run(body())
@@ -436,8 +449,8 @@ def test_another_host_is_known_before_anything_is_sent() -> None:
         both = ShmRig()
         boot, _, namespace = host_id().rpartition(".")
         for other in (f"{boot}.{int(namespace, 16) + 1:x}", f"0{boot[1:]}x.{namespace}"):
-            assert not both.sender.usable(both.url.replace(host_id(), other))
-        assert both.sender.usable(both.url)
+            assert not both.sender.usable(both.url.replace(host_id(), other), DECODE)
+        assert both.sender.usable(both.url, DECODE)
         both.close()
 
     run(body())
@@ -449,7 +462,7 @@ def test_another_users_processes_are_refused_on_both_sides(
     async def body() -> None:
         both = ShmRig()
         monkeypatch.setattr("kvtransfer.shm_connection.os.getuid", lambda: os.geteuid() + 1)
-        assert not both.sender.usable(both.url)
+        assert not both.sender.usable(both.url, DECODE)
         visitor = visit(both)
         await until_hung_up(visitor)
         assert both.receiver.num_peers == 0
@@ -476,13 +489,11 @@ def give(visitor: socket.socket, data: bytes, *descriptors: int) -> None:
     visitor.sendmsg([data], [rights] if descriptors else [])
 
 
+GREETING = encode(Envelope(PREFILL, DECODE, RenewLeases(())))
+
+
 def hello(both: ShmRig) -> bytes:
-    return HELLO.pack(MAGIC, len(both.pool))
-
-
-def frame(message: Message, place: int) -> bytes:
-    head = encode(Envelope(PREFILL, DECODE, message))
-    return FRAME.pack(len(head), place) + head
+    return HELLO.pack(MAGIC, len(both.pool), len(GREETING)) + GREETING
 
 
 async def until_hung_up(visitor: socket.socket) -> None:
@@ -499,14 +510,13 @@ async def until_hung_up(visitor: socket.socket) -> None:
 
 BAD_STREAMS: dict[str, Callable[[ShmRig], bytes]] = {
     "noise": lambda both: b"GET / HTTP/1.1\r\n\r\n" * 9,
-    "header too long": lambda both: FRAME.pack(1 << 31, 0),
-    "no envelope": lambda both: FRAME.pack(3, 0) + b"abc",
-    "no header": lambda both: FRAME.pack(0, 0),
-    "another message": lambda both: frame(FetchTokenizer(), 0),
-    "outside of the pool": lambda both: frame(header(), len(both.pool) - 1),
-    "far outside": lambda both: frame(header(), INLINE - 1),
-    "nothing, outside": lambda both: frame(header(num_bytes=0), len(both.pool) + 1),
-    "inline without end": lambda both: frame(header(num_bytes=1 << 30), INLINE),
+    "zeros": lambda both: bytes(1000),
+    "short secret": lambda both: pack(header(capability=b"c" * 15), 0),
+    "large count": lambda both: pack(header(unit=1 << 31), 0),
+    "outside of the pool": lambda both: pack(header(), len(both.pool) - 1),
+    "far outside": lambda both: pack(header(), INLINE - 1),
+    "nothing, outside": lambda both: pack(header(num_bytes=0), len(both.pool) + 1),
+    "inline without end": lambda both: pack(header(num_bytes=1 << 30), INLINE),
 }
 
 
@@ -527,16 +537,16 @@ def test_a_malformed_stream_is_counted_and_closed(name: str) -> None:
     run(body())
 
 
-@pytest.mark.parametrize("num_descriptors", [0, 2, 30])
-def test_a_hello_without_exactly_one_descriptor(num_descriptors: int) -> None:
+@pytest.mark.parametrize("count", [0, 2, 30])
+def test_a_hello_without_exactly_one_descriptor(count: int) -> None:
     async def body() -> None:
         both = ShmRig()
         visitor = visit(both)
-        open_before = len(os.listdir("/proc/self/fd"))
-        give(visitor, hello(both), *[both.pool.descriptor] * num_descriptors)
+        open_before = num_descriptors()
+        give(visitor, hello(both), *[both.pool.descriptor] * count)
         await until_hung_up(visitor)
         assert both.rig.received.units_dropped == {"malformed": 1}
-        assert len(os.listdir("/proc/self/fd")) <= open_before
+        assert num_descriptors() <= open_before
         await both.hand_over(30)
         visitor.close()
         both.close()
@@ -546,7 +556,15 @@ def test_a_hello_without_exactly_one_descriptor(num_descriptors: int) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"x", HELLO.pack(b"baton-k0", 4096), HELLO.pack(MAGIC, 0), HELLO.pack(MAGIC, 1 << 63)],
+    [
+        b"x",
+        HELLO.pack(b"baton-k0", 4096, len(GREETING)) + GREETING,
+        HELLO.pack(MAGIC, 0, len(GREETING)) + GREETING,
+        HELLO.pack(MAGIC, 1 << 63, len(GREETING)) + GREETING,
+        HELLO.pack(MAGIC, 64 * FULL, 0),
+        HELLO.pack(MAGIC, 64 * FULL, 1 << 31) + bytes(9),
+        HELLO.pack(MAGIC, 64 * FULL, 9) + bytes(9),
+    ],
 )
 def test_a_hello_that_is_none(data: bytes) -> None:
     async def body() -> None:
@@ -581,7 +599,7 @@ def test_units_in_pieces_of_one_byte() -> None:
         both = ShmRig()
         visitor = visit(both)
         give(visitor, hello(both), both.pool.descriptor)
-        for byte in frame(header(num_bytes=3), INLINE) + b"abc" + frame(header(), 0):
+        for byte in pack(header(num_bytes=3), INLINE) + b"abc" + pack(header(), 0):
             visitor.send(bytes([byte]))
             await asyncio.sleep(0)
         answers = b""
@@ -619,8 +637,8 @@ def test_an_answer_to_nothing_ends_the_lane() -> None:
         (peer,) = both.receiver._peers
         peer._socket.send(ANSWER.pack(1))
         await until(lambda: not both.receiver.num_peers)
-        assert not both.sender.usable(both.url)
-        assert both.sender.usable(both.url)  # the next one may be better
+        assert not both.sender.usable(both.url, DECODE)
+        assert both.sender.usable(both.url, DECODE)  # the next one may be better
         await both.hand_over(30, "other")
         both.close()
 
@@ -636,6 +654,7 @@ def test_what_is_meant_for_another_life_is_dropped_and_over() -> None:
         both.sender.send(both.url, earlier, header(), payload, lambda: done.append(1))
         await until(lambda: done)
         assert both.rig.received.units_dropped == {"stale": 1}
+        await both.hand_over(30)
         both.close()
 
     run(body())
@@ -698,10 +717,10 @@ def test_no_descriptor_and_no_file_is_left() -> None:
         both.close()
         assert not is_listening(name)
 
-    open_before, files_before = len(os.listdir("/proc/self/fd")), shared_files()
+    open_before, files_before = num_descriptors(), shared_files()
     run(body())
     assert shared_files() == files_before
-    assert len(os.listdir("/proc/self/fd")) <= open_before + 1
+    assert num_descriptors() <= open_before + 1
 
 
 def test_a_grant_for_two_transports_names_the_one_that_is_used() -> None:

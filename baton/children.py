@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
 
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 20
+_MAX_LINE = 1 << 16  # bytes; of a longer one only the end is shown
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible may happen
 
 
 class Child:
@@ -43,7 +48,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_stay_with_parent,
+            preexec_fn=partial(_stay_with, os.getpid()),
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -72,20 +77,28 @@ class Child:
         """Its exit code, once it has ended and everything it said was read."""
         assert self._process is not None, "not started"
         code = await self._process.wait()
-        await asyncio.gather(*self._tasks)
+        await asyncio.wait(self._tasks)  # not `gather`: who stops waiting must not stop the reading
         return code
 
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM, then SIGKILL after the timeout."""
         if self._process is None or self._process.returncode is not None:
             return
-        self._process.terminate()
         try:
+            self._process.terminate()
             async with asyncio.timeout(timeout_s):
                 await self.wait()
-        except TimeoutError:
-            self._process.kill()
+        except ProcessLookupError:  # it has ended just now
             await self.wait()
+        except TimeoutError:
+            self.kill()
+            await self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL; whoever waits for its end goes on."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):  # it has ended just now
+                self._process.kill()
 
     def obituary(self) -> str:
         """How it ended, with its last words."""
@@ -96,20 +109,38 @@ class Child:
         return f"{self.name} {how}" + (f": {last}" if last else "")
 
     async def _read_ready(self, stream: asyncio.StreamReader) -> None:
-        async for raw in stream:
-            words = raw.decode(errors="replace").split()
+        async for line in _lines(stream):
+            words = line.split()
             if "ready" in words:
                 self._fields = dict(word.split("=", 1) for word in words if "=" in word)
                 self._ready.set()
 
     async def _forward(self, stream: asyncio.StreamReader) -> None:
-        async for raw in stream:
-            line = raw.decode(errors="replace").rstrip()
+        async for line in _lines(stream):
             self._last_lines.append(line)
-            print(line, file=sys.stderr, flush=True)
+            with suppress(BrokenPipeError):  # nobody has to read it, but the pipe must be emptied
+                print(line, file=sys.stderr, flush=True)
 
 
-def _stay_with_parent() -> None:
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of any length and content; StreamReader's own end at a line that is too long."""
+    rest = b""
+    while chunk := await stream.read(_MAX_LINE):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield _text(line)
+        rest = rest[-_MAX_LINE:]
+    if rest:
+        yield _text(rest)
+
+
+def _text(line: bytes) -> str:
+    return line[-_MAX_LINE:].decode(errors="replace").rstrip()
+
+
+def _stay_with(parent: int) -> None:
     """Runs in the child before its program: leave Ctrl-C to the parent, end when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended before the kernel knew that this matters
+        os._exit(1)

@@ -2,7 +2,8 @@
 
 start      router first (the nodes register with it), then all nodes at once
 supervise  a node that dies is reported and started again; the router's end is everybody's
-stop       on Ctrl-C or SIGTERM: the router finishes its streams, then the nodes end
+stop       on Ctrl-C or SIGTERM: the router finishes its streams, then the nodes end; a second
+           one ends everything at once
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from wire.errors import ConfigError
 
 _MAX_RESTARTS = 3  # of one node within the window; more is a fault that restarting does not cure
 _RESTART_WINDOW_S = 60.0
+_BACKOFF_S = 1.0  # longer before each further restart within the window
 _STOP_TIMEOUT_S = 40.0
 
 
@@ -89,8 +92,14 @@ async def serve(args: argparse.Namespace) -> int:
     launcher = Launcher(args)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop_or_kill() -> None:
+        if stopped.is_set():
+            launcher.kill()
+        stopped.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stop_or_kill)
     run = asyncio.create_task(launcher.run())
     stop = asyncio.create_task(stopped.wait())
     try:
@@ -142,49 +151,77 @@ class Launcher:
         for spec in self._specs:
             await self._start_node(spec, control)
         _say(f"{self._describe()}: loading {self._model_name}")
-        for node in list(self._nodes.values()):
-            if await node.ready() is None:
-                _say(node.obituary())
-                return 1
+        if not await self._all_ready():
+            return 1
         took = time.monotonic() - started
-        print(f"baton ready {router['http']} {self._describe()} in {took:.1f} s", flush=True)
+        with suppress(BrokenPipeError):  # nobody has to read it
+            print(f"baton ready {router['http']} {self._describe()} in {took:.1f} s", flush=True)
         return await self._supervise(control)
 
     def _describe(self) -> str:
         return f"({self._args.prefill} prefill, {self._args.decode} decode)"
 
+    async def _all_ready(self) -> bool:
+        """Wait for all nodes; False as soon as any process has ended, which is then said."""
+        assert self._router is not None
+        loading = {asyncio.create_task(node.ready()): node for node in self._nodes.values()}
+        router_end = asyncio.create_task(self._router.wait())
+        try:
+            while loading:
+                waits = [*loading, router_end]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                done = [task for task in loading if task.done()]
+                dead = [loading[task] for task in done if task.result() is None]
+                if router_end.done():
+                    dead = [self._router]
+                if dead:
+                    _say(dead[0].obituary())
+                    return False
+                for task in done:
+                    del loading[task]
+            return True
+        finally:
+            for waiting in (*loading, router_end):
+                waiting.cancel()
+
     async def _supervise(self, control: str) -> int:
         """Restart nodes that die; return when the router has died or a node keeps dying."""
-        assert self._router is not None
-        waits = {asyncio.create_task(self._router.wait()): "router"}
-        waits |= {asyncio.create_task(child.wait()): name for name, child in self._nodes.items()}
+        watches = [asyncio.create_task(self._keep(spec, control)) for spec in self._specs]
+        watches.append(asyncio.create_task(self._watch_router()))
         try:
-            while True:
-                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    name = waits.pop(task)
-                    if not await self._revive(name, control):
-                        return 1
-                    waits[asyncio.create_task(self._nodes[name].wait())] = name
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            for watch in done:
+                watch.result()  # or the error that ended it
+            return 1
         finally:
-            for task in waits:
-                task.cancel()
+            for watch in watches:
+                watch.cancel()
 
-    async def _revive(self, name: str, control: str) -> bool:
-        """Start a dead node again; False if that is of no use."""
+    async def _watch_router(self) -> None:
         assert self._router is not None
-        if name == "router":
-            _say(self._router.obituary())
-            return False
-        _say(f"{self._nodes[name].obituary()}; starting it again")
+        await self._router.wait()
+        _say(self._router.obituary())
+
+    async def _keep(self, spec: NodeSpec, control: str) -> None:
+        """Start the node again whenever it has died; return when that is of no use."""
+        while True:
+            node = self._nodes[spec.name]
+            await node.wait()
+            num_deaths = self._count_death(spec.name)
+            if num_deaths > _MAX_RESTARTS:
+                _say(node.obituary())
+                _say(f"{spec.name} died {num_deaths} times in {_RESTART_WINDOW_S:.0f} s; giving up")
+                return
+            _say(f"{node.obituary()}; starting it again")
+            await asyncio.sleep((num_deaths - 1) * _BACKOFF_S)
+            await self._start_node(spec, control)
+
+    def _count_death(self, name: str) -> int:
+        """The node's deaths within the window, this one included."""
         now = time.monotonic()
-        deaths = [t for t in self._deaths.get(name, []) if t > now - _RESTART_WINDOW_S]
-        self._deaths[name] = [*deaths, now]
-        if len(deaths) >= _MAX_RESTARTS:
-            _say(f"{name} died {len(deaths) + 1} times in {_RESTART_WINDOW_S:.0f} s; giving up")
-            return False
-        await self._start_node(next(s for s in self._specs if s.name == name), control)
-        return True
+        recent = [t for t in self._deaths.get(name, []) if t > now - _RESTART_WINDOW_S]
+        self._deaths[name] = [*recent, now]
+        return len(self._deaths[name])
 
     async def _start_node(self, spec: NodeSpec, control: str) -> None:
         argv = [
@@ -208,6 +245,12 @@ class Launcher:
             await self._router.stop(_STOP_TIMEOUT_S)
         await asyncio.gather(*(node.stop(_STOP_TIMEOUT_S) for node in self._nodes.values()))
 
+    def kill(self) -> None:
+        """End all children at once; `stop` still reaps them."""
+        for child in (self._router, *self._nodes.values()):
+            if child is not None:
+                child.kill()
+
 
 def _positive(text: str) -> int:
     number = int(text)
@@ -217,4 +260,5 @@ def _positive(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"baton serve: {text}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # nobody has to read it
+        print(f"baton serve: {text}", file=sys.stderr, flush=True)

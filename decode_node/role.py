@@ -20,10 +20,10 @@ from engine.reservations import Reservation
 from kvtransfer.lease import Lease, LeaseState, LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.transport import TransferStats
-from kvtransfer.zmq_transport import ZmqUnitReceiver
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
+from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
 from wire.messages import (
     Abort,
@@ -36,7 +36,7 @@ from wire.messages import (
     Resend,
     Reserve,
 )
-from wire.types import AttemptId, NodeId, Role, TransportAddress
+from wire.types import AttemptId, NodeId, Role
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,12 @@ class DecodeRole:
             model_fingerprint=shell.built.info.fingerprint,
             stats=self.stats,
         )
-        self._zmq = ZmqUnitReceiver(
-            shell.me, f"tcp://{shell.config.host}:*", self._receiver, self.stats, shell.context
+        self._unit_receivers = unit_receivers(
+            shell.config, shell.me, self._receiver, self.stats, shell.context
         )
-        address = self._zmq.address
-        self.transports = (TransportAddress(address.transport, shell.public_url(address.url)),)
+        self.transports = tuple(
+            public_address(receiver.address, shell.config) for receiver in self._unit_receivers
+        )
         self._pending: dict[str, _Pending] = {}  # by request: at most one attempt of each
         self._running: dict[str, _Running] = {}
         self._draining = False
@@ -305,4 +306,5 @@ class DecodeRole:
         self._outbox.expire()
 
     def close(self) -> None:
-        self._zmq.close()
+        for receiver in self._unit_receivers:
+            receiver.close()

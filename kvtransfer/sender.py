@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import Handoff, HandoffState, ReadyUnit
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
@@ -43,8 +44,7 @@ class KVSender:
     """All outgoing handoffs of one prefill node.
 
     Args:
-        transports: the sending ends this node has, by name; the first one that the decode node
-            has too is used.
+        transports: the sending ends this node has, by name; see TransportChoice.
         send: sends a message to a decode node; may raise WireError, or ConfigError where a grant's
             address is none, and is then asked again later.
         on_ended: called once per handoff, in the loop, when it is DONE or ABORTED.
@@ -71,6 +71,7 @@ class KVSender:
         self._stats = stats
         self._window_bytes = window_bytes
         self._clock = clock
+        self._choice = TransportChoice(transports, stats, clock=clock)
         self._outgoing: dict[AttemptId, _Outgoing] = {}
 
     def __len__(self) -> int:
@@ -116,7 +117,7 @@ class KVSender:
                 model_fingerprint=self._fingerprint,
                 cache_salt=cache_salt,
             ),
-            self._choose_transport(grant),
+            self._choice.choose(grant),
         )
 
     def blocks_finished(self, id: AttemptId, blocks: Iterable[tuple[int, BlockHandle]]) -> None:
@@ -212,6 +213,7 @@ class KVSender:
                 self._send_unit(out, header, unit)
             except TransferError as error:
                 self._memory.end_io(unit.source)
+                self._choice.failed(out.address, error)
                 self.abort(out.handoff.id, error.cause)
 
     def _send_unit(self, out: _Outgoing, header: UnitHeader, ready: ReadyUnit) -> None:
@@ -244,16 +246,6 @@ class KVSender:
             done = handoff.state is HandoffState.DONE
             self._stats.handoffs["committed" if done else handoff.cause] += 1
             self._on_ended(handoff)
-
-    def _choose_transport(self, grant: Grant) -> TransportAddress:
-        theirs = {address.transport: address for address in grant.transports}
-        for name in self._transports:
-            if name in theirs:
-                return theirs[name]
-        raise TransferError(
-            "transport",
-            f"no common transport: {', '.join(self._transports)} here, {', '.join(theirs)} there",
-        )
 
     def _try_send(self, grant: Grant, message: Message) -> None:
         try:

@@ -41,16 +41,21 @@ def listen() -> tuple[socket.socket, str]:
     return listener, f"shm://{host_id()}/{name}"
 
 
-def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.socket:
-    """Connect and give the pool away. Never waits: an abstract socket answers at once."""
+def is_here(url: str) -> bool:
+    """Whether `url` is a socket of this host. Raises TransferError if it is no address at all."""
     found = _URL.fullmatch(url)
     if found is None:
         raise TransferError("transport", f"{url!r} is not an address of this transport")
-    if found[1] != host_id():
+    return found[1] == host_id()
+
+
+def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.socket:
+    """Connect and give the pool away. Never waits: an abstract socket answers at once."""
+    if not is_here(url):
         raise TransferError("transport", f"{url} is another host")
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        peer.connect(_abstract(found[2]))
+        peer.connect(_abstract(url.rpartition("/")[2]))
         if not same_user(peer):
             raise TransferError("transport", f"{url} belongs to another user")
         descriptors = array.array("i", [pool.descriptor])

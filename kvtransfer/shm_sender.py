@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from kvtransfer.shared_memory import SharedMemory
-from kvtransfer.shm_connection import connect
+from kvtransfer.shm_connection import connect, is_here
 from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES, pack
 from wire.errors import TransferError
 from wire.messages import UnitHeader
@@ -75,13 +75,11 @@ class ShmUnitSender:
         self._watching = False
         self._loop = asyncio.get_running_loop()
 
-    def usable(self, url: str, to: NodeId) -> bool:
+    def reaches(self, url: str, to: NodeId) -> bool:
         """See UnitSender. Connects where it is not connected yet."""
-        try:
-            self._lane(url, to)
-        except TransferError as error:
-            log.info("%s", error)
+        if not is_here(url):
             return False
+        self._lane(url, to)
         return True
 
     def send(

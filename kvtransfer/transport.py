@@ -57,6 +57,14 @@ class UnitSink(Protocol):
 class UnitSender(Protocol):
     """The sending end of a transport; one per node and transport, for all peers."""
 
+    def reaches(self, url: str, to: NodeId) -> bool:
+        """Whether `to` can be reached at `url` from here at all. May connect.
+
+        Raises:
+            TransferError: it could, but that does not work now.
+        """
+        ...
+
     def send(
         self,
         url: str,
@@ -92,4 +100,5 @@ class TransferStats:
     bytes_received: int = 0
     units_received: int = 0
     units_dropped: Counter[str] = field(default_factory=Counter)  # by cause
+    transport_failures: Counter[str] = field(default_factory=Counter)  # by transport
     handoffs: Counter[str] = field(default_factory=Counter)  # by outcome: committed, or the cause

@@ -17,12 +17,14 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.runner import ModelRunner
+from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
 from node.machine import default_kv_memory
+from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 from wire.messages import ModelInfo, TokenizerFiles
-from wire.types import BlockHandle
+from wire.types import BlockHandle, Role
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class BuiltEngine:
     engine: Engine
     memory: NodeMemory
     num_blocks: int
+    pool: SharedMemory | None = None  # where the blocks are, if other processes may read them
 
     @property
     def layout(self) -> KVLayout:
@@ -92,7 +95,7 @@ class BuiltEngine:
         )
 
 
-def build_engine(config: NodeConfig, progress: Progress) -> BuiltEngine:
+def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEngine:
     """Load the model and make the engine. Raises ConfigError with what to do."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -101,7 +104,10 @@ def build_engine(config: NodeConfig, progress: Progress) -> BuiltEngine:
     )
     layout = model.kv_layout(config.block_size)
     num_blocks = _num_blocks(config, layout)
-    store = KVStore(layout, num_blocks)
+    pool = None
+    if role is Role.PREFILL:
+        pool = shared_pool(config, num_blocks * layout.block_bytes)
+    store = KVStore(layout, num_blocks, buffer=pool.buffer if pool else None)
     engine = Engine(
         _engine_config(config, model, num_blocks),
         ModelRunner(model, store),
@@ -109,7 +115,7 @@ def build_engine(config: NodeConfig, progress: Progress) -> BuiltEngine:
         model_fingerprint=model.fingerprint,
         eos_token_ids=frozenset(model.eos_token_ids),
     )
-    return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks)
+    return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks, pool)
 
 
 def _engine_config(config: NodeConfig, model: LoadedModel, num_blocks: int) -> EngineConfig:

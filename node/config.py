@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wire.errors import ConfigError
 
+TRANSPORTS = ("auto", "shm", "zmq")
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
 _MAX_NAME = 256  # no message carries a longer one
 _MAX_PORT = 65535
@@ -30,6 +31,7 @@ class NodeConfig:
     advertise_host: str = ""
     port: int = 0
     insecure: bool = False
+    transport: str = "auto"
     dtype: str = "auto"
     threads: int = 0
     max_model_len: int | None = None
@@ -215,6 +217,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory of the KV block pool, e.g. 2G (a fifth of what is free, at most 1G)",
     )
     group.add_argument(
+        "--transport",
+        default=default.transport,
+        choices=TRANSPORTS,
+        help="how KV blocks travel (auto: by shm within one host, else by zmq)",
+    )
+    group.add_argument(
         "--max-num-seqs", type=int, default=default.max_num_seqs, help="requests per step"
     )
     group.add_argument(
@@ -254,6 +262,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         advertise_host=args.advertise_host,
         port=args.port,
         insecure=args.insecure,
+        transport=args.transport,
         dtype=args.dtype,
         threads=args.threads,
         max_model_len=args.max_model_len,

@@ -57,7 +57,7 @@ def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
     tokenizer = read_tokenizer(config.model)
     wait_for_routers(config.routers, config.router_timeout_s)
     with ProgressLine(f"{config.name}: loading {config.model.name}") as progress:
-        built = build_engine(config, progress.update)
+        built = build_engine(role, config, progress.update)
 
     def tell_ready(http_url: str) -> None:
         with suppress(BrokenPipeError):  # nobody has to read it

@@ -20,10 +20,10 @@ from engine.request import Request
 from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats
-from kvtransfer.zmq_transport import ZmqUnitSender
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
+from node.transports import unit_senders
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.messages import Abort, Ack, AttemptFailed, Message, Prefill, Resend
@@ -54,10 +54,10 @@ class PrefillRole:
         self._engine = shell.engine
         self._outbox = TokenOutbox()
         self._peers = PeerLinks(shell.me, self._from_decode_node, shell.context)
-        self._zmq = ZmqUnitSender(shell.me, shell.context)
+        self._transports = unit_senders(shell.config, shell.me, shell.built.pool, shell.context)
         self._sender = KVSender(
             memory=shell.built.memory,
-            transports={"zmq": self._zmq},
+            transports=self._transports,
             send=self._peers.send,
             on_ended=self._handoff_ended,
             model_fingerprint=shell.built.info.fingerprint,
@@ -260,5 +260,6 @@ class PrefillRole:
             self._sender.renew_leases()
 
     def close(self) -> None:
-        self._zmq.close()
+        for transport in self._transports.values():
+            transport.close()
         self._peers.close()

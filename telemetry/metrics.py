@@ -133,4 +133,9 @@ TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes plac
 TRANSFER_UNITS_DROPPED = Metric(
     "baton_transfer_units_dropped", "KV units that were placed nowhere", ("cause",)
 )
+TRANSPORT_FAILURES = Metric(
+    "baton_transport_failures",
+    "Times a KV transport did not work and handoffs took another one",
+    ("transport",),
+)
 HANDOFFS = Metric("baton_handoffs", "Handoffs that ended here", ("outcome",))

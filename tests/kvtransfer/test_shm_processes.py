@@ -94,7 +94,8 @@ def test_a_receiver_is_killed(num_units: int) -> None:
             kill(process)
             await until(lambda: len(ended) == num_units + 500)
         assert ended == sorted(ended)
-        assert not sender.usable(url, DECODE)
+        with pytest.raises(TransferError):
+            sender.reaches(url, DECODE)
         with pytest.raises(TransferError, match="cannot connect"):
             sender.send(url, DECODE, header(0), block, lambda: None)
         block.release()
@@ -113,7 +114,7 @@ def test_a_stopped_receiver_goes_on_where_it_was() -> None:
         block = memoryview(pool.buffer)[:BLOCK_BYTES]
         ended: list[int] = []
         with peer("receive") as (process, url):
-            assert sender.usable(url, DECODE)
+            assert sender.reaches(url, DECODE)
             process.send_signal(signal.SIGSTOP)
             for number in range(2000):
                 sender.send(url, DECODE, header(number), block, lambda n=number: ended.append(n))  # type: ignore[misc]

@@ -348,7 +348,8 @@ def test_a_receiver_that_closes_ends_all_sends_once() -> None:
         rig.hand_over(job)
         both.receiver.close()
         await until(lambda: not rig.source.touched)
-        assert not both.sender.usable(both.url, DECODE)  # it says once that the lane was lost
+        with pytest.raises(TransferError):  # it says once that the lane was lost
+            both.sender.reaches(both.url, DECODE)
         with pytest.raises(TransferError, match="cannot connect") as caught:
             both.sender.send(both.url, DECODE, header(), memoryview(b""), lambda: None)
         assert caught.value.cause == "transport"
@@ -435,7 +436,8 @@ def test_an_address_where_nobody_is(url: str) -> None:
         both = ShmRig()
         open_before = num_descriptors()
         for _ in range(3):
-            assert not both.sender.usable(url, DECODE)
+            with pytest.raises(TransferError):
+                both.sender.reaches(url, DECODE)
             with pytest.raises(TransferError):
                 both.sender.send(url, DECODE, header(), memoryview(b""), lambda: None)
         assert num_descriptors() <= open_before
@@ -448,9 +450,12 @@ def test_another_host_is_known_before_anything_is_sent() -> None:
     async def body() -> None:
         both = ShmRig()
         boot, _, namespace = host_id().rpartition(".")
-        for other in (f"{boot}.{int(namespace, 16) + 1:x}", f"0{boot[1:]}x.{namespace}"):
-            assert not both.sender.usable(both.url.replace(host_id(), other), DECODE)
-        assert both.sender.usable(both.url, DECODE)
+        for other in (f"{boot}.{int(namespace, 16) + 1:x}", f"{boot[::-1]}.{namespace}"):
+            elsewhere = both.url.replace(host_id(), other)
+            assert not both.sender.reaches(elsewhere, DECODE)
+            with pytest.raises(TransferError, match="another host"):
+                both.sender.send(elsewhere, DECODE, header(), memoryview(b""), lambda: None)
+        assert both.sender.reaches(both.url, DECODE)
         both.close()
 
     run(body())
@@ -462,7 +467,8 @@ def test_another_users_processes_are_refused_on_both_sides(
     async def body() -> None:
         both = ShmRig()
         monkeypatch.setattr("kvtransfer.shm_connection.os.getuid", lambda: os.geteuid() + 1)
-        assert not both.sender.usable(both.url, DECODE)
+        with pytest.raises(TransferError):
+            both.sender.reaches(both.url, DECODE)
         visitor = visit(both)
         await until_hung_up(visitor)
         assert both.receiver.num_peers == 0
@@ -637,8 +643,9 @@ def test_an_answer_to_nothing_ends_the_lane() -> None:
         (peer,) = both.receiver._peers
         peer._socket.send(ANSWER.pack(1))
         await until(lambda: not both.receiver.num_peers)
-        assert not both.sender.usable(both.url, DECODE)
-        assert both.sender.usable(both.url, DECODE)  # the next one may be better
+        with pytest.raises(TransferError):
+            both.sender.reaches(both.url, DECODE)
+        assert both.sender.reaches(both.url, DECODE)  # the next one may be better
         await both.hand_over(30, "other")
         both.close()
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test lint bench-serve bench-kv-layout clean help
+.PHONY: serve test lint bench-serve bench-kv-layout bench-transfer clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ bench-serve: $(VENV)/.dev  ## start-up, handoff, router and memory; the last lin
 
 bench-kv-layout: $(VENV)/.dev  ## block-major against layer-major KV pools
 	$(BIN)/python -m benchmarks.bench_kv_layout $(ARGS)
+
+bench-transfer: $(VENV)/.dev  ## KV blocks between two processes, by each transport; the last line is JSON
+	$(BIN)/python -m benchmarks.bench_transfer $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -18,7 +18,7 @@ from wire.types import NodeId, TransportAddress
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 << 10
-_TURN_BYTES = 2 << 20  # copied before the loop gets its turn again
+_TURN_BYTES = 4 << 20  # copied before the loop gets its turn again
 _UNIT_BYTES = 32 << 10  # what a unit costs besides its bytes, in bytes
 _PAUSE_S = 1.0  # without a free descriptor nobody is let in for so long
 

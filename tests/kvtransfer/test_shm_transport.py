@@ -248,10 +248,10 @@ def test_the_loop_has_its_turn_between_large_copies() -> None:
         while len(both.rig.receiver.table):
             turns += 1
             step = both.rig.received.bytes_received - landed
-            assert step <= (2 << 20) + LARGE.block_bytes
+            assert step <= (4 << 20) + LARGE.block_bytes
             landed += step
             await asyncio.sleep(0)
-        assert turns > 4
+        assert turns > 2
         await both.rig.until_ended()
         assert both.rig.identical(job)
         both.close()

@@ -283,7 +283,8 @@ def main() -> None:
                 found[case] = rates = asyncio.run(measure(case, args.rounds))
                 print(
                     f"{transport:9}  {block_kb:8}  {case.num_blocks:6}  {OFF_ON[digests]:7}"
-                    f"  {rates.transfer:5.2f}  {rates.floor:5.2f}  {rates.ratio:5.2f}  {rates.best_ratio:4.2f}",
+                    f"  {rates.transfer:5.2f}  {rates.floor:5.2f}"
+                    f"  {rates.ratio:5.2f}  {rates.best_ratio:4.2f}",
                     flush=True,
                 )
     sizes = {f"{kb} KB": summary(found, kb << 10) for kb in args.block_kb}

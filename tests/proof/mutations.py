@@ -1,0 +1,216 @@
+"""The machines broken on purpose, one safeguard at a time: the explorer must see each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from engine.block_pool import BlockPool, BlockState, _Block
+from kvtransfer import lease as lease_module
+from kvtransfer.digest import UnitSealer
+from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.receiver import KVReceiver
+from kvtransfer.sender import KVSender
+from wire.codec import decode
+from wire.errors import TransferError
+from wire.messages import UnitHeader
+from wire.sockets import Inbox
+from wire.types import AttemptId, BlockHandle, NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One safeguard removed, and a scenario in which it matters."""
+
+    name: str
+    scenario: str
+    changes: tuple[tuple[object, str, Any], ...]  # object, attribute, its new value
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for target, attribute, value in self.changes:
+                stack.enter_context(patch.object(target, attribute, value))
+            yield
+
+
+def _any_sender(table: LeaseTable, number: int, capability: bytes, sender: NodeId) -> Lease:
+    lease = table._leases.get(number)
+    if lease is None or lease.capability != capability:
+        raise TransferError("refused", "no such lease")
+    return lease
+
+
+def _any_handle(table: LeaseTable, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+    table.expire(now)
+    lease = table._claimed(header.lease, header.capability, sender)
+    if header.unit not in lease.units or header.unit in lease.landed | dict.fromkeys(lease.landing):
+        raise TransferError("refused", "not wanted")
+    lease.landing.add(header.unit)
+    return lease
+
+
+def _any_generation(pool: BlockPool, handle: BlockHandle) -> _Block:
+    return pool._blocks[handle.block_id]
+
+
+def _twice(table: LeaseTable, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+    table.expire(now)
+    lease = table._claimed(header.lease, header.capability, sender)
+    if header.unit not in lease.units or lease.handles[header.unit] != header.handle:
+        raise TransferError("refused", "not wanted")
+    lease.landing.add(header.unit)
+    return lease
+
+
+def _no_comparison(
+    table: LeaseTable, lease: Lease, manifest: object, landed: object, now: float
+) -> None:
+    if lease.complete:
+        table._end(lease, LeaseState.COMMITTED, "", now)
+
+
+def _state_without_io(block: _Block) -> BlockState:
+    if block.running:
+        return BlockState.RUNNING
+    if block.leased:
+        return BlockState.LEASED
+    return BlockState.FREE if block.content_hash is None else BlockState.CACHED
+
+
+def _expire_silently(table: LeaseTable, now: float) -> None:
+    for lease in list(table._leases.values()):
+        if lease.deadline <= now:
+            lease.state = LeaseState.EXPIRED
+            del table._leases[lease.number]
+            del table._by_request[lease.id.request]
+
+
+def _told_twice(original: Callable[..., list[Lease]]) -> Callable[[LeaseTable], list[Lease]]:
+    def take_ended(table: LeaseTable) -> list[Lease]:
+        ended = original(table)
+        return ended + [lease for lease in ended if lease.state is LeaseState.EXPIRED]
+
+    return take_ended
+
+
+def _only_live(table: LeaseTable, id: AttemptId) -> bool:
+    lease = table._by_request.get(id.request)
+    return bool(lease and lease.id.attempt > id.attempt)
+
+
+def _renew_for_ever(table: LeaseTable, lease: Lease, now: float) -> None:
+    lease.deadline = now + lease.ttl_s
+
+
+def _forget(table: LeaseTable, request: str, outcome: Outcome) -> None:
+    """No tombstones."""
+
+
+def _end_unit_of_any(
+    table: LeaseTable, lease: Lease, index: int, digest: bytes | None, now: float, cause: str = ""
+) -> None:
+    """Whether the lease still lives is not asked."""
+    lease.landing.discard(index)
+    if digest is None:
+        table._end(lease, LeaseState.REJECTED, cause, now)
+    else:
+        lease.landed[index] = digest
+        if lease.manifest is not None:
+            table._judge(lease, lease.manifest, {index: digest}, now)
+
+
+def _no_sender_io(original: Callable[..., bool]) -> Callable[[BlockPool, BlockHandle], bool]:
+    """Transfers do not hold blocks on prefill nodes (epochs from 100 on)."""
+
+    def begin_io(pool: BlockPool, handle: BlockHandle) -> bool:
+        return pool.epoch >= 100 or original(pool, handle)
+
+    return begin_io
+
+
+def _end_io_if_begun(original: Callable[..., None]) -> Callable[[BlockPool, int], None]:
+    def end_io(pool: BlockPool, block_id: int) -> None:
+        if pool.epoch < 100:
+            original(pool, block_id)
+
+    return end_io
+
+
+def _hear_everything(inbox: Inbox, data: bytes, routing_id: bytes | None) -> None:
+    inbox.on_message(decode(data))
+
+
+def _place_anyway(receiver: KVReceiver, landing: Any, num_bytes: int) -> bytes | None:
+    incoming = receiver._incoming.get(landing.lease.number)
+    return incoming.sealer.digest(landing.unit, landing.view) if incoming else None
+
+
+def _sealed_loosely(sealer: UnitSealer, unit: Any, data: bytes | memoryview) -> bytes:
+    """A digest that binds nothing."""
+    return b"0" * 16
+
+
+def _never_deadline(sender: KVSender) -> None:
+    """Handoffs outlive their requests."""
+
+
+def _no_supersede(original: Callable[..., Lease]) -> Callable[..., Lease]:
+    def grant(table: LeaseTable, id: AttemptId, **rest: Any) -> Lease:
+        table._by_request.pop(id.request, None)
+        return original(table, id, **rest)
+
+    return grant
+
+
+def _something_landed(lease: Lease) -> bool:
+    return bool(lease.landed)
+
+
+TWO = "two attempts on two prefill nodes"
+ROOM = "two attempts, one unit of room"
+DAMAGE = "one attempt, two units, damage"
+CONFUSED = "a confused sender"
+CONFUSED_UNITS = "a confused sender, two units"
+REBIRTH = "the decode node restarts"
+
+MUTATIONS = (
+    Mutation("capability ignored", CONFUSED, ((lease_module, "_proves", lambda *_: True),)),
+    Mutation("sender ignored", CONFUSED, ((LeaseTable, "_claimed", _any_sender),)),
+    Mutation("handle ignored", CONFUSED_UNITS, ((LeaseTable, "begin_unit", _any_handle),)),
+    Mutation(
+        "generation ignored",
+        CONFUSED_UNITS,
+        ((LeaseTable, "begin_unit", _any_handle), (BlockPool, "_named", _any_generation)),
+    ),
+    Mutation("digests not compared", DAMAGE, ((LeaseTable, "_judge", _no_comparison),)),
+    Mutation("digest binds nothing", DAMAGE, ((UnitSealer, "digest", _sealed_loosely),)),
+    Mutation("truncation ignored", DAMAGE, ((KVReceiver, "_place", _place_anyway),)),
+    Mutation("a unit written twice", TWO, ((LeaseTable, "begin_unit", _twice),)),
+    Mutation(
+        "committed with units missing", DAMAGE, ((Lease, "complete", property(_something_landed)),)
+    ),
+    Mutation("quarantine ignored", ROOM, ((_Block, "state", property(_state_without_io)),)),
+    Mutation("expired leases not given out", TWO, ((LeaseTable, "expire", _expire_silently),)),
+    Mutation(
+        "given out twice", TWO, ((LeaseTable, "take_ended", _told_twice(LeaseTable.take_ended)),)
+    ),
+    Mutation("tombstones ignored", ROOM, ((LeaseTable, "superseded", _only_live),)),
+    Mutation("no tombstones", ROOM, ((LeaseTable, "_remember", _forget),)),
+    Mutation("renewed for ever", TWO, ((LeaseTable, "_renew", _renew_for_ever),)),
+    Mutation("a late landing counts", TWO, ((LeaseTable, "end_unit", _end_unit_of_any),)),
+    Mutation("both attempts live", TWO, ((LeaseTable, "grant", _no_supersede(LeaseTable.grant)),)),
+    Mutation(
+        "sends do not hold their blocks",
+        "two attempts on one prefill node",
+        (
+            (BlockPool, "begin_io", _no_sender_io(BlockPool.begin_io)),
+            (BlockPool, "end_io", _end_io_if_begun(BlockPool.end_io)),
+        ),
+    ),
+    Mutation("handoffs without a deadline", TWO, ((KVSender, "tick", _never_deadline),)),
+    Mutation("mail for another life heard", REBIRTH, ((Inbox, "receive", _hear_everything),)),
+)

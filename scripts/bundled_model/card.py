@@ -46,6 +46,7 @@ class Facts:
     """What the cards tell about how the models were made."""
 
     commands: list[str]
+    notes: str  # what the commands do not tell, written by whoever ran them
     progress: Progress
     corpus_tokens: Mapping[str, int]
     held_out_bytes: int
@@ -101,6 +102,8 @@ About one library file in thirty-three, chosen by the hash of its path, is held 
 
 {_commands(facts.commands)}
 
+{facts.notes}
+
 Muon for the matrices of the layers, AdamW for the rest; warm-up, stable phase, linear decay. The
 decay leaves the tests out. Most steps read windows of 256 tokens; one of 32, in the decay one of
 four, reads windows of 2,048.
@@ -153,6 +156,8 @@ text sampled from the target.
 ## How it was made
 
 {_commands(facts.commands)}
+
+{facts.notes}
 
 ## Sample
 
@@ -230,4 +235,4 @@ def _machine(threads: int) -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    return f"{threads} thread{'s' if threads > 1 else ''} of a processor of type {name}"
+    return f"{threads} thread{'s' if threads > 1 else ''} of an {name} processor"

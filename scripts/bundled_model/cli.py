@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--length", type=int, default=256, help="window of the stable phase")
-    parser.add_argument("--sampled-tokens", type=int, default=400_000, help="text for the draft")
+    parser.add_argument("--sampled-tokens", type=int, default=28_000, help="text for the draft")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     return parser.parse_args()
 
@@ -157,9 +157,11 @@ class Run:
 
     def facts(self, name: str) -> Facts:
         streams = self.streams()
+        notes = self.work / name / "notes.md"
         decoded = self.load_tokenizer().decode(streams["held_out"].tolist())
         return Facts(
             commands=(self.work / name / "commands.txt").read_text().splitlines(),
+            notes=notes.read_text().strip() if notes.exists() else "",
             progress=checkpoint.load_progress(self.work / name / "final"),
             corpus_tokens={stream: len(ids) for stream, ids in streams.items()},
             held_out_bytes=len(decoded.encode()),

@@ -81,12 +81,19 @@ class Write:
 class DecodeModel:
     """See the module's docstring. Implements BlockMemory."""
 
-    def __init__(self, me: NodeId, num_blocks: int, ways_to_land: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        num_blocks: int,
+        ways_to_land: tuple[str, ...],
+        table_supersedes: bool,
+    ) -> None:
         self.me = me
         self.now = 0.0
         self.out: list[Packet] = []
         self.layout = LAYOUT
         self.ways_to_land = ways_to_land
+        self.table_supersedes = table_supersedes
         self.pool = BlockPool(num_blocks, epoch=me.incarnation)
         self.cache = PrefixCache(self.pool, LAYOUT.block_size, "model")
         self.reservations = Reservations(self.pool, self.cache, LAYOUT.block_size)
@@ -174,6 +181,8 @@ class DecodeModel:
         if self.table.superseded(id) or (running is not None and running.id.attempt >= id.attempt):
             return  # refused
         self.end_running(id)
+        if pending is not None and not self.table_supersedes:
+            self.receiver.abort(pending.message.id)  # a lower attempt: its room is needed
         try:
             reservation = self.reservations.open(
                 message.tokens, *self.found(message), LAYOUT.num_blocks(len(message.tokens))

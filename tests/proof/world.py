@@ -49,6 +49,8 @@ class Scenario:
         restarts: nodes that may die and come back once.
         times: what the clock may show, in turn.
         confused: packets may also name another lease, generation, block or sender than is right.
+        table_supersedes: a new grant ends the older lease, as LeaseTable promises; else the role
+            ends it before, because its room is needed.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Scenario:
     times: tuple[float, ...] = RENEWABLE
     ways_to_land: tuple[str, ...] = ("land",)
     confused: bool = False
+    table_supersedes: bool = False
 
     @property
     def nodes(self) -> list[NodeId]:
@@ -71,7 +74,9 @@ class Scenario:
     def build(self, node: NodeId) -> Node:
         """A node as it starts."""
         if node.name == DECODE.name:
-            return DecodeModel(node, self.num_decode_blocks, self.ways_to_land)
+            return DecodeModel(
+                node, self.num_decode_blocks, self.ways_to_land, self.table_supersedes
+            )
         return PrefillModel(node, self.num_prefill_blocks)
 
     def first_packets(self) -> list[Packet]:
@@ -152,7 +157,7 @@ SCENARIOS = (
         times=PAST_TTL,
         ways_to_land=ANYTHING,
     ),
-    Scenario("two attempts on two prefill nodes", _attempts(A, B)),
+    Scenario("two attempts on two prefill nodes", _attempts(A, B), table_supersedes=True),
     Scenario(
         "two attempts, one unit of room",
         _attempts(A, B),

@@ -53,6 +53,7 @@ _WELCOME_BYTES = 16
 _MAX_HEADER_BYTES = 4096
 _MAX_LANES = 1024
 _POSTED_BYTES = 4 << 20  # per lane, given to UCX at a time; bounds how long one turn takes
+_BURST = 64  # messages of a lane before UCX and the other lanes get their turn
 _IDLE_S = 300.0  # a lane unused for so long is closed when another one is opened
 _RETRY_S = 1.0  # for so long a lost receiver is not tried again
 _LAST_TURNS_S = 1.0  # how long `close` waits for UCX to let go of the pool's memory
@@ -227,6 +228,11 @@ class UcxUnitSender:
         self._lanes: dict[str, _SenderLane] = {}
         self._ending: list[_SenderLane] = []  # lost, and UCX still reads for them
 
+    def reaches(self, url: str, to: NodeId) -> bool:
+        """See UnitSender. Begins to connect; what comes of it shows in the sends."""
+        self._lane(url)
+        return True
+
     def send(
         self,
         url: str,
@@ -288,6 +294,12 @@ class _Receive:
     landing: Landing
     num_bytes: int
 
+    def end(self) -> None:
+        try:
+            self.landing.end(self.num_bytes if succeeded(self.request) else 0)
+        except Exception:  # a bug there must not keep the other blocks from being let go of
+            log.exception("a unit's landing failed")
+
 
 @dataclass(slots=True, eq=False)
 class _ReceiverLane:
@@ -300,10 +312,11 @@ class _ReceiverLane:
     header: tuple[NodeId, UnitHeader] | None = None  # of the payload that comes next
     expects_payload: bool = False
     receives: list[_Receive] = field(default_factory=list)
+    posted_bytes: int = 0
 
     @property
     def full(self) -> bool:
-        return sum(receive.num_bytes for receive in self.receives) >= _POSTED_BYTES
+        return self.posted_bytes >= _POSTED_BYTES
 
 
 class UcxUnitReceiver:
@@ -405,21 +418,22 @@ class UcxUnitReceiver:
                 posted = True
             else:
                 posted |= self._read(lane)
-        if not any(lane.full for lane in self._lanes.values()):
-            posted |= self._drop_strays()
-        return posted
+        if posted or any(lane.full for lane in self._lanes.values()):
+            return posted
+        return self._drop_strays()
 
     def _read(self, lane: _ReceiverLane) -> bool:
-        """Take what has arrived on this lane, as far as it may be posted."""
-        posted = False
-        while not lane.full and (found := self._driver.probe(lane.key << 1, EVERY_BIT - 1)):
+        """Take what has arrived on this lane, as far as it may be posted now."""
+        for taken in range(_BURST):
+            found = None if lane.full else self._driver.probe(lane.key << 1, EVERY_BIT - 1)
+            if found is None:
+                return taken > 0
             tag, num_bytes = found
-            posted = True
             if tag == _header_tag(lane.key):
                 self._take_header(lane, num_bytes)
             else:
                 self._take_payload(lane, num_bytes)
-        return posted
+        return True
 
     def _take_header(self, lane: _ReceiverLane, num_bytes: int) -> None:
         if lane.expects_payload:
@@ -444,37 +458,39 @@ class UcxUnitReceiver:
         if not lane.expects_payload:
             self._malformed("a payload without a header")
         header, lane.header, lane.expects_payload = lane.header, None, False
-        landing = self._sink.begin(*header) if header else None
+        try:
+            landing = self._sink.begin(*header) if header else None
+        except Exception:
+            self._drop(tag)
+            raise
         if landing is None:
             self._drop(tag)
         elif len(landing.view) != num_bytes:
             self._drop(tag)
             landing.end(num_bytes)
         else:
+            into = array(landing.view)
+            receive = _Receive(self._driver.receive(into, tag), into, landing, num_bytes)
+            if receive.request.completed:  # a small one was all there
+                receive.end()
+                return
             if not lane.receives:
                 lane.moved_at = self._clock()
-            into = array(landing.view)
-            request = self._driver.receive(into, tag)
-            lane.receives.append(_Receive(request, into, landing, num_bytes))
+            lane.receives.append(receive)
+            lane.posted_bytes += num_bytes
 
     def _finish(self) -> None:
         """Hand over every unit that is completely there, or will never be."""
         for lane in (*self._lanes.values(), *self._ending):
             done = [receive for receive in lane.receives if receive.request.completed]
             if done:
-                lane.receives = [x for x in lane.receives if x not in done]
+                lane.receives = [x for x in lane.receives if not x.request.completed]
+                lane.posted_bytes = sum(receive.num_bytes for receive in lane.receives)
                 lane.moved_at = self._clock()
-                self._end(done)
+            for receive in done:
+                receive.end()
         self._ending = [lane for lane in self._ending if lane.receives]
         self._dropped = [item for item in self._dropped if not item[0].completed]
-
-    def _end(self, receives: list[_Receive]) -> None:
-        while receives:
-            receive = receives.pop(0)
-            try:
-                receive.landing.end(receive.num_bytes if succeeded(receive.request) else 0)
-            except Exception:  # a bug there must not keep the other blocks from being let go of
-                log.exception("a unit's landing failed")
 
     def _drop(self, tag: int) -> None:
         """Receive the next message of this tag into nothing; of a large one nothing travels."""

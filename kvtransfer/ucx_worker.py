@@ -27,7 +27,7 @@ it warns of a variable that ucxx sets itself, without the second every lost peer
 ANY_TAG = 0
 EVERY_BIT = (1 << 64) - 1
 
-_TURNS = 8  # of progress before the loop gets its turn again
+_TURN_S = 0.002  # then the loop gets its turn again
 _TICK_S = 0.25  # UCX's descriptor may miss an event, and somebody must notice stalls
 
 
@@ -48,9 +48,10 @@ def settings(*, net_devices: str = "lo", rendezvous: str = "am") -> dict[str, st
         "TLS": "^sm,self",  # with shared memory a peer's kill -9 aborts the survivor
         "RNDV_SCHEME": rendezvous,
         # An eager message in several pieces is not ended by its endpoint's end, so there are none.
-        "RNDV_THRESH": "8k",
+        "RNDV_THRESH": "48k",
         "TCP_TX_SEG_SIZE": "64k",
         "TCP_RX_SEG_SIZE": "128k",
+        "TCP_CM_REUSEADDR": "y",  # a restarted node may take its port again at once
     }
 
 
@@ -156,9 +157,8 @@ class DrivenWorker:
         self._turn()
 
     def _turn(self) -> None:
-        for _ in range(_TURNS):
-            if self._closed:
-                return
+        until = self._loop.time() + _TURN_S
+        while not self._closed and self._loop.time() < until:
             self.worker.progress()
             busy = self._guarded_look()
             if self._closed or (not busy and self.worker.arm()):

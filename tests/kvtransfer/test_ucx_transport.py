@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,31 +18,41 @@ import pytest
 import zmq
 
 from kvtransfer.lease import LeaseState
-from kvtransfer.ucx_worker import ENVIRONMENT, why_unavailable
-from kvtransfer.units import gather
-from tests.kvtransfer.rig import until
-from wire.errors import TransferError
-from wire.messages import UnitHeader
-from wire.types import AttemptId, BlockHandle
-
-os.environ.update(ENVIRONMENT)  # before UCX is loaded
-WHY_NOT = why_unavailable()
-if WHY_NOT:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-from kvtransfer.ucx_transport import (  # noqa: E402
+from kvtransfer.transport import TransferStats
+from kvtransfer.ucx_transport import (
+    _MAGIC,
+    UcxUnitReceiver,
     UcxUnitSender,
+    _header_tag,
+    _payload_tag,
 )
-from tests.kvtransfer.ucx_peer import (  # noqa: E402
-    DECODE,
-    PREFILL,
-    DecodeEnd,
-    Post,
-    PrefillEnd,
+from kvtransfer.ucx_worker import (
+    ENVIRONMENT,
+    DrivenWorker,
+    array,
+    new_context,
+    settings,
+    why_unavailable,
 )
+from kvtransfer.units import gather
+from tests.kvtransfer.rig import DECODE as RIG_DECODE
+from tests.kvtransfer.rig import LAYOUT, Rig, until
+from tests.kvtransfer.ucx_peer import DECODE, PREFILL, DecodeEnd, Post, PrefillEnd
+from wire.codec import Envelope, encode
+from wire.errors import ConfigError, TransferError
+from wire.messages import FetchTokenizer, UnitHeader
+from wire.types import AttemptId, BlockHandle, NodeId
+
+os.environ.update(ENVIRONMENT)  # UCX reads it when it is loaded
+if WHY_NOT := why_unavailable():
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = "ucx://127.0.0.1:1"
+
+
+def nothing() -> None:
+    """What is to be done when a send is over."""
 
 
 def run(body: Coroutine[Any, Any, None]) -> None:
@@ -67,18 +78,18 @@ async def peer(
     """Start the other end; it ends by itself, or by force, and says nothing unless it is killed."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PAIR)
-    path = f"ipc://{tmp_path}/{len(list(tmp_path.iterdir()))}"
+    path = f"ipc://{tmp_path}/{secrets.token_hex(4)}"
     socket.bind(path)
     post = Post(socket)
     ready: list[str] = []
     post.handlers[b"ready"] = lambda url: ready.append(url.decode())
     command = [sys.executable, "-m", "tests.kvtransfer.ucx_peer", role, path, str(kib), str(port)]
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: ASYNC220
         [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         await until(lambda: ready or process.poll() is not None)
-        assert ready, process.communicate()[0].decode()
+        assert ready, "it did not start"
         yield Peer(process, post, ready[0])
         if process.poll() is None:
             post.send(b"end")
@@ -248,7 +259,7 @@ def test_a_stopped_decode_node_keeps_the_sends_until_the_lane_is_closed(
             await asyncio.sleep(1.1)  # no handoff is tried on a lane lost a moment ago
             other.post.send(b"reserve", b"third", b"14")
             await until(lambda: "third" in end.ended and not end.pool.touched)
-            assert end.stats.handoffs == {"committed": 2}
+            assert end.stats.handoffs["committed"] == 2
             await check_delivered(end, other.post, ["third"], 14)
             end.close()
 
@@ -276,34 +287,36 @@ def test_closing_with_sends_in_flight_gives_every_block_back_once(tmp_path: Path
 # ---------------------------------------------------------------- a prefill node that goes
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.003, 0.01, 0.03])
-@pytest.mark.parametrize("kib", [4, 1024])
+@pytest.mark.parametrize(("kib", "after_s"), [(4, 0.003), (1024, 0.0), (1024, 0.01), (4096, None)])
 def test_a_killed_prefill_node_touches_no_block_any_more(
-    tmp_path: Path, kib: int, after_s: float
+    tmp_path: Path, kib: int, after_s: float | None
 ) -> None:
-    """Killed before, between or within its units; the next one finds everything in order."""
+    """Killed before or between its units, or (None) within one; its successor finds order."""
 
     async def body() -> None:
         async with peer("prefill", tmp_path, kib) as other:
             end = DecodeEnd(other.post, kib)
-            reserve(end, "first", 14)
+            end.reserve("first", 14)
             await until(lambda: end.leases)
-            reserve(end, "second", 400)
-            await asyncio.sleep(after_s)
+            end.reserve("second", 100)
+            if after_s is None:
+                await until(lambda: end.pool.touched)
+                other.signal(signal.SIGSTOP)
+                await asyncio.sleep(0.05)
+                assert end.pool.touched
+            else:
+                await asyncio.sleep(after_s)
             other.signal(signal.SIGKILL)
             await asyncio.to_thread(other.process.wait)
-            await until(lambda: not end.units._lanes)
-            await until(lambda: not end.pool.touched)
+            await until(lambda: not end.units._lanes and not end.pool.touched)
             end.receiver.end_sender(PREFILL)
-        assert len(end.leases) == 2
         async with peer("prefill", tmp_path, kib) as successor:
             end.post = successor.post
             successor.post.handlers |= other.post.handlers
-            reserve(end, "third", 14)
-            await until(lambda: len(end.leases) == 3)
-            assert end.leases[2].state is LeaseState.COMMITTED
+            end.reserve("third", 14)
+            await until(lambda: len(end.leases) == 3 and not end.pool.touched)
+            assert end.leases[-1].state is LeaseState.COMMITTED
             end.close()
-            assert not end.pool.touched
 
     run(body())
 
@@ -316,7 +329,7 @@ def test_a_stopped_prefill_node_loses_its_lane(
     async def body() -> None:
         async with peer("prefill", tmp_path, 4096) as other:
             end = DecodeEnd(other.post, 4096, stall_s=0.5)
-            reserve(end, "first", 100)
+            end.reserve("first", 100)
             await until(lambda: end.pool.touched)
             other.signal(signal.SIGSTOP)
             await asyncio.sleep(0.05)
@@ -337,10 +350,6 @@ def test_a_stopped_prefill_node_loses_its_lane(
     assert "stopped within" in caplog.text
 
 
-def reserve(end: DecodeEnd, name: str, num_tokens: int) -> None:
-    end._reserve(name.encode(), str(num_tokens).encode())
-
-
 def header(**other: Any) -> UnitHeader:
     values: dict[str, Any] = {
         "lease": 1,
@@ -352,3 +361,251 @@ def header(**other: Any) -> UnitHeader:
         "num_bytes": 8,
     }
     return UnitHeader(**values | other)
+
+
+# ---------------------------------------------------------------- what does not belong
+
+
+@dataclass
+class UcxRig:
+    """A rig whose units travel over UCX, and a peer that may send what it likes."""
+
+    def __post_init__(self) -> None:
+        self.rig = Rig(layout=LAYOUT)
+        self.receiver = UcxUnitReceiver(RIG_DECODE, self.rig.receiver, self.rig.received)
+        self.sender = UcxUnitSender(PREFILL)
+        self.rig.use(self.sender, self.receiver.address)
+
+    async def hand_over(self, num_tokens: int, request: str = "last") -> None:
+        """A handoff that must work, whatever came before it."""
+        job = self.rig.reserve(num_tokens, id=AttemptId(request, 1))
+        self.rig.hand_over(job)
+        await self.rig.until_ended()
+        assert job.lease.state is LeaseState.COMMITTED
+        assert self.rig.identical(job)
+        self.rig.check_balance()
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+
+
+class Hostile:
+    """A connection to a decode node that sends what it likes."""
+
+    def __init__(self, url: str) -> None:
+        self.driver = DrivenWorker(new_context(settings()), lambda: False, lambda: None)
+        port = int(url.rpartition(":")[2])
+        self.endpoint = self.driver.worker.create_endpoint_from_hostname("127.0.0.1", port, True)
+        self.sent: list[tuple[Any, Any]] = []
+        self.key = 0
+
+    async def welcomed(self) -> None:
+        await until(lambda: self.driver.probe(0))
+        welcome = bytearray(16)
+        self.driver.receive(array(welcome), 0)
+        assert welcome.startswith(_MAGIC)
+        self.key = int.from_bytes(welcome[8:], "little")
+
+    def send(self, tag: int, data: bytes) -> None:
+        buffer = array(data)
+        self.sent.append((buffer, self.driver.send(self.endpoint, buffer, tag)))
+        self.driver.wake()
+
+    async def close(self) -> None:
+        """Whatever it sent was taken from it: nothing stays with UCX."""
+        await until(lambda: all(request.completed for _, request in self.sent))
+        self.endpoint.close_blocking()
+        self.driver.close()
+
+
+def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        hostile = Hostile(both.receiver.address.url)
+        await hostile.welcomed()
+        head = encode(Envelope(PREFILL, RIG_DECODE, header()))
+        other_life = encode(Envelope(PREFILL, NodeId(RIG_DECODE.name, 9), header()))
+        other_message = encode(Envelope(PREFILL, RIG_DECODE, FetchTokenizer()))
+        first, second = _header_tag(hostile.key), _payload_tag(hostile.key)
+        for tag, data in (
+            (second, b"a payload alone"),  # malformed
+            (first, b"noise"),  # malformed
+            (second, b"its payload"),
+            (first, head),
+            (first, bytes(1 << 20)),  # malformed twice: no payload before it, and too large
+            (second, b"its payload"),
+            (first, other_life),  # stale
+            (second, bytes(1 << 20)),
+            (first, other_message),  # stale
+            (second, b"its payload"),
+            (first, head),  # expired
+            (second, bytes(4 << 20)),
+            (12345, b"no lane's"),
+            (1 << 63, bytes(1 << 20)),
+        ):
+            hostile.send(tag, data)
+        await hostile.close()
+        assert both.rig.received.units_dropped == {"malformed": 4, "stale": 2, "expired": 1}
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("length", [1, LAYOUT.block_bytes - 1, LAYOUT.block_bytes + 1, 1 << 20])
+def test_a_payload_of_another_length_is_rejected(length: int) -> None:
+    async def body() -> None:
+        both = UcxRig()
+        rig = both.rig
+        job = rig.reserve(4)
+        before = [bytes(block) for block in rig.target.blocks]
+        rig.start(job)
+        lie = header(capability=job.lease.capability, handle=job.target[0])
+        url = both.receiver.address.url
+        both.sender.send(url, RIG_DECODE, lie, memoryview(bytes(length)), nothing)
+        await rig.until_ended()
+        assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")
+        assert [bytes(block) for block in rig.target.blocks] == before
+        rig.check_balance()
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+
+
+def test_a_refused_unit_goes_nowhere() -> None:
+    """Its lease has ended: of a large unit not even the bytes travel, and the sender is let go."""
+
+    async def body() -> None:
+        both = UcxRig()
+        job = both.rig.reserve(4)
+        both.rig.receiver.abort(job.id)
+        before = [bytes(block) for block in both.rig.target.blocks]
+        done: list[int] = []
+        for length in (LAYOUT.block_bytes, 4 << 20):
+            unit = header(capability=job.lease.capability, handle=job.target[0])
+            payload = memoryview(bytes(length))
+            both.sender.send(
+                both.receiver.address.url, RIG_DECODE, unit, payload, lambda: done.append(1)
+            )
+        await until(lambda: len(done) == 2 and both.rig.received.units_dropped["expired"] == 2)
+        assert [bytes(block) for block in both.rig.target.blocks] == before
+        both.close()
+
+    run(body())
+
+
+def test_handlers_that_fail_stop_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        both = UcxRig()
+        begin, failures = both.rig.receiver.begin, iter([True])
+
+        def fail_once(sender: NodeId, message: UnitHeader) -> Any:
+            if next(failures, False):
+                raise ValueError("a bug")
+            return begin(sender, message)
+
+        def fail() -> None:
+            raise ValueError("another bug")
+
+        monkeypatch.setattr(both.rig.receiver, "begin", fail_once)
+        both.sender.send(
+            both.receiver.address.url, RIG_DECODE, header(), memoryview(b"12345678"), fail
+        )
+        await until(lambda: len(caplog.records) == 2)
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+    messages = {record.message for record in caplog.records}
+    assert messages == {"a message handler failed", "the end of a send was not handled"}
+
+
+@pytest.mark.parametrize(
+    "url", ["smoke://signal", "", "ucx://localhost:7000", "ucx://127.0.0.1:99999", "ucx://1.2.3.4"]
+)
+def test_an_impossible_address_is_a_transfer_error(url: str) -> None:
+    async def body() -> None:
+        sender = UcxUnitSender(PREFILL)
+        with pytest.raises(TransferError, match="cannot send") as caught:
+            sender.send(url, DECODE, header(), memoryview(b"12345678"), nothing)
+        assert caught.value.cause == "transport"
+        assert not sender._lanes
+        sender.close()
+
+    run(body())
+
+
+# ---------------------------------------------------------------- beginnings and ends
+
+
+def test_a_peer_is_closed_on_demand() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        url = both.receiver.address.url
+        assert both.sender.reaches(url, RIG_DECODE)
+        done: list[int] = []
+        both.sender.send(
+            url, RIG_DECODE, header(), memoryview(bytes(1 << 20)), lambda: done.append(1)
+        )
+        both.sender.close_peer(url)
+        await until(lambda: done)
+        await both.hand_over(30)
+        both.close()
+        both.close()  # twice is once
+
+    run(body())
+
+
+def test_lanes_to_peers_that_are_long_gone_are_closed() -> None:
+    async def body() -> None:
+        now = 0.0
+        both = UcxRig()
+        both.sender = UcxUnitSender(PREFILL, clock=lambda: now)
+        both.rig.use(both.sender, both.receiver.address)
+        await both.hand_over(5, "first")
+        now = 301.0
+        other = UcxUnitReceiver(RIG_DECODE, both.rig.receiver, both.rig.received)
+        both.rig.address = other.address
+        await both.hand_over(5, "second")
+        assert list(both.sender._lanes) == [other.address.url]
+        other.close()
+        both.close()
+
+    run(body())
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        port = int(both.receiver.address.url.rpartition(":")[2])
+        with pytest.raises(ConfigError, match="cannot listen on port"):
+            UcxUnitReceiver(RIG_DECODE, both.rig.receiver, TransferStats(), port=port)
+        both.close()
+
+    run(body())
+
+
+def test_no_setting_lets_a_peer_write_here() -> None:
+    with pytest.raises(ConfigError, match="put_zcopy"):
+        settings(rendezvous="put_zcopy")
+    assert settings(net_devices="eth0")["NET_DEVICES"] == "eth0"
+
+
+def test_without_ucxx_it_is_one_clear_line() -> None:
+    code = """
+import sys
+sys.modules["ucxx"] = None
+from kvtransfer.ucx_transport import UcxUnitSender
+from kvtransfer.ucx_worker import why_unavailable
+print(why_unavailable())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the ucx transport is not available: ")
+    assert done.stdout.count("\n") == 1

@@ -115,11 +115,14 @@ class DecodeEnd:
     def close(self) -> None:
         self.units.close()
 
+    def reserve(self, name: str, num_tokens: int) -> None:
+        """Grant a handoff and tell the prefill end, which begins at once."""
+        granted = Granted(AttemptId(name, 1), self.grant(name, num_tokens))
+        data = encode(Envelope(DECODE, PREFILL, granted))
+        self.post.send(b"granted", data, str(num_tokens).encode())
+
     def _reserve(self, name: bytes, num_tokens: bytes) -> None:
-        granted = Granted(
-            AttemptId(name.decode(), 1), self.grant(name.decode(), int(num_tokens.decode()))
-        )
-        self.post.send(b"granted", encode(Envelope(DECODE, PREFILL, granted)), num_tokens)
+        self.reserve(name.decode(), int(num_tokens.decode()))
 
     def _heard(self, data: bytes) -> None:
         envelope = decode(data)

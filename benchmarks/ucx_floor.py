@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvtransfer.transport import TransferStats
-from kvtransfer.ucx_transport import UcxUnitReceiver, UcxUnitSender
+from kvtransfer.ucx_receiver import UcxUnitReceiver
+from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.ucx_worker import ENVIRONMENT, array, load, new_context, settings, why_unavailable
 from wire.messages import UnitHeader
 from wire.types import BlockHandle, NodeId

@@ -19,7 +19,8 @@ from kvtransfer.lease import Lease, LeaseState, LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats
-from kvtransfer.ucx_transport import UcxUnitReceiver, UcxUnitSender
+from kvtransfer.ucx_receiver import UcxUnitReceiver
+from kvtransfer.ucx_sender import UcxUnitSender
 from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
 from wire.errors import WireError

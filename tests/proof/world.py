@@ -192,6 +192,7 @@ SCENARIOS = (
         num_decode_blocks=1,
         num_prefill_blocks=1,
         confused=True,
+        table_supersedes=True,
         times=TIMELESS,
     ),
     Scenario(

@@ -93,6 +93,7 @@ def test_a_receiver_is_killed(num_units: int) -> None:
             await until(lambda: len(ended) >= num_units)
             kill(process)
             await until(lambda: len(ended) == num_units + 500)
+            await until(lambda: all(lane.lost for lane in sender._lanes.values()))
         assert ended == sorted(ended)
         with pytest.raises(TransferError):
             sender.reaches(url, DECODE)

@@ -239,11 +239,16 @@ class Requests:
             choice.assigned_decode = send.to
             self._metrics.attempts.inc()
             self._fleet.assign(send.to, request, 0, self._num_blocks(send.to, choice))
+            self._note_prefill(choice, message.prefill, len(message.tokens))
         elif isinstance(message, Prefill):
             choice.timeline.mark_dispatched(self._clock())
-            choice.assigned_prefill = send.to
             self._admission.settle(choice)
-            self._fleet.assign(send.to, request, len(message.tokens), 0)
+            self._note_prefill(choice, send.to, len(message.tokens))
+
+    def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
+        """From the reservation on: else a burst that comes before the first grant goes to one."""
+        choice.assigned_prefill = node
+        self._fleet.assign(node, choice.work.request, num_tokens, 0)
 
     def _num_blocks(self, node: NodeId, choice: Choice) -> int:
         if node not in self._fleet:

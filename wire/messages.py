@@ -188,7 +188,7 @@ class Granted:
 class Refused:
     """decode node → router: nothing was taken.
 
-    `cause`: capacity, draining, superseded, too_long.
+    `cause`: capacity, draining, superseded, too_long, invalid.
     """
 
     id: AttemptId
@@ -233,7 +233,7 @@ class AttemptFailed:
     """node → router: this attempt is over without a result; what it held is free or quarantined.
 
     `cause` is a metric label: expired, revoked, stale, digest, transport, superseded, gone,
-    drained, capacity, too_long, internal.
+    drained, capacity, too_long, invalid, manifest, internal.
     """
 
     id: AttemptId

@@ -97,7 +97,7 @@ def choices_section(found: machine.Machine) -> Section:
         "dtype_of_other_models": "float32",
         "nodes": "1 prefill, 1 decode",
         "threads_per_node": max(1, found.num_cores // 2),
-        "transport": "zmq",
+        "transport": "auto: shm on one host, zmq between hosts",
         "kv_memory_bytes_per_node": machine.default_kv_memory(),
     }
 

@@ -28,11 +28,13 @@ class NodeCollector(Collector):
         engine: Engine,
         stats: NodeStats,
         transfers: TransferStats,
+        num_malformed: Callable[[], int],
     ) -> None:
         self._model_name = model_name
         self._engine = engine
         self._stats = stats
         self._transfers = transfers
+        self._num_malformed = num_malformed
 
     def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
@@ -60,6 +62,7 @@ class NodeCollector(Collector):
         yield _counter(metrics.PREEMPTIONS, {model: stats.preemptions})
         yield _counter(metrics.PREFIX_QUERIES, {model: stats.prefix_queries})
         yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
+        yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
         stats = self._transfers

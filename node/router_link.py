@@ -95,6 +95,10 @@ class RouterLink:
         else:
             self.send(heartbeat)
 
+    @property
+    def num_malformed(self) -> int:
+        return self._link.num_malformed
+
     def close(self) -> None:
         """Say nothing more; what was sent before may still leave."""
         self._router = None

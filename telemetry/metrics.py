@@ -128,6 +128,9 @@ NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a 
 PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
 PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "Prompt tokens looked up", _MODEL)
 PREFIX_HITS = Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", _MODEL)
+NODE_MALFORMED = Metric(
+    "baton_malformed_messages", "Messages of routers and nodes dropped as malformed"
+)
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
 TRANSFER_UNITS_DROPPED = Metric(

@@ -304,6 +304,21 @@ def test_metrics() -> None:
     run(scenario)
 
 
+def test_malformed_messages_are_counted_and_end_nothing() -> None:
+    async def scenario(w: World) -> None:
+        await w.until_ready()
+        with w.shell.context.socket(zmq.DEALER) as stranger:
+            stranger.linger = 0
+            stranger.connect(w.shell.peer_url)
+            stranger.send(b"no message of ours")
+            await w.until(lambda: w.shell._num_malformed() == 1)
+        _, text = await w.get("/metrics")
+        assert "baton_malformed_messages_total 1.0" in text.splitlines()
+        assert (await w.get("/ready"))[0] == 200
+
+    run(scenario)
+
+
 def test_unfinished_chunks_are_counted() -> None:
     stats = NodeStats()
     chunk = RequestProgress("r/1", 5, 0, (), None, 0)

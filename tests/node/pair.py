@@ -281,6 +281,12 @@ class Pair:
                 self.turn()
                 await asyncio.sleep(0.001)
 
+    async def hear(self, holds: Callable[[], object]) -> None:
+        """Let messages arrive, but nobody step, until `holds`."""
+        async with asyncio.timeout(20):
+            while not holds():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
     async def finish(self, id: AttemptId = ID) -> tuple[list[int], FinishReason | None]:
         """The decode node's whole output, acknowledged."""
         await self.until(lambda: self.decode.link.output(id)[1])

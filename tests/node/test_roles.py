@@ -452,6 +452,7 @@ async def busy(p: Pair) -> list[AttemptId]:
     ids = [AttemptId(f"r{i}", 1) for i in range(4)]
     p.start(p.grant(ids[0]), ids[0])
     await p.until(lambda: p.decode.engine.has_work())
+    await p.hear(lambda: not p.prefill.role.num_attempts)
     for id in ids[1:]:
         p.start(p.grant(id, LONG), id, LONG)
     p.prefill.work()

@@ -149,7 +149,9 @@ class ShmUnitSender:
         _call_all(_taken(lane.in_flight, len(lane.in_flight)))
 
     def _lose(self, lane: _Lane, reason: object) -> None:
-        log.warning("lost the connection to %s: %s", lane.url, reason)
+        # With nothing on the way it is only a decode node that has ended, as nodes do.
+        level = logging.WARNING if lane.in_flight else logging.INFO
+        log.log(level, "lost the connection to %s: %s", lane.url, reason)
         self._close_lane(lane)
 
     def _watch_later(self) -> None:

@@ -27,7 +27,7 @@ from wire.messages import (
 )
 from wire.types import AttemptId, NodeId, TransportAddress
 
-LARGE = KVLayout(num_layers=2, num_kv_heads=4, head_dim=1024, block_size=4, dtype="float32")
+LARGE = KVLayout(num_layers=2, num_kv_heads=4, head_dim=4096, block_size=4, dtype="float32")
 assert LARGE.block_bytes == CREDIT_BYTES // 4
 
 

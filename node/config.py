@@ -65,7 +65,7 @@ class NodeConfig:
             f"--served-model-name must have between 1 and {_MAX_NAME} characters",
         )
         for name in ("router_timeout_s", "drain_timeout_s"):
-            flag = name.removesuffix("_s").replace("_", "-")
+            flag = name.replace("_", "-")
             _check(0 <= getattr(self, name) < math.inf, f"--{flag} must be a number of seconds")
         for url in self.routers:
             split_url(url)
@@ -82,7 +82,7 @@ class NodeConfig:
             min(self.max_num_seqs, self.max_num_batched_tokens) >= 1,
             "--max-num-seqs and --max-num-batched-tokens must be at least 1",
         )
-        _check(0 < self.lease_ttl_s < math.inf, "--lease-ttl must be a number of seconds above 0")
+        _check(0 < self.lease_ttl_s < math.inf, "--lease-ttl-s must be a number of seconds above 0")
 
     @property
     def public_host(self) -> str:
@@ -179,10 +179,14 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow a --host that other machines can reach, without encryption",
     )
     group.add_argument(
-        "--router-timeout", type=float, default=30.0, metavar="S", help="wait so long for a router"
+        "--router-timeout-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="wait so long for a router",
     )
     group.add_argument(
-        "--drain-timeout",
+        "--drain-timeout-s",
         type=float,
         default=30.0,
         metavar="S",
@@ -242,7 +246,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-caching", action="store_true", help="compute every prompt from its start"
     )
     group.add_argument(
-        "--lease-ttl",
+        "--lease-ttl-s",
         type=float,
         default=default.lease_ttl_s,
         metavar="S",
@@ -272,7 +276,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
-        lease_ttl_s=args.lease_ttl,
-        router_timeout_s=args.router_timeout,
-        drain_timeout_s=args.drain_timeout,
+        lease_ttl_s=args.lease_ttl_s,
+        router_timeout_s=args.router_timeout_s,
+        drain_timeout_s=args.drain_timeout_s,
     )

@@ -132,7 +132,7 @@ class Fleet:
         """Start a node without waiting for it."""
         assert self.router is not None, "start the router first"
         argv = [str(self.model), "--router", self.router.fields["control"], "--name", name]
-        argv += ["--kv-memory", "64M", "--drain-timeout", "10", "--threads", "1"]
+        argv += ["--kv-memory", "64M", "--drain-timeout-s", "10", "--threads", "1"]
         self.nodes[name] = self._start(name, f"{role}_node.__main__", [*argv, *flags])
         return self.nodes[name]
 

@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test lint bench-serve bench-kv-layout bench-transfer clean help
+.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +29,11 @@ serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode
 
 test: $(VENV)/.dev  ## run every test (ARGS="tests/engine -k parity")
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.dev  ## the fault tests N times in a row, until one fails (N=20)
+	for i in $$(seq $(N)); do echo "soak: $$i of $(N)"; \
+	  OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(ARGS) \
+	    tests/e2e/test_faults.py tests/e2e/test_stalls.py || exit 1; done
 
 lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .

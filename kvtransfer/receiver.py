@@ -240,7 +240,7 @@ class KVReceiver:
         try:
             self._send(to, message)
         except WireError:
-            self._stats.units_dropped["unanswered"] += 1  # it asks again, or is dead
+            self._stats.messages_unsent += 1  # it asks again, or is dead
             return False
         return True
 

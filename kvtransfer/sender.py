@@ -251,4 +251,4 @@ class KVSender:
         try:
             self._send(grant, message)
         except (WireError, ConfigError):
-            self._stats.units_dropped["unanswered"] += 1  # asked again by `tick`
+            self._stats.messages_unsent += 1  # asked again by `tick`

@@ -99,6 +99,7 @@ class TransferStats:
     bytes_sent: int = 0
     bytes_received: int = 0
     units_received: int = 0
+    messages_unsent: int = 0  # to a node that was not connected or did not read
     units_dropped: Counter[str] = field(default_factory=Counter)  # by cause
     transport_failures: Counter[str] = field(default_factory=Counter)  # by transport
     handoffs: Counter[str] = field(default_factory=Counter)  # by outcome: committed, or the cause

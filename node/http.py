@@ -68,6 +68,7 @@ class NodeCollector(Collector):
         stats = self._transfers
         yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})
         yield _counter(metrics.TRANSFER_BYTES_RECEIVED, {(): stats.bytes_received})
+        yield _counter(metrics.TRANSFER_MESSAGES_UNSENT, {(): stats.messages_unsent})
         yield _counter(metrics.TRANSFER_UNITS_DROPPED, _by_label(stats.units_dropped))
         yield _counter(metrics.TRANSPORT_FAILURES, _by_label(stats.transport_failures))
         yield _counter(metrics.HANDOFFS, _by_label(stats.handoffs))

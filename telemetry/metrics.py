@@ -133,6 +133,9 @@ NODE_MALFORMED = Metric(
 )
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
+TRANSFER_MESSAGES_UNSENT = Metric(
+    "baton_transfer_messages_unsent", "Messages to other nodes that could not be queued"
+)
 TRANSFER_UNITS_DROPPED = Metric(
     "baton_transfer_units_dropped", "KV units that were placed nowhere", ("cause",)
 )

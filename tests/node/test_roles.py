@@ -437,7 +437,7 @@ def test_a_peer_address_that_is_none(url: str) -> None:
         grant = replace(p.grant(), peer_url=url, decode=NodeId("elsewhere", 1))
         p.start(grant)
         assert await p.finish(other) == expected()
-        await p.until(lambda: p.prefill.role.stats.units_dropped["unanswered"])
+        await p.until(lambda: p.prefill.role.stats.messages_unsent)
         p.both(Abort(ID))
 
     run(scenario)

@@ -284,6 +284,7 @@ def test_metrics() -> None:
         stats.count_lookup(10, 4)
         w.role.stats.handoffs["committed"] += 3
         w.role.stats.units_dropped["stale"] += 1
+        w.role.stats.messages_unsent += 2
         status, text = await w.get("/metrics")
         assert status == 200
         lines = set(text.splitlines())
@@ -298,6 +299,7 @@ def test_metrics() -> None:
             'vllm:prefix_cache_hits_total{model_name="model"} 4.0',
             'vllm:kv_cache_usage_perc{model_name="model"} 0.0',
             'baton_handoffs_total{outcome="committed"} 3.0',
+            "baton_transfer_messages_unsent_total 2.0",
             'baton_transfer_units_dropped_total{cause="stale"} 1.0',
         } <= lines
 

@@ -25,6 +25,7 @@ from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
 from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
+from wire.geometry import geometry_for
 from wire.messages import (
     Abort,
     Ack,
@@ -90,6 +91,7 @@ class DecodeRole:
         )
         self._pending: dict[str, _Pending] = {}  # by request: at most one attempt of each
         self._running: dict[str, _Running] = {}
+        self._geometry = geometry_for(shell.built.layout)
         self._draining = False
 
     @property
@@ -170,6 +172,7 @@ class DecodeRole:
             handles=reservation.handles,
             cache_salt=message.cache_salt,
             deadline_s=message.deadline_s,
+            geometry=self._geometry,
         )
         grant = self._grant_message(lease, reservation)
         self._pending[message.id.request] = _Pending(link, message, reservation, grant)
@@ -187,6 +190,7 @@ class DecodeRole:
             handles=reservation.handles,
             num_cached_tokens=reservation.num_cached_tokens,
             ttl_s=self._shell.config.lease_ttl_s,
+            geometry=self._geometry,
         )
 
     def _max_num_tokens(self, message: Reserve) -> int:

@@ -1,7 +1,7 @@
 """Keyed digests: a unit's bytes, bound to what they are supposed to be.
 
-    digest = BLAKE2b(key = the lease's, lease | request | attempt | token range
-                     | chained hash of the whole prefix | XXH3-128(bytes, seed from the key))
+    digest = BLAKE2b(key = the lease's, token, layer and head range | chained hash of the whole
+                     prefix | XXH3-128(bytes, seed from the key) | lease | attempt | request)
 
 The prefix hash names every token up to the unit's end (with adapter and tenant salt), so bytes that
 belong to another prompt, another place or another attempt never verify. XXH3 is the only pass over
@@ -25,6 +25,7 @@ from wire.prefix import child_hash, root_hash
 from wire.types import AttemptId
 
 DIGEST_BYTES = 16
+_PLACE = struct.Struct("<QQIIII")
 
 
 class UnitSealer:
@@ -33,6 +34,7 @@ class UnitSealer:
     Args:
         key: the lease's digest key.
         tokens: the tokens whose KV is handed over.
+        block_size: the receiver's.
     """
 
     def __init__(
@@ -53,9 +55,16 @@ class UnitSealer:
 
     def digest(self, unit: Unit, data: bytes | memoryview) -> bytes:
         """The digest of `data` as the content of `unit`."""
-        place = struct.pack("<QQ", unit.token_start, unit.token_end)
+        place = _PLACE.pack(
+            unit.token_start,
+            unit.token_end,
+            unit.layer_start,
+            unit.layer_end,
+            unit.head_start,
+            unit.head_end,
+        )
         content = xxhash.xxh3_128_digest(data, self._seed)
-        sealed = place + self._chain[unit.index] + content + self._context
+        sealed = place + self._chain[unit.block] + content + self._context
         return blake2b(sealed, digest_size=DIGEST_BYTES, key=self._key).digest()
 
 

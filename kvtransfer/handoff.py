@@ -73,7 +73,8 @@ class Handoff:
         self.state = HandoffState.COMPUTING
         self.cause = ""
         self.units = {
-            unit.index: unit for unit in units_of(num_tokens, grant.num_cached_tokens, grant.layout)
+            unit.index: unit
+            for unit in units_of(num_tokens, grant.num_cached_tokens, grant.layout, grant.geometry)
         }
         self.bytes_sent = 0
         self._window_bytes = window_bytes
@@ -103,7 +104,7 @@ class Handoff:
         """The next unit that the window admits; the caller sends it now."""
         if self.ended or not self._ready:
             return None
-        size = unit_bytes(self._ready[0].unit.num_tokens, self.grant.layout)
+        size = unit_bytes(self._ready[0].unit, self.grant.layout)
         full = self._unacked_bytes + size > self._window_bytes
         if full and self._unacked_bytes >= CREDIT_BYTES:
             return None
@@ -166,7 +167,7 @@ class Handoff:
             lease=self.grant.lease,
             capability=self.grant.capability,
             unit=unit.index,
-            handle=self.grant.handles[unit.index],
+            handle=self.grant.handles[unit.block],
             token_start=unit.token_start,
             token_end=unit.token_end,
             num_bytes=size,

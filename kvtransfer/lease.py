@@ -53,7 +53,7 @@ class Lease:
     sender: NodeId
     capability: bytes
     digest_key: bytes
-    units: dict[int, Unit]  # what must arrive, by index in the block table
+    units: dict[int, Unit]  # what must arrive, by index
     handles: tuple[BlockHandle, ...]  # of the whole block table
     ttl_s: float
     hard_deadline: float  # renewals never go past the request's own deadline
@@ -177,7 +177,7 @@ class LeaseTable:
             header.token_end,
         ):
             raise TransferError("refused", f"unit {header.unit} is not part of the lease")
-        if lease.handles[unit.index] != header.handle:
+        if lease.handles[unit.block] != header.handle:
             self._end(lease, LeaseState.REJECTED, "stale", now)
             raise TransferError("stale", f"unit {header.unit} names another generation")
         if unit.index in lease.landed or unit.index in lease.landing:

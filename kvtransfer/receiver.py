@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
 from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.relay import place_of, scatter
 from kvtransfer.transport import BlockMemory, TransferStats
-from kvtransfer.units import Unit, scatter, unit_bytes, units_of
+from kvtransfer.units import Unit, unit_bytes, units_of
 from wire.errors import TransferError, WireError
+from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.messages import (
     Commit,
     Committed,
@@ -83,12 +85,13 @@ class KVReceiver:
         handles: tuple[BlockHandle, ...],
         cache_salt: str,
         deadline_s: float,
+        geometry: Geometry = WHOLE_BLOCKS,
     ) -> Lease:
         """Let `sender` fill `handles` with the KV of `tokens` beyond the cached ones."""
         lease = self.table.grant(
             id,
             sender=sender,
-            units=units_of(len(tokens), num_cached_tokens, self._memory.layout),
+            units=units_of(len(tokens), num_cached_tokens, self._memory.layout, geometry),
             handles=handles,
             capability=secrets.token_bytes(16),
             digest_key=secrets.token_bytes(16),
@@ -190,17 +193,18 @@ class KVReceiver:
         incoming = self._incoming.get(landing.lease.number)
         if num_bytes != len(landing.view) or incoming is None:
             return None
-        if landing.unit.num_tokens < self._memory.layout.block_size:
+        if place_of(landing.unit, self._memory.layout) is None:
             block = self._memory.block_bytes(landing.header.handle.block_id)
-            scatter(landing.view, block, landing.unit.num_tokens, self._memory.layout)
+            scatter(landing.unit, landing.view, block, self._memory.layout)
         return incoming.sealer.digest(landing.unit, landing.view)
 
     def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
-        """The block itself for a full unit, else a buffer that `scatter` spreads over the slots."""
+        """The unit's part of the block, or a buffer that `scatter` spreads over the slots."""
         layout = self._memory.layout
-        if unit.num_tokens == layout.block_size:
-            return self._memory.block_bytes(header.handle.block_id)
-        return memoryview(bytearray(unit_bytes(unit.num_tokens, layout)))
+        place = place_of(unit, layout)
+        if place is None:
+            return memoryview(bytearray(unit_bytes(unit, layout)))
+        return self._memory.block_bytes(header.handle.block_id)[place]
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1

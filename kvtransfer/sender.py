@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import Handoff, HandoffState, ReadyUnit
+from kvtransfer.relay import gather
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
-from kvtransfer.units import gather
+from kvtransfer.units import Unit
 from wire.errors import ConfigError, TransferError, WireError
 from wire.messages import (
     Committed,
@@ -38,6 +39,11 @@ class _Outgoing:
     handoff: Handoff
     sealer: UnitSealer
     address: TransportAddress
+    units: dict[int, list[Unit]] = field(default_factory=dict)  # by the block that holds them
+
+    def __post_init__(self) -> None:
+        for unit in self.handoff.units.values():
+            self.units.setdefault(unit.block, []).append(unit)
 
 
 class KVSender:
@@ -98,7 +104,8 @@ class KVSender:
         if grant.layout != layout:
             raise TransferError("layout", f"layouts differ: {layout} here, {grant.layout} there")
         fits = len(grant.handles) == layout.num_blocks(len(tokens))
-        if not fits or grant.num_cached_tokens % layout.block_size:
+        possible = grant.geometry.num_layer_groups <= layout.num_layers
+        if not fits or not possible or grant.num_cached_tokens % layout.block_size:
             raise TransferError("refused", "the grant does not fit the request")
         self._outgoing[id] = _Outgoing(
             Handoff(
@@ -126,12 +133,11 @@ class KVSender:
         if out is None:
             return
         for index, source in blocks:
-            # A stale source belongs to a preempted run; the block comes again when recomputed.
-            if out.handoff.wants(index) and self._memory.begin_io(source):
-                digest = out.sealer.digest(
-                    out.handoff.units[index], self._payload(out, index, source)
-                )
-                out.handoff.offer(index, source, digest)
+            for unit in out.units.get(index, ()):
+                # A stale source belongs to a preempted run; the block comes again when recomputed.
+                if out.handoff.wants(unit.index) and self._memory.begin_io(source):
+                    digest = out.sealer.digest(unit, self._payload(unit, source))
+                    out.handoff.offer(unit.index, source, digest)
         self._pump(out)
 
     def first_token(self, id: AttemptId, output_tokens: Sequence[int]) -> None:
@@ -221,14 +227,13 @@ class KVSender:
             out.address.url,
             out.handoff.grant.decode,
             header,
-            self._payload(out, ready.unit.index, ready.source),
+            self._payload(ready.unit, ready.source),
             partial(self._memory.end_io, ready.source),
         )
         self._stats.bytes_sent += header.num_bytes
 
-    def _payload(self, out: _Outgoing, index: int, source: BlockHandle) -> memoryview:
-        block = self._memory.block_bytes(source.block_id)
-        return gather(block, out.handoff.units[index].num_tokens, self._memory.layout)
+    def _payload(self, unit: Unit, source: BlockHandle) -> memoryview:
+        return gather(unit, self._memory.block_bytes(source.block_id), self._memory.layout)
 
     def _ask_commit(self, handoff: Handoff) -> None:
         commit = handoff.next_commit(self._clock())

@@ -31,8 +31,19 @@ class KVLayout:
     tp_size: Positive = 1
 
     @property
+    def head_range(self) -> tuple[int, int]:
+        """The kv heads of the model that this rank holds: first and end."""
+        first = self.tp_rank * self.num_kv_heads
+        return first, first + self.num_kv_heads
+
+    @property
+    def bytes_per_head(self) -> int:
+        """Of one head's key or value in one slot."""
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * 2 * self.num_kv_heads * self.bytes_per_head
 
     @property
     def block_bytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.layout import KVLayout
 from wire.types import (
     U64,
@@ -35,7 +36,7 @@ from wire.types import (
     TransportAddress,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # ---------------------------------------------------------------- registration and health
 
@@ -174,6 +175,7 @@ class Grant:
     handles: Annotated[tuple[BlockHandle, ...], Field(max_length=1 << 20, fail_fast=True)]
     num_cached_tokens: Count  # the decode node already has the KV of these first tokens
     ttl_s: Seconds
+    geometry: Geometry = WHOLE_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,11 +271,14 @@ class Resend:
 
 @dataclass(frozen=True, slots=True)
 class UnitHeader:
-    """Precedes a unit's bytes on a transport: slots [token_start, token_end) of one block."""
+    """Precedes a unit's bytes on a transport.
+
+    Which layers and heads it holds follows from its number and the grant; the digest binds them.
+    """
 
     lease: U64
     capability: Secret
-    unit: Count  # index of the block in the grant's handles
+    unit: Count  # its number, see kvtransfer.units
     handle: BlockHandle
     token_start: Count
     token_end: Count

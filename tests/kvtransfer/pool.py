@@ -6,9 +6,22 @@ from collections import Counter
 
 import numpy as np
 
-from kvtransfer.units import gather
+from kvtransfer.units import Unit
 from wire.layout import KVLayout
 from wire.types import BlockHandle
+
+
+def filled(block: memoryview, num_tokens: int, layout: KVLayout) -> bytes:
+    """The first `num_tokens` slots of a block, in all layers."""
+    slots = np.frombuffer(block, np.uint8).reshape(layout.num_layers * 2, layout.block_size, -1)
+    return slots[:, :num_tokens].tobytes()
+
+
+def unit_of(block: int, token_start: int | None = None, token_end: int | None = None) -> Unit:
+    """A unit of a whole block of four tokens, of a model with one layer and one head."""
+    start = 4 * block if token_start is None else token_start
+    end = start + 4 if token_end is None else token_end
+    return Unit(block, block, start, end, 0, 1, 0, 1)
 
 
 class Pool:
@@ -71,7 +84,7 @@ class Pool:
 
     def content(self, handle: BlockHandle, num_tokens: int) -> bytes:
         """The first `num_tokens` slots of a block."""
-        return bytes(gather(self.block_bytes(handle.block_id), num_tokens, self.layout))
+        return filled(self.block_bytes(handle.block_id), num_tokens, self.layout)
 
     @property
     def touched(self) -> int:

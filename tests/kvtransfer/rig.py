@@ -15,6 +15,7 @@ from kvtransfer.transport import TransferStats, UnitSender
 from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
 from wire.errors import BatonError, WireError
+from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.layout import KVLayout
 from wire.messages import Grant, Message
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
@@ -53,6 +54,7 @@ class Rig:
     """
 
     layout: KVLayout = LAYOUT
+    geometry: Geometry = WHOLE_BLOCKS
     faults: Faults = no_faults
     window_bytes: int = 32 << 20
     now: float = 0.0
@@ -134,6 +136,7 @@ class Rig:
             handles=target,
             cache_salt="salt",
             deadline_s=100.0,
+            geometry=self.geometry,
         )
         grant = Grant(
             lease=lease.number,
@@ -146,6 +149,7 @@ class Rig:
             handles=target,
             num_cached_tokens=num_cached_tokens,
             ttl_s=TTL,
+            geometry=self.geometry,
         )
         source = self.source.filled(count, seed=lease.number + 100)
         return Job(id, tokens, num_cached_tokens, grant, lease, source, target)

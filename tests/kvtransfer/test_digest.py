@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from kvtransfer.digest import DIGEST_BYTES, UnitSealer
 from kvtransfer.units import Unit
+from tests.kvtransfer.pool import unit_of
 from wire.types import AttemptId
 
 DATA = bytes(range(256)) * 5
-UNIT = Unit(2, 8, 11)
+UNIT = Unit(2, 2, 8, 11, 4, 8, 2, 3)
 TRUTH: dict[str, Any] = {
     "key": b"k" * 16,
     "id": AttemptId("request", 3),
@@ -66,14 +68,26 @@ def test_everything_that_names_the_content_counts(other: dict[str, Any]) -> None
     assert UnitSealer(**TRUTH | other).digest(UNIT, DATA) != SEAL
 
 
-@pytest.mark.parametrize("unit", [Unit(1, 4, 8), Unit(2, 8, 10), Unit(2, 7, 11)], ids=str)
-def test_the_place_counts(unit: Unit) -> None:
-    assert UnitSealer(**TRUTH).digest(unit, DATA) != SEAL
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"block": 1},
+        {"token_start": 7},
+        {"token_end": 10},
+        {"layer_start": 3},
+        {"layer_end": 7},
+        {"head_start": 1},
+        {"head_end": 4},
+    ],
+    ids=str,
+)
+def test_the_place_counts(other: dict[str, int]) -> None:
+    assert UnitSealer(**TRUTH).digest(replace(UNIT, **other), DATA) != SEAL
 
 
 def test_tokens_behind_the_unit_do_not_count() -> None:
     longer = TRUTH | {"tokens": tuple(range(11)) + (1,) * 20}
-    first = Unit(0, 0, 4)
+    first = unit_of(0)
     assert UnitSealer(**longer).digest(first, DATA) == UnitSealer(**TRUTH).digest(first, DATA)
 
 

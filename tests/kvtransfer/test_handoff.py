@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.handoff import CREDIT_BYTES, MAX_ASK_S, Handoff, HandoffState
-from kvtransfer.units import unit_bytes
 from wire.layout import KVLayout
 from wire.messages import Commit, Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
@@ -106,7 +105,7 @@ def test_a_header_names_what_the_grant_named() -> None:
         BlockHandle(1, 1, 51),
     )
     assert (header.token_start, header.token_end) == (4, 6)
-    assert header.num_bytes == unit_bytes(2, machine.grant.layout) == machine.bytes_sent
+    assert header.num_bytes == 2 * machine.grant.layout.bytes_per_token == machine.bytes_sent
 
 
 def test_only_what_the_receiver_lacks_is_wanted_and_once() -> None:
@@ -194,7 +193,7 @@ def test_the_window_is_never_stuck_and_rarely_exceeded(
 ) -> None:
     """The receiver withholds acknowledgements below CREDIT_BYTES; the sender must go on."""
     machine = handoff(4 * num_units, window_bytes=window, block_bytes=block_bytes)
-    size = unit_bytes(4, machine.grant.layout)
+    size = 4 * machine.grant.layout.bytes_per_token
     for index in range(num_units):
         offer(machine, index)
     on_the_way: deque[int] = deque()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
-from kvtransfer.units import Unit
+from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
@@ -39,7 +39,7 @@ def granted(
     return table.grant(
         id,
         sender=SENDER,
-        units=[Unit(index, index * 4, index * 4 + 4) for index in range(num_units)],
+        units=[unit_of(index) for index in range(num_units)],
         handles=tuple(BlockHandle(9, 100 + index, 5) for index in range(num_units)),
         capability=CAPABILITY,
         digest_key=b"k" * 16,

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
-from kvtransfer.units import Unit
+from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
@@ -94,7 +94,7 @@ class LeaseWalk(RuleBasedStateMachine):
         lease = self.table.grant(
             id,
             sender=sender,
-            units=[Unit(index, index * 4, index * 4 + 4) for index in range(num_units)],
+            units=[unit_of(index) for index in range(num_units)],
             handles=tuple(BlockHandle(9, index, 5) for index in range(num_units)),
             capability=b"c" * 16,
             digest_key=b"k" * 16,

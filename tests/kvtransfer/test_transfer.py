@@ -14,6 +14,7 @@ from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.loopback import Delivery
 from tests.kvtransfer.rig import DECODE, ID, LAYOUT, PREFILL, TTL, Rig, quiet, until
 from wire.errors import BatonError, ConfigError, OutboxFull, TransferError
+from wire.geometry import Geometry
 from wire.layout import KVLayout
 from wire.messages import (
     Commit,
@@ -38,13 +39,16 @@ def run(body: Coroutine[Any, Any, None]) -> None:
 # ---------------------------------------------------------------- blocks arrive as they are
 
 
+@pytest.mark.parametrize("num_layer_groups", [1, 2])
 @pytest.mark.parametrize(
     ("num_tokens", "num_cached_tokens"),
     [(1, 0), (3, 0), (4, 0), (5, 0), (8, 0), (33, 0), (9, 4), (9, 8), (16, 12), (8, 8), (40, 36)],
 )
-def test_blocks_arrive_bit_identical(num_tokens: int, num_cached_tokens: int) -> None:
+def test_blocks_arrive_bit_identical(
+    num_tokens: int, num_cached_tokens: int, num_layer_groups: int
+) -> None:
     async def body() -> None:
-        rig = Rig()
+        rig = Rig(geometry=Geometry(num_layer_groups))
         job = rig.reserve(num_tokens, num_cached_tokens=num_cached_tokens)
         size = LAYOUT.block_size
         cached = [rig.target.content(h, size) for h in job.target[: num_cached_tokens // size]]
@@ -397,6 +401,7 @@ def test_grants_that_do_not_fit_are_refused() -> None:
             ("layout", replace(job.grant, layout=other_layout)),
             ("refused", replace(job.grant, handles=job.target[:-1])),
             ("refused", replace(job.grant, num_cached_tokens=5)),
+            ("refused", replace(job.grant, geometry=Geometry(LAYOUT.num_layers + 1))),
             ("transport", replace(job.grant, transports=elsewhere)),
         ]:
             with pytest.raises(TransferError) as caught:

@@ -20,6 +20,7 @@ from kvtransfer.lease import LeaseState
 from kvtransfer.loopback import Delivery, LoopbackSender
 from kvtransfer.units import unit_bytes
 from tests.kvtransfer.rig import LAYOUT, PREFILL, TTL, Job, Rig, quiet, until
+from wire.geometry import Geometry
 from wire.messages import LeaseEnded, UnitHeader
 from wire.types import AttemptId, NodeId
 
@@ -60,7 +61,7 @@ def only(unit: int, **fault: Any) -> Callable[[UnitHeader], Delivery]:
 @pytest.mark.parametrize("bit", [0, 777, -1])
 def test_a_flipped_bit(unit: int, bit: int, checked: bool) -> None:
     async def body() -> None:
-        size = unit_bytes(2 if unit == LAST else 4, LAYOUT) * 8
+        size = LAYOUT.bytes_per_token * (2 if unit == LAST else 4) * 8
         rig = Rig(faults=only(unit, flip_bit=bit % size))
         job = rig.reserve(NUM_TOKENS)
         rig.hand_over(job)
@@ -76,7 +77,7 @@ def test_a_truncated_unit(unit: int, length: int) -> None:
     """Caught by its length even where digests are not compared; the memory shows the damage."""
 
     async def body() -> None:
-        size = unit_bytes(2 if unit == LAST else 4, LAYOUT)
+        size = LAYOUT.bytes_per_token * (2 if unit == LAST else 4)
         rig = Rig(faults=only(unit, truncate_to=length % size))
         job = rig.reserve(NUM_TOKENS)
         rig.hand_over(job)
@@ -114,6 +115,32 @@ class Swapping(LoopbackSender):
 def test_swapped_units(checked: bool) -> None:
     async def body() -> None:
         rig = Rig()
+        rig.use(Swapping(rig.network, PREFILL), rig.address)
+        job = rig.reserve(NUM_TOKENS)
+        rig.hand_over(job)
+        await rig.until_ended()
+        check_verdict(rig, job, checked)
+
+    run(body())
+
+
+@pytest.mark.parametrize("unit", range(8))
+def test_a_flipped_bit_in_any_layer_group(unit: int, checked: bool) -> None:
+    async def body() -> None:
+        rig = Rig(geometry=Geometry(2), faults=only(unit, flip_bit=9))
+        job = rig.reserve(NUM_TOKENS)
+        rig.hand_over(job)
+        await rig.until_ended()
+        check_verdict(rig, job, checked)
+
+    run(body())
+
+
+def test_swapped_layer_groups(checked: bool) -> None:
+    """Units 0 and 1 are two layer groups of one block: same tokens, same length."""
+
+    async def body() -> None:
+        rig = Rig(geometry=Geometry(2))
         rig.use(Swapping(rig.network, PREFILL), rig.address)
         job = rig.reserve(NUM_TOKENS)
         rig.hand_over(job)
@@ -203,7 +230,7 @@ def test_a_source_block_that_was_reused_is_not_sent() -> None:
         rig.source.release(job.source[:2])
         rig.compute(job, range(4))
         await quiet()
-        assert rig.sent.bytes_sent == unit_bytes(NUM_TOKENS - 8, LAYOUT)
+        assert rig.sent.bytes_sent == (NUM_TOKENS - 8) * LAYOUT.bytes_per_token
         job.source = rig.source.filled(2, seed=9) + job.source[2:]
         rig.compute(job, range(4))
         rig.sender.first_token(job.id, (7,))
@@ -374,7 +401,7 @@ def _header(job: Job, index: int) -> UnitHeader:
         handle=job.target[index],
         token_start=unit.token_start,
         token_end=unit.token_end,
-        num_bytes=unit_bytes(unit.num_tokens, LAYOUT),
+        num_bytes=unit_bytes(unit, LAYOUT),
     )
 
 

@@ -30,7 +30,7 @@ from kvtransfer.ucx_worker import (
     settings,
     why_unavailable,
 )
-from kvtransfer.units import gather
+from tests.kvtransfer.pool import filled
 from tests.kvtransfer.rig import DECODE as RIG_DECODE
 from tests.kvtransfer.rig import LAYOUT, Rig, until
 from tests.kvtransfer.ucx_peer import DECODE, PREFILL, DecodeEnd, Post, PrefillEnd
@@ -114,7 +114,7 @@ async def check_delivered(end: PrefillEnd, post: Post, names: list[str], num_tok
         for index, target in enumerate(end.grants[name].handles):
             frames = await ask(post, b"look", str(target.block_id).encode(), answer=b"seen")
             end_of = min(size, num_tokens - index * size)
-            there = gather(memoryview(frames[0]), end_of, end.pool.layout)
+            there = filled(memoryview(frames[0]), end_of, end.pool.layout)
             assert there == end.pool.content(end.source[name][index], end_of)
             assert frames[1] == b"0"
 

@@ -15,7 +15,7 @@ from engine.reservations import Reservation, Reservations
 from kvtransfer.lease import Lease, LeaseState, LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.transport import Landing, TransferStats
-from kvtransfer.units import gather
+from tests.kvtransfer.pool import filled
 from tests.proof.packets import (
     ADDRESS,
     DEADLINE_S,
@@ -356,10 +356,10 @@ class DecodeModel:
     def check_content(self, running: Running) -> None:
         """What a step reads is what the prefill node sealed for this very attempt."""
         for index in range(running.num_cached_blocks, len(running.block_ids)):
-            filled = min(LAYOUT.block_size, running.num_tokens - index * LAYOUT.block_size)
+            num_tokens = min(LAYOUT.block_size, running.num_tokens - index * LAYOUT.block_size)
             block = self.block_bytes(running.block_ids[index])
-            actual = bytes(gather(block, filled, LAYOUT))
-            wanted = content(running.id, index, filled, running.prefill)
+            actual = filled(block, num_tokens, LAYOUT)
+            wanted = content(running.id, index, num_tokens, running.prefill)
             must(actual == wanted, f"unit {index} of {running.id} holds {actual.hex()}")
 
     def check_cached(self) -> None:

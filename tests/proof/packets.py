@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from kvtransfer.units import unit_bytes
 from wire.codec import Envelope, encode
 from wire.layout import KVLayout
 from wire.messages import Message
@@ -76,7 +75,7 @@ def tokens_of(request: str, num_tokens: int) -> tuple[int, ...]:
 def content(id: AttemptId, unit: int, num_tokens: int, prefill: NodeId) -> bytes:
     """The bytes of a unit that this life of a prefill node computes for this attempt."""
     cell = bytes([ord(id.request), id.attempt, unit, prefill.incarnation])
-    return cell * (unit_bytes(num_tokens, LAYOUT) // 4)
+    return cell * (num_tokens * LAYOUT.bytes_per_token // 4)
 
 
 def secret(*names: object) -> bytes:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import annotated_types
 from hypothesis import strategies as st
 
+from wire.geometry import WIRE_DTYPES, WireDType
 from wire.layout import DTYPE_BYTES, DType
 
 MAX_ITEMS = 3  # long tuples are tested on their own
@@ -24,6 +25,8 @@ def of_message(kind: type[Any]) -> st.SearchStrategy[Any]:
 def _of(hint: Any) -> st.SearchStrategy[Any]:
     if hint == DType:
         return st.sampled_from(sorted(DTYPE_BYTES))
+    if hint == WireDType:
+        return st.sampled_from(WIRE_DTYPES)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _bounded(args[0], _bounds(args[1:]))

@@ -209,8 +209,8 @@ def test_a_layout_that_this_version_cannot_count_is_malformed(wrong: dict[str, o
 
 
 def test_another_version_is_told_apart() -> None:
-    with pytest.raises(VersionMismatch, match="version 2, this node 1"):
-        decode(packed(version=2))
+    with pytest.raises(VersionMismatch, match="version 3, this node 2"):
+        decode(packed(version=3))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,34 @@ def zygote() -> Iterator[Zygote]:
 MakeFleet = Callable[[], Fleet]
 
 
+@contextmanager
+def fleets(zygote: Zygote, folder: Path) -> Iterator[MakeFleet]:
+    """Makes fleets of the bundled model, and ends them."""
+    made: list[Fleet] = []
+
+    def make() -> Fleet:
+        place = folder / str(len(made))
+        place.mkdir()
+        made.append(Fleet(zygote, place, DEFAULT_MODEL))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
+        print(fleet.logs())
+
+
 @pytest.fixture
 def make_fleet(zygote: Zygote, tmp_path: Path) -> Iterator[MakeFleet]:
     """Makes fleets of the bundled model; prints their logs when the test fails."""
-    fleets: list[Fleet] = []
+    with fleets(zygote, tmp_path) as make:
+        yield make
 
-    def make() -> Fleet:
-        folder = tmp_path / str(len(fleets))
-        folder.mkdir()
-        fleets.append(Fleet(zygote, folder, DEFAULT_MODEL))
-        return fleets[-1]
 
-    yield make
-    for fleet in fleets:
-        fleet.close()
-        print(fleet.logs())
+@pytest.fixture(scope="module")
+def make_shared_fleet(
+    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeFleet]:
+    """The same for fleets that the tests of a module share; each test heals them."""
+    with fleets(zygote, tmp_path_factory.mktemp("fleet")) as make:
+        yield make

@@ -10,12 +10,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.e2e import inside
+
 ROOT = Path(__file__).parents[2]
 _START_TIMEOUT_S = 60.0
+
+_SERVING = [
+    f'baton_router_nodes{{role="{role}",state="serving"}}' for role in ("prefill", "decode")
+]
+
+Orders = Sequence[tuple[str, dict[str, Any]]]
+"""Mischief from the start on; see mischief.py."""
 
 
 class Zygote:
@@ -32,8 +42,9 @@ class Zygote:
         )
         assert self._read() == {"ready": True}
 
-    def start(self, module: str, argv: list[str], log: Path) -> int:
-        return int(self._ask({"module": module, "argv": argv, "log": str(log)})["pid"])
+    def start(self, module: str, argv: list[str], log: Path, orders: Orders = ()) -> int:
+        command = {"module": module, "argv": argv, "log": str(log), "orders": list(orders)}
+        return int(self._ask(command)["pid"])
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
         code: int | None = self._ask({"wait": pid, "timeout_s": timeout_s})["code"]
@@ -70,6 +81,7 @@ class Process:
     zygote: Zygote
     fields: dict[str, str] = field(default_factory=dict)
     code: int | None = None
+    recipe: tuple[str, tuple[str, ...]] = ("", ())  # role and flags, of a node
 
     @property
     def url(self) -> str:
@@ -98,6 +110,25 @@ class Process:
             self.code = self.zygote.wait(self.pid, timeout_s)
         return self.code
 
+    def order(self, mischief: str, **arguments: Any) -> None:
+        """Make mischief in it; see mischief.py."""
+        inside.ask(self.pid, "order", mischief, arguments)
+
+    def behave(self) -> None:
+        """End all mischief."""
+        inside.ask(self.pid, "behave")
+
+    def look(self) -> inside.Books:
+        """What it believes to hold."""
+        books: inside.Books = inside.ask(self.pid, "look")
+        return books
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it stands still."""
+        status = Path(f"/proc/{self.pid}/stat").read_text()
+        return status.rpartition(")")[2].split()[0] in "tT"
+
     def metrics(self) -> dict[str, float]:
         """Its /metrics, by name with labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
@@ -115,6 +146,7 @@ class Fleet:
         self.model = model
         self.router: Process | None = None
         self.nodes: dict[str, Process] = {}
+        self.known: dict[object, str] = {}  # right answers, by question
         self._all: list[Process] = []
 
     @property
@@ -128,13 +160,20 @@ class Fleet:
         self.router.wait_ready()
         return self.router
 
-    def start_node(self, role: str, name: str, *flags: str) -> Process:
+    def start_node(self, role: str, name: str, *flags: str, orders: Orders = ()) -> Process:
         """Start a node without waiting for it."""
         assert self.router is not None, "start the router first"
         argv = [str(self.model), "--router", self.router.fields["control"], "--name", name]
         argv += ["--kv-memory", "64M", "--drain-timeout-s", "10", "--threads", "1"]
-        self.nodes[name] = self._start(name, f"{role}_node.__main__", [*argv, *flags])
-        return self.nodes[name]
+        node = self._start(name, f"{role}_node.__main__", [*argv, *flags], orders)
+        node.recipe = (role, flags)
+        self.nodes[name] = node
+        return node
+
+    def restart_node(self, name: str) -> Process:
+        """Start a node that has ended once more, as it was, without waiting for it."""
+        role, flags = self.nodes[name].recipe
+        return self.start_node(role, name, *flags)
 
     def start(self, prefill: int = 1, decode: int = 1, flags: tuple[str, ...] = ()) -> Fleet:
         """A whole fleet, ready."""
@@ -147,9 +186,9 @@ class Fleet:
         self.wait_serving()
         return self
 
-    def _start(self, name: str, module: str, argv: list[str]) -> Process:
+    def _start(self, name: str, module: str, argv: list[str], orders: Orders = ()) -> Process:
         log = self._folder / f"{name}-{len(self._all)}.log"
-        process = Process(name, self._zygote.start(module, argv, log), log, self._zygote)
+        process = Process(name, self._zygote.start(module, argv, log, orders), log, self._zygote)
         self._all.append(process)
         return process
 
@@ -170,6 +209,36 @@ class Fleet:
             error.close()
             return error.code
 
+    def role(self, role: str) -> list[Process]:
+        """Its nodes of one role."""
+        return [node for node in self.nodes.values() if node.recipe[0] == role]
+
+    def heal(self) -> None:
+        """After a test: everything runs, behaves, serves and holds nothing."""
+        for name, node in list(self.nodes.items()):
+            if node.wait(0) is not None:
+                self.restart_node(name)
+            elif node.stopped:
+                node.send(signal.SIGCONT)
+        for node in self.nodes.values():
+            node.wait_ready()
+            node.behave()
+        self.wait_for_nodes()
+        self.assert_balanced()
+
+    def wait_for_nodes(self) -> None:
+        """Return when the router gives work to every node."""
+        assert self.router is not None
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while (serving := self._num_serving()) != len(self.nodes):
+            assert time.monotonic() < deadline, f"{serving} nodes serve"
+            time.sleep(0.02)
+
+    def _num_serving(self) -> float:
+        assert self.router is not None
+        metrics = self.router.metrics().items()
+        return sum(n for name, n in metrics if name in _SERVING)
+
     def kill(self, name: str) -> None:
         """kill -9, and wait for the end."""
         process = self.nodes.pop(name)
@@ -182,9 +251,12 @@ class Fleet:
         while True:
             counts = {name: _block_counts(node) for name, node in self.nodes.items()}
             if all(free + cached == capacity for free, cached, capacity in counts.values()):
-                return
+                break
             assert time.monotonic() < deadline, f"blocks (free, cached, capacity): {counts}"
             time.sleep(0.1)
+        for name, node in self.nodes.items():
+            contradiction = node.look()["contradiction"]
+            assert not contradiction, f"{name}: {contradiction}"
 
     def close(self) -> None:
         """End everything; what does not end by itself is killed."""

@@ -3,7 +3,8 @@
 Starting a node costs seconds of imports; a fork of this process is there in a moment. It reads one
 JSON command per line on stdin and answers with one JSON line on stdout:
 
-    {"module": "prefill_node.__main__", "argv": [...], "log": "/path"}  →  {"pid": 123}
+    {"module": "prefill_node.__main__", "argv": [...], "log": "/path", "orders": [...]}
+                                                               →  {"pid": 123}
     {"wait": 123, "timeout_s": 10}                             →  {"code": 0}, or null if it runs
 
 Children are killed when stdin closes.
@@ -29,6 +30,7 @@ def warm_up() -> None:
         "prefill_node.role",
         "decode_node.role",
         "router.__main__",
+        "tests.e2e.inside",
         "transformers.models.llama.modeling_llama",
     ):
         import_module(module)
@@ -41,6 +43,7 @@ def run_child(command: dict[str, Any]) -> int:
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
+        import_module("tests.e2e.inside").open_line(command["orders"])
         code: int = import_module(command["module"]).main(command["argv"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

@@ -1,0 +1,130 @@
+"""Named mischief that a test can make inside a node's process: deaths, damage, and blindness.
+
+Three kinds. A *strike* stops or kills the process at a point of the handoff. *Damage* changes what
+travels. *Blindness* switches off one check, for the controls: a damage that nobody looks for must
+reach the answer, or the test of that check could not see it.
+
+Everything is done by wrapping functions of the running process, and undone by `behave`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from node.shell import NodeShell
+
+Call = Callable[..., Any]
+
+
+class Inside:
+    """A node's process as mischief sees it: the shell, once there is one, and what is wrapped."""
+
+    def __init__(self) -> None:
+        self.shell: NodeShell | None = None
+        self.done: list[str] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def role(self) -> Any:
+        assert self.shell is not None, "the node has not started yet"
+        return self.shell._role
+
+    @property
+    def num_open(self) -> int:
+        """Live leases of a decode node, handoffs of a prefill node."""
+        role = self.role
+        return len(role._receiver.table) if role.name == "decode" else len(role._sender)
+
+    def wrap(self, owner: Any, name: str, around: Call) -> None:
+        """Replace `owner.name` by `around(original, *arguments)`."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self.replace(owner, name, wrapped)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, original))
+
+    def behave(self) -> None:
+        """Undo everything, latest first."""
+        while self._undo:
+            self._undo.pop()()
+        self.done.clear()
+
+
+MISCHIEF: dict[str, Callable[..., None]] = {}
+
+
+def mischief(function: Callable[..., None]) -> Callable[..., None]:
+    """Make it known by its name."""
+    MISCHIEF[function.__name__] = function
+    return function
+
+
+# ---------------------------------------------------------------- strikes
+
+POINTS = {
+    # prefill node
+    "accepted": ("kvtransfer.sender", "KVSender", "start", "after"),
+    "chunk_sent": ("kvtransfer.sender", "KVSender", "blocks_finished", "after"),
+    "before_commit": ("kvtransfer.sender", "KVSender", "first_token", "before"),
+    "commit_sent": ("kvtransfer.sender", "KVSender", "first_token", "after"),
+    "commit_answered": ("kvtransfer.handoff", "Handoff", "committed", "before"),
+    # decode node
+    "granted": ("kvtransfer.receiver", "KVReceiver", "grant", "after"),
+    "unit_landed": ("kvtransfer.lease", "LeaseTable", "end_unit", "after"),
+    "before_verdict": ("kvtransfer.lease", "LeaseTable", "commit", "before"),
+    "committed": ("engine.engine", "Engine", "adopt", "after"),
+    "token": ("decode_node.role", "DecodeRole", "on_step", "after"),
+}
+
+
+@mischief
+def strike(inside: Inside, *, point: str, act: str, nth: int = 1, attempt: int = 1) -> None:
+    """Stop or kill this process when a request's `attempt` is at `point` for the nth time."""
+    module, owner, name, when = POINTS[point]
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act]
+    count = 0
+
+    def around(original: Call, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += _attempt(args) == attempt
+        struck = count == nth
+        count += struck  # once
+        if struck and when == "before":
+            _hit(number)
+        result = original(*args, **kwargs)
+        if struck and when == "after":
+            _hit(number)
+        return result
+
+    inside.wrap(getattr(__import__(module, fromlist=[owner]), owner), name, around)
+
+
+def _hit(number: signal.Signals) -> None:
+    """To this thread: a signal to the process would let it go on for a moment."""
+    signal.pthread_kill(threading.get_ident(), number)
+
+
+def _attempt(args: tuple[Any, ...]) -> int | None:
+    """Which attempt a call is about: an id, or something that has one, or a step's first result."""
+    for value in (*args[1:], args[0]):
+        for id in (value, getattr(value, "id", None)):
+            if hasattr(id, "attempt"):
+                return int(id.attempt)
+        if progress := getattr(value, "progress", None):
+            return int(progress[0].request_id.rpartition("/")[2])
+        if request := getattr(value, "request_id", None):
+            return int(request.rpartition("/")[2])
+    return None

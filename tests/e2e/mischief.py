@@ -10,11 +10,14 @@ Everything is done by wrapping functions of the running process, and undone by `
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from engine.plan import RequestProgress, StepResult
+from engine.request import Request
+from wire.types import AttemptId
 
 if TYPE_CHECKING:
     from node.shell import NodeShell
@@ -120,11 +123,11 @@ def _hit(number: signal.Signals) -> None:
 def _attempt(args: tuple[Any, ...]) -> int | None:
     """Which attempt a call is about: an id, or something that has one, or a step's first result."""
     for value in (*args[1:], args[0]):
-        for id in (value, getattr(value, "id", None)):
-            if hasattr(id, "attempt"):
-                return int(id.attempt)
-        if progress := getattr(value, "progress", None):
-            return int(progress[0].request_id.rpartition("/")[2])
-        if request := getattr(value, "request_id", None):
-            return int(request.rpartition("/")[2])
+        id = value if isinstance(value, AttemptId) else getattr(value, "id", None)
+        if isinstance(id, AttemptId):
+            return id.attempt
+        if isinstance(value, StepResult) and value.progress:
+            value = value.progress[0]
+        if isinstance(value, Request | RequestProgress):
+            return int(value.request_id.rpartition("/")[2])
     return None

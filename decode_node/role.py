@@ -220,8 +220,8 @@ class DecodeRole:
         pending = self._pending[lease.id.request]
         assert pending.id == lease.id, "a new lease is granted only after the old one ended"
         del self._pending[lease.id.request]
-        if lease.state is LeaseState.COMMITTED and self._continues(pending, lease.output_tokens):
-            self._begin(pending, lease.output_tokens)
+        if lease.state is LeaseState.COMMITTED and self._continues(pending, lease):
+            self._begin(pending, lease)
             return
         self._engine.cancel_reservation(pending.reservation.id)
         if lease.state in (LeaseState.REJECTED, LeaseState.EXPIRED) or lease.cause == "gone":
@@ -229,14 +229,16 @@ class DecodeRole:
         elif lease.state is LeaseState.COMMITTED:
             self._fail(pending.link, lease.id, "manifest", "the commit names other output tokens")
 
-    def _continues(self, pending: _Pending, output_tokens: tuple[int, ...]) -> bool:
+    def _continues(self, pending: _Pending, lease: Lease) -> bool:
         """Whether the output is what the reservation had, and exactly one token more."""
-        message = pending.message
+        message, output = pending.message, lease.output_tokens
         known = message.tokens[message.num_prompt_tokens :]
-        return output_tokens[:-1] == known and len(output_tokens) == len(known) + 1
+        rows = () if lease.logprobs is None else lease.logprobs.tokens
+        same = output[:-1] == known and len(output) == len(known) + 1
+        return same and len(rows) in (0, len(output))
 
-    def _begin(self, pending: _Pending, output_tokens: tuple[int, ...]) -> None:
-        id, request = pending.id, self._request(pending.message, output_tokens[-1])
+    def _begin(self, pending: _Pending, lease: Lease) -> None:
+        id, request = pending.id, self._request(pending.message, lease.output_tokens[-1])
         try:
             self._engine.adopt(pending.reservation.id, request)
         except (KeyError, ValueError) as error:
@@ -247,7 +249,7 @@ class DecodeRole:
         self._running[id.request] = _Running(id, pending.link, request)
         # The new holder repeats all output tokens: the router compares them with its log.
         self._outbox.open(id, pending.link)
-        self._outbox.add(id, output_tokens, None)
+        self._outbox.add(id, lease.output_tokens, None, logprobs=lease.logprobs)
         self._outbox.flush()
         self._shell.wake()
 
@@ -269,7 +271,12 @@ class DecodeRole:
             running = self._running.get(request)
             if running is None or running.id.attempt != int(attempt) or not progress.new_tokens:
                 continue
-            self._outbox.add(running.id, progress.new_tokens, progress.finish_reason)
+            self._outbox.add(
+                running.id,
+                progress.new_tokens,
+                progress.finish_reason,
+                logprobs=progress.logprobs,
+            )
             if progress.finish_reason is not None:
                 del self._running[request]
         self._outbox.flush()

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
+from engine.logprobs import sampling_logits, step_logprobs
 from engine.plan import RequestProgress, StepPlan, StepResult
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
 
 
@@ -28,7 +30,7 @@ class Runner(Protocol):
     """Executes a plan on a model and its KV pool."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Logits of the sampling rows in the plan's order, fp32 [rows, vocabulary]."""
+        """Each request's last `num_logits` rows in the plan's order, fp32 [rows, vocabulary]."""
         ...
 
 
@@ -72,11 +74,12 @@ class Engine:
             return None
         try:
             logits = self._runner.run(plan)
-            tokens = self._sampler.sample(logits, plan.sampling)
+            tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
+            logprobs = step_logprobs(plan, logits, tokens)
         except BaseException:
             self._abandon()
             raise
-        progress = self._commit(plan, tokens)
+        progress = self._commit(plan, tokens, logprobs)
         return StepResult(self._num_steps, progress, plan.num_tokens, plan.num_preempted)
 
     def _plan(self) -> StepPlan:
@@ -85,10 +88,12 @@ class Engine:
             self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
             return plan
 
-    def _commit(self, plan: StepPlan, tokens: list[int]) -> tuple[RequestProgress, ...]:
+    def _commit(
+        self, plan: StepPlan, tokens: list[int], logprobs: dict[str, Logprobs]
+    ) -> tuple[RequestProgress, ...]:
         with self._lock:
             self._num_steps += 1
-            return self._scheduler.commit(plan, tokens)
+            return self._scheduler.commit(plan, tokens, logprobs)
 
     def _abandon(self) -> None:
         with self._lock:

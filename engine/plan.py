@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.request import Request
+from wire.logprobs import Logprobs
 from wire.types import BlockHandle, FinishReason
 
 
@@ -25,6 +26,11 @@ class ScheduledRequest:
         """Whether this step reaches the last known token, so that the next one is sampled."""
         return self.end == self.request.num_tokens
 
+    @property
+    def num_logits(self) -> int:
+        """Rows at the chunk's end whose logits are needed."""
+        return self.num_new_tokens if self.request.wants_prompt_logprobs else int(self.samples)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -35,7 +41,7 @@ class StepPlan:
 
     @property
     def sampling(self) -> list[Request]:
-        """The requests of the rows of logits, in order; true until the step is committed."""
+        """The requests that sample, in the order of their rows; true until the commit."""
         return [item.request for item in self.scheduled if item.samples]
 
     @property
@@ -43,18 +49,31 @@ class StepPlan:
         return sum(item.num_new_tokens for item in self.scheduled)
 
 
+MAX_PROMPT_LOGITS = 256
+"""Rows of logits per step for prompt logprobs: with a vocabulary of 150 k they take 150 MB."""
+
+
 class PlanDraft:
     """A step plan in the making: what is scheduled so far and what is left of the token budget."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.prompt_logits = MAX_PROMPT_LOGITS  # what is left of these
         self.items: dict[str, ScheduledRequest] = {}
         self.num_preempted = 0
+
+    def room_for(self, request: Request) -> int:
+        """Tokens of `request` that this step may still compute."""
+        if request.wants_prompt_logprobs:
+            return min(self.budget, self.prompt_logits)
+        return self.budget
 
     def add(self, request: Request, num_new_tokens: int) -> None:
         item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens)
         self.items[request.request_id] = item
         self.budget -= num_new_tokens
+        if request.wants_prompt_logprobs:
+            self.prompt_logits -= num_new_tokens
 
     def remove_preempted(self, request: Request) -> None:
         self.num_preempted += 1
@@ -84,6 +103,8 @@ class RequestProgress:
     """Prefill-only requests: (index in the block table, handle) of blocks that this step filled;
     the last, partly filled one with the step that samples. Cached blocks come with the request's
     first step; after a preemption all blocks come again, with other handles."""
+    logprobs: Logprobs | None = None
+    """Of `new_tokens`, and with the first output token of the whole prompt; where asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Request:
     num_cached_tokens: int = 0  # found in the prefix cache, or received, when first scheduled
     num_reported_blocks: int = 0  # prefill-only: blocks already given to the handoff
     num_preemptions: int = 0
+    prompt_rows: list[bytes] = field(default_factory=list)  # logprobs of prompt tokens 1, 2, …
     finish_reason: FinishReason | None = None
 
     @property
@@ -56,6 +57,12 @@ class Request:
     def max_kv_tokens(self) -> int:
         """Slots that the request can come to need: the last token's KV is never computed."""
         return self.num_tokens if self.prefill_only else self.token_limit - 1
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Logits are needed at every position of the prompt, so no cached block is of use."""
+        asks = self.sampling.prompt_logprobs is not None
+        return asks and self.prefill_only and not self.num_output_tokens
 
     @property
     def output_tokens(self) -> list[int]:

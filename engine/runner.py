@@ -1,4 +1,4 @@
-"""Runs the model on a step: one flattened row of tokens in, a row of logits per sample out."""
+"""Runs the model on a step: one flattened row of tokens in, logits where they are needed out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
-        """One forward pass. fp32 logits [rows that sample, vocab], in the plan's order."""
-        sampled = self._tensor(_sampled_rows(plan))
+        """One forward pass. fp32 logits [needed rows, vocab], in the plan's order."""
+        needed = self._tensor(_needed_rows(plan))
         output = self._model(
             input_ids=self._tensor(_token_ids(plan)).unsqueeze(0),
             position_ids=self._tensor(_positions(plan)).unsqueeze(0),
             use_cache=False,
-            logits_to_keep=sampled,
+            logits_to_keep=needed,
             attention_batch=self._attention_batch(plan),
         )
         logits: Tensor = output.logits
@@ -67,11 +67,11 @@ def _slots(item: ScheduledRequest, block_size: int) -> list[tuple[int, int]]:
     return [(table[p // block_size], p % block_size) for p in positions]
 
 
-def _sampled_rows(plan: StepPlan) -> list[int]:
-    """The last row of each request that samples."""
-    rows, end = [], 0
+def _needed_rows(plan: StepPlan) -> list[int]:
+    """The last `num_logits` rows of each request."""
+    rows: list[int] = []
+    end = 0
     for item in plan.scheduled:
         end += item.num_new_tokens
-        if item.samples:
-            rows.append(end - 1)
+        rows += range(end - item.num_logits, end)
     return rows

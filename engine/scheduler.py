@@ -20,7 +20,7 @@ Leased blocks are never taken; who waits for them waits for a deadline that othe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from engine.admission import Admission
@@ -32,7 +32,10 @@ from engine.request import Request
 from engine.reservations import Reservation, Reservations
 from engine.stops import finish_reason
 from wire.errors import CapacityError
+from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
+
+NO_LOGPROBS: Mapping[str, Logprobs] = {}
 
 
 class Scheduler:
@@ -181,7 +184,7 @@ class Scheduler:
 
     def _continue(self, request: Request, draft: PlanDraft) -> None:
         """Schedule a running request, or let it stall for a step if there are no blocks for it."""
-        num_new_tokens = min(request.num_behind, draft.budget)
+        num_new_tokens = min(request.num_behind, draft.room_for(request))
         end = request.num_computed_tokens + num_new_tokens
         missing = max(0, self._config.num_blocks_for(end) - len(request.block_table))
         if num_new_tokens and self._make_room(missing, request, draft):
@@ -216,8 +219,11 @@ class Scheduler:
         for request in list(islice(self._waiting, self._max_running)):
             if not draft.budget or len(self._running) >= self._max_running:
                 return
+            if not draft.room_for(request):
+                continue
             # At least the last token is computed, whatever is cached: its logits are needed.
-            usable = request.block_hashes[: (request.num_tokens - 1) // block_size]
+            first_needed = 0 if request.wants_prompt_logprobs else request.num_tokens - 1
+            usable = request.block_hashes[: first_needed // block_size]
             matched = self._cache.match(usable)
             if self._is_being_computed(usable, len(matched)):
                 continue
@@ -249,8 +255,16 @@ class Scheduler:
 
     # ------------------------------------------------------------ after a step
 
-    def commit(self, plan: StepPlan, tokens: Sequence[int]) -> tuple[RequestProgress, ...]:
-        """Enter what a step computed; `tokens` are the sampled ones, in the plan's order."""
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: Sequence[int],
+        logprobs: Mapping[str, Logprobs] = NO_LOGPROBS,
+    ) -> tuple[RequestProgress, ...]:
+        """Enter what a step computed; `tokens` are the sampled ones, in the plan's order.
+
+        `logprobs`, by request: of its sampled token and of the prompt tokens that its chunk told.
+        """
         samples = [item.samples for item in plan.scheduled]
         assert sum(samples) == len(tokens), f"{len(tokens)} tokens for {sum(samples)} rows"
         sampled = iter(tokens)
@@ -258,7 +272,8 @@ class Scheduler:
         for item, has_token in zip(plan.scheduled, samples, strict=True):
             new_tokens = (next(sampled),) if has_token else ()
             if item.request.request_id not in self._aborted_in_step:
-                progress.append(self._advance(item, new_tokens))
+                mine = logprobs.get(item.request.request_id)
+                progress.append(self._advance(item, new_tokens, mine))
         self.end_step()
         return tuple(progress)
 
@@ -269,8 +284,13 @@ class Scheduler:
         self._aborted_in_step.clear()
         self._in_step = frozenset()
 
-    def _advance(self, item: ScheduledRequest, new_tokens: tuple[int, ...]) -> RequestProgress:
+    def _advance(
+        self, item: ScheduledRequest, new_tokens: tuple[int, ...], logprobs: Logprobs | None
+    ) -> RequestProgress:
         request = item.request
+        if logprobs is not None:
+            request.prompt_rows[item.start :] = logprobs.prompt  # a preempted prompt begins anew
+            logprobs = Logprobs(logprobs.tokens, tuple(request.prompt_rows))
         request.num_computed_tokens = item.end
         self._publish(request, item.start)
         finished = self._take_finished_blocks(request) if request.prefill_only else ()
@@ -287,6 +307,7 @@ class Scheduler:
             finish_reason=request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,
             finished_blocks=finished,
+            logprobs=logprobs if new_tokens else None,
         )
 
     def _publish(self, request: Request, start: int) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvtransfer.units import Unit, unit_bytes, units_of
+from wire.logprobs import Logprobs
 from wire.messages import Commit, Grant, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle
 
@@ -84,6 +85,7 @@ class Handoff:
         self._seals: dict[int, UnitSeal] = {}
         self._unacked_bytes = 0
         self._output_tokens: tuple[int, ...] | None = None
+        self._logprobs: Logprobs | None = None
 
     @property
     def ended(self) -> bool:
@@ -118,11 +120,12 @@ class Handoff:
         """The receiver has taken this many bytes off the wire."""
         self._unacked_bytes = max(0, self._unacked_bytes - num_bytes)
 
-    def finish(self, output_tokens: tuple[int, ...]) -> None:
+    def finish(self, output_tokens: tuple[int, ...], logprobs: Logprobs | None = None) -> None:
         """The prompt is computed and the next token sampled; the commit is due from now on."""
         assert self.state is HandoffState.COMPUTING
         assert self._seals.keys() == self.units.keys(), "units are missing"
         self._output_tokens = output_tokens
+        self._logprobs = logprobs
         self.state = HandoffState.SENDING
         self._update_state()
 
@@ -138,6 +141,7 @@ class Handoff:
             self.grant.capability,
             tuple(self._seals[index] for index in sorted(self._seals)),
             self._output_tokens,
+            self._logprobs,
         )
 
     def committed(self) -> None:

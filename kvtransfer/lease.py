@@ -24,6 +24,7 @@ from hmac import compare_digest
 
 from kvtransfer.units import Unit
 from wire.errors import TransferError
+from wire.logprobs import Logprobs
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
@@ -64,6 +65,7 @@ class Lease:
     landed: dict[int, bytes] = field(default_factory=dict)  # unit: digest of what arrived
     manifest: dict[int, UnitSeal] | None = None
     output_tokens: tuple[int, ...] = ()
+    logprobs: Logprobs | None = None  # what came with them; nothing here looks into it
 
     @property
     def live(self) -> bool:
@@ -232,6 +234,7 @@ class LeaseTable:
             lease.state = LeaseState.COMMITTING
             lease.manifest = manifest
             lease.output_tokens = message.output_tokens
+            lease.logprobs = message.logprobs
             self._judge(lease, manifest, lease.landed, now)
         return lease
 

@@ -19,6 +19,7 @@ from kvtransfer.relay import gather
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
 from kvtransfer.units import Unit
 from wire.errors import ConfigError, TransferError, WireError
+from wire.logprobs import Logprobs
 from wire.messages import (
     Committed,
     Gone,
@@ -140,11 +141,13 @@ class KVSender:
                     out.handoff.offer(unit.index, source, digest)
         self._pump(out)
 
-    def first_token(self, id: AttemptId, output_tokens: Sequence[int]) -> None:
+    def first_token(
+        self, id: AttemptId, output_tokens: Sequence[int], logprobs: Logprobs | None = None
+    ) -> None:
         """The prompt is done and the request goes on: ask for the commit."""
         out = self._outgoing.get(id)
         if out is not None:
-            out.handoff.finish(tuple(output_tokens))
+            out.handoff.finish(tuple(output_tokens), logprobs)
             self._pump(out)
             self._ask_commit(out.handoff)
 

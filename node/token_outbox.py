@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from node.router_link import RouterLink
+from wire.logprobs import Logprobs
 from wire.messages import Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
@@ -22,9 +23,17 @@ class _Stream:
     link: RouterLink
     tokens: list[int] = field(default_factory=list)  # output tokens from index `base` on
     base: int = 0
+    rows: list[bytes] = field(default_factory=list)  # the tokens' logprobs, or none
+    prompt_rows: tuple[bytes, ...] = ()
     finish: FinishReason | None = None
     num_cached_tokens: int | None = None
     finished_at: float = 0.0
+
+    def logprobs_from(self, skipped: int) -> Logprobs | None:
+        """What goes with the tokens from `skipped` on; the prompt's with the very first."""
+        if not self.rows and not self.prompt_rows:
+            return None
+        return Logprobs(tuple(self.rows[skipped:]), () if skipped else self.prompt_rows)
 
 
 class TokenOutbox:
@@ -48,19 +57,23 @@ class TokenOutbox:
         tokens: tuple[int, ...],
         finish: FinishReason | None,
         num_cached_tokens: int | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
-        """Queue new tokens for the next `flush`."""
+        """Queue new tokens for the next `flush`; either all of a stream have logprobs or none."""
         stream = self._streams.get(id)
         if stream is None:
             return
         index = stream.base + len(stream.tokens)
         stream.tokens.extend(tokens)
+        if logprobs is not None:
+            stream.rows.extend(logprobs.tokens)
+            stream.prompt_rows = stream.prompt_rows or logprobs.prompt
         stream.finish = finish
         if num_cached_tokens is not None:
             stream.num_cached_tokens = num_cached_tokens
         if finish is not None:
             stream.finished_at = self._clock()
-        update = TokenUpdate(id, index, tokens, finish, num_cached_tokens)
+        update = TokenUpdate(id, index, tokens, finish, num_cached_tokens, logprobs)
         self._pending.setdefault(stream.link, []).append(update)
 
     def flush(self) -> None:
@@ -75,9 +88,13 @@ class TokenOutbox:
         if stream is None:
             return False
         skipped = min(max(0, index - stream.base), len(stream.tokens))
-        tokens = tuple(stream.tokens[skipped:])
         update = TokenUpdate(
-            id, stream.base + skipped, tokens, stream.finish, stream.num_cached_tokens
+            id,
+            stream.base + skipped,
+            tuple(stream.tokens[skipped:]),
+            stream.finish,
+            stream.num_cached_tokens,
+            stream.logprobs_from(skipped),
         )
         stream.link.send(Tokens((update,)))
         return True

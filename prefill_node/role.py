@@ -26,6 +26,7 @@ from node.token_outbox import TokenOutbox
 from node.transports import unit_senders
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
+from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import Abort, Ack, AttemptFailed, Message, Prefill, Resend
 from wire.types import AttemptId, NodeId, Role, TransportAddress
 
@@ -181,12 +182,17 @@ class PrefillRole:
             return  # the handoff failed just now, or the prompt is not done yet
         self._shell.stats.count_lookup(len(work.request.tokens) - 1, progress.num_cached_tokens)
         self._outbox.add(
-            work.id, progress.new_tokens, progress.finish_reason, progress.num_cached_tokens
+            work.id,
+            progress.new_tokens,
+            progress.finish_reason,
+            progress.num_cached_tokens,
+            progress.logprobs,
         )
         if progress.finish_reason is not None:
             self._drop(work, "finished")
         elif work.handed_over:
-            self._sender.first_token(work.id, work.request.output_tokens)
+            outputs = work.request.output_tokens
+            self._sender.first_token(work.id, outputs, _of_all(progress.logprobs, len(outputs)))
             self._outbox.flush()
         else:
             self._fail(work, "internal", "no grant, but the request goes on", retryable=True)
@@ -263,3 +269,13 @@ class PrefillRole:
         for transport in self._transports.values():
             transport.close()
         self._peers.close()
+
+
+def _of_all(logprobs: Logprobs | None, num_tokens: int) -> Logprobs | None:
+    """Those of one new token, as those of all `num_tokens` that the decode node will repeat.
+
+    Earlier attempts' tokens came without: the router has had their logprobs.
+    """
+    if logprobs is None or not logprobs.tokens:
+        return logprobs
+    return Logprobs((UNKNOWN,) * (num_tokens - 1) + logprobs.tokens, logprobs.prompt)

@@ -75,12 +75,22 @@ class DispatchLimits:
     silence_s: float = 10.0  # without a token for so long: ask the decode node to repeat
 
 
+def new_log(work: Work) -> TokenLog:
+    """The log of a choice, which insists on the logprobs that the choice asks for."""
+    sampling = work.sampling
+    asks = sampling.prompt_logprobs is not None
+    return TokenLog(
+        wants_rows=sampling.logprobs is not None,
+        num_prompt_rows=work.num_tokens - 1 if asks else 0,
+    )
+
+
 class Dispatch:
     """The attempts of one choice and what they have produced."""
 
     def __init__(self, work: Work, placer: Placer, limits: DispatchLimits, now: float) -> None:
         self.work = work
-        self.log = TokenLog()
+        self.log = new_log(work)
         self.phase = Phase.WAITING
         self.prefill: NodeId | None = None
         self.decode: NodeId | None = None
@@ -154,23 +164,26 @@ class Dispatch:
         if sender == self.decode and self.phase is Phase.PREFILLING:
             self.phase = Phase.DECODING
         self._last_heard = now
-        verdict = self.log.accept(update.id.attempt, update.index, update.tokens, update.finish)
+        verdict = self.log.accept(
+            update.id.attempt, update.index, update.tokens, update.finish, update.logprobs
+        )
         match verdict:
-            case Accepted(tokens=new, finish=finish):
-                return self._output(new, finish)
+            case Accepted():
+                return self._output(verdict)
             case Gap(resend_from=index):
                 return [Send(sender, Resend(update.id, index))]
             case Divergence():
                 return self._attempt_over("divergence", now)
 
-    def _output(self, tokens: tuple[int, ...], finish: FinishReason | None) -> list[Effect]:
-        if finish is None:
-            return [Output(tokens, None)] if tokens else []
+    def _output(self, new: Accepted) -> list[Effect]:
+        output = Output(new.tokens, new.finish, new.rows)
+        if new.finish is None:
+            return [output] if new.tokens else []
         acks: list[Effect] = []
         if self.phase is Phase.DECODING and self.decode is not None:
             acks.append(Send(self.decode, Ack(self.id)))
         self.phase = Phase.ENDED
-        return [*acks, Output(tokens, finish)]
+        return [*acks, output]
 
     # ------------------------------------------------------------ what goes wrong
 

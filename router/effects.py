@@ -24,6 +24,7 @@ class Output:
 
     tokens: tuple[int, ...]
     finish: FinishReason | None
+    rows: tuple[bytes, ...] = ()  # the tokens' logprobs, packed, where asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.layout import KVLayout
+from wire.logprobs import Logprobs
 from wire.types import (
     U64,
     AttemptId,
@@ -221,6 +222,7 @@ class TokenUpdate:
     tokens: TokenIds
     finish: FinishReason | None = None
     num_cached_tokens: Count | None = None  # prompt tokens that needed no computation
+    logprobs: Logprobs | None = None  # for requests that ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +317,7 @@ class Commit:
     capability: Secret
     units: Annotated[tuple[UnitSeal, ...], Field(max_length=1 << 20, fail_fast=True)]
     output_tokens: TokenIds
+    logprobs: Logprobs | None = None  # what the decode node repeats beside the tokens
 
 
 @dataclass(frozen=True, slots=True)

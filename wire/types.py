@@ -14,6 +14,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from wire.logprobs import MAX_TOP_LOGPROBS
+
 MAX_REQUEST_TOKENS = 1 << 20
 """No request is longer than this many tokens, whatever the model allows."""
 
@@ -27,6 +29,7 @@ Text = Annotated[str, Field(strict=True, max_length=4096)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
+NumLogprobs = Annotated[int, Field(strict=True, ge=0, lt=MAX_TOP_LOGPROBS + 1)]
 Digest = Annotated[bytes, Field(strict=True, min_length=16, max_length=16)]
 Secret = Annotated[bytes, Field(strict=True, min_length=16, max_length=32)]
 
@@ -91,6 +94,8 @@ class SamplingParams:
     ] = field(default_factory=dict)
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256, fail_fast=True)] = ()
     ignore_eos: Flag = False
+    logprobs: NumLogprobs | None = None  # of each output token, and of so many best
+    prompt_logprobs: NumLogprobs | None = None  # the same for the prompt, from the prefill node
 
 
 @dataclass(frozen=True, slots=True)

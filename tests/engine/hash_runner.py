@@ -46,20 +46,19 @@ class HashRunner:
         self.during_run: Callable[[], None] = lambda: None
 
     def run(self, plan: StepPlan) -> Tensor:
-        states = [self._compute(item) for item in plan.scheduled]
-        sampled = [s for s, item in zip(states, plan.scheduled, strict=True) if item.samples]
+        needed = [state for item in plan.scheduled for state in self._compute(item)]
         self.during_run()
-        if not sampled:
+        if not needed:
             return torch.empty(0, VOCAB_SIZE)
-        return torch.stack([logits_after(state) for state in sampled])
+        return torch.stack([logits_after(state) for state in needed])
 
-    def _compute(self, item: ScheduledRequest) -> int:
+    def _compute(self, item: ScheduledRequest) -> list[int]:
         request, states = item.request, chain(item.request.tokens[: item.end])
         for position in range(item.start):
             held = self.read(request.block_table[position // self._block_size], position)
             assert held == states[position], f"{request.request_id} reads a wrong slot {position}"
         self.write(request.block_table, states, item.start)
-        return states[-1]
+        return states[item.end - item.num_logits :]
 
     def read(self, block_id: int, position: int) -> int:
         return self._kv[block_id][position % self._block_size]

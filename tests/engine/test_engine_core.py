@@ -22,8 +22,16 @@ from engine.engine import Engine
 from engine.plan import RequestProgress, StepPlan, StepResult
 from engine.request import Request
 from engine.reservations import Reservation
-from tests.engine.hash_runner import VOCAB_SIZE, HashRunner, chain, expected_output
+from tests.engine.expected_logprobs import check_prompt_rows, check_row
+from tests.engine.hash_runner import (
+    VOCAB_SIZE,
+    HashRunner,
+    chain,
+    expected_output,
+    logits_after,
+)
 from wire.errors import CapacityError
+from wire.logprobs import Logprobs
 from wire.types import BlockHandle, FinishReason, SamplingParams
 
 EOS = frozenset([1])
@@ -124,7 +132,7 @@ class Walk:
         self.leases: list[Leased] = []
         self.io: list[BlockHandle] = []
         self.known_hashes: set[bytes] = set()
-        self.num_added = self.num_finished = self.num_preempted = 0
+        self.num_added = self.num_finished = self.num_preempted = self.num_prompts_told = 0
 
     # -------------------------------------------------------- what can happen
 
@@ -150,6 +158,8 @@ class Walk:
             frequency_penalty=rng.choice([0.0, 0.3]),
             seed=rng.getrandbits(64),
             ignore_eos=rng.random() < 0.5,
+            logprobs=rng.choice([None, None, 0, 3, 100]),
+            prompt_logprobs=rng.choice([None, 0, 2]),
         )
         request.cache_salt = rng.choice(["", "", "tenant"])
         return request
@@ -294,6 +304,7 @@ class Walk:
         assert name not in self.aborted, "an aborted request was mentioned"
         expected = self.alive[name]
         assert progress.index == expected.first + len(expected.got), "a gap in the tokens"
+        self.check_logprobs(expected.request, progress)
         expected.got += progress.new_tokens
         done = expected.first + len(expected.got)
         assert expected.output[expected.first : done] == expected.got
@@ -308,6 +319,24 @@ class Walk:
             assert done == len(expected.output)
             del self.alive[name]
             self.num_finished += 1
+
+    def check_logprobs(self, request: Request, progress: RequestProgress) -> None:
+        """With each token, and those of the whole prompt with the first that prefill samples."""
+        sampling = request.sampling
+        if not progress.new_tokens:
+            assert progress.logprobs is None
+            return
+        told = progress.logprobs or Logprobs()
+        tokens = request.tokens[: request.num_prompt_tokens + progress.index + 1]
+        after = [logits_after(state) for state in chain(tokens[:-1])]
+        assert len(told.tokens) == (sampling.logprobs is not None)
+        for row in told.tokens:
+            check_row(row, after[-1], tokens[-1], sampling.logprobs or 0)
+        if sampling.prompt_logprobs is not None and request.prefill_only:
+            check_prompt_rows(told.prompt, after, tokens[:-1], sampling.prompt_logprobs)
+            self.num_prompts_told += 1
+        else:
+            assert not told.prompt
 
     def follow_events(self) -> None:
         changes = self.engine.take_cache_events()
@@ -363,6 +392,7 @@ def test_the_walk_reaches_what_it_is_for() -> None:
         walk.wind_down()
     assert sum(walk.num_preempted for walk in walks) > 10
     assert sum(walk.num_finished for walk in walks) > 100
+    assert sum(walk.num_prompts_told for walk in walks) > 10
     assert sum(len(walk.aborted) for walk in walks) > 10
 
 

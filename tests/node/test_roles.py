@@ -10,8 +10,11 @@ from typing import Any, cast
 import pytest
 
 from node.router_link import RouterLink
+from tests.engine.expected_logprobs import check_prompt_rows, check_row
+from tests.engine.hash_runner import chain, logits_after
 from tests.node.pair import ID, PROMPT, SAMPLING, FakeLink, Pair, expected, pair
-from wire.messages import Abort, Ack, Granted, Prefill, Refused, Resend
+from wire.logprobs import UNKNOWN, Logprobs
+from wire.messages import Abort, Ack, Granted, Prefill, Refused, Resend, TokenUpdate
 from wire.types import AttemptId, FinishReason, NodeId
 
 LATER = AttemptId(ID.request, 2)
@@ -316,7 +319,7 @@ def test_the_first_token_contradicts_the_reservation(monkeypatch: pytest.MonkeyP
         p.start(p.grant())
         out = next(iter(p.prefill.role._sender._outgoing.values()))
         finish = out.handoff.finish
-        monkeypatch.setattr(out.handoff, "finish", lambda tokens: finish((1, 2, 3)))
+        monkeypatch.setattr(out.handoff, "finish", lambda tokens, more: finish((1, 2, 3)))
         await p.until(lambda: p.decode.link.failures())
         assert p.decode.link.failures()[0].cause == "manifest"
         assert p.decode.role.num_attempts == 0
@@ -571,14 +574,79 @@ def test_an_error_with_one_request_leaves_the_others(monkeypatch: pytest.MonkeyP
         sender = p.prefill.role._sender
         first_token = sender.first_token
 
-        def fail_once(id: AttemptId, tokens: Any) -> None:
+        def fail_once(id: AttemptId, tokens: Any, logprobs: Any) -> None:
             if id == ID:
                 raise AssertionError("units are missing")
-            first_token(id, tokens)
+            first_token(id, tokens, logprobs)
 
         monkeypatch.setattr(sender, "first_token", fail_once)
         assert await p.finish(other) == expected()
         (failure,) = p.prefill.link.failures()
         assert (failure.cause, failure.retryable) == ("internal", True)
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- logprobs
+
+TELLING = replace(SAMPLING, logprobs=2, prompt_logprobs=1)
+
+
+def check_logprobs(updates: list[TokenUpdate], prompt: tuple[int, ...], first: int = 0) -> None:
+    """Each token with its logprobs from output index `first` on, the prompt's with index 0."""
+    for update in updates:
+        told = update.logprobs
+        assert told is not None
+        assert len(told.tokens) == len(update.tokens)
+        tokens = [*prompt, *expected(prompt, TELLING)[0]]
+        for index, row in enumerate(told.tokens, start=update.index):
+            place = len(prompt) + index
+            if index < first:
+                assert row == UNKNOWN
+            else:
+                check_row(row, logits_after(chain(tokens[:place])[-1]), tokens[place], 2)
+        if update.index or first:
+            assert not told.prompt
+        else:
+            after = [logits_after(state) for state in chain(prompt)]
+            check_prompt_rows(told.prompt, after, prompt, 1)
+
+
+def test_both_holders_tell_all_logprobs() -> None:
+    """The decode node repeats the first token's and the prompt's, which it never computed."""
+
+    async def scenario(p: Pair) -> None:
+        p.start(p.grant(ID, LONG, TELLING), ID, LONG, TELLING)
+        assert await p.finish() == expected(LONG, TELLING)
+        for node in (p.prefill, p.decode):
+            assert node.link.updates()[0].index == 0
+            check_logprobs(node.link.updates(), LONG)
+
+    run(scenario, max_num_batched_tokens=8, decode_blocks=64)
+
+
+def test_logprobs_of_a_later_attempt_begin_where_it_begins() -> None:
+    async def scenario(p: Pair) -> None:
+        known = (*PROMPT, *expected(PROMPT, TELLING)[0][:3])
+        more = {"num_prompt_tokens": len(PROMPT)}
+        p.start(p.grant(ID, known, TELLING, **more), ID, known, TELLING, **more)
+        assert await p.finish() == expected(PROMPT, TELLING)
+        assert p.prefill.link.updates()[0].index == 3
+        for node in (p.prefill, p.decode):
+            check_logprobs(node.link.updates(), PROMPT, first=3)
+
+    run(scenario)
+
+
+def test_a_commit_with_too_few_logprobs_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(p: Pair) -> None:
+        p.start(p.grant(ID, PROMPT, TELLING), ID, PROMPT, TELLING)
+        out = next(iter(p.prefill.role._sender._outgoing.values()))
+        finish = out.handoff.finish
+        monkeypatch.setattr(
+            out.handoff, "finish", lambda tokens, more: finish(tokens, Logprobs((b"", b"")))
+        )
+        await p.until(lambda: p.decode.link.failures())
+        assert p.decode.link.failures()[0].cause == "manifest"
 
     run(scenario)

@@ -6,6 +6,7 @@ from typing import cast
 
 from node.router_link import RouterLink
 from node.token_outbox import TokenOutbox
+from wire.logprobs import Logprobs
 from wire.messages import Message, Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
@@ -158,3 +159,27 @@ def test_a_lost_router_is_owed_nothing() -> None:
     outbox.flush()
     assert len(outbox) == 1
     assert not heard.sent
+
+
+def test_logprobs_are_repeated_with_their_tokens() -> None:
+    outbox = TokenOutbox()
+    first, heard = link()
+    outbox.open(A, first)
+    told = Logprobs((b"row 0",), (b"prompt 1", b"prompt 2"))
+    outbox.add(A, (7,), None, logprobs=told)
+    outbox.add(A, (8,), None, logprobs=Logprobs((b"row 1",)))
+    outbox.flush()
+    assert [update.logprobs for update in heard.updates] == [told, Logprobs((b"row 1",))]
+    outbox.resend(A, 0)
+    assert heard.updates[-1].logprobs == Logprobs((b"row 0", b"row 1"), told.prompt)
+    outbox.resend(A, 1)
+    assert heard.updates[-1].logprobs == Logprobs((b"row 1",))
+
+
+def test_who_asks_for_no_logprobs_gets_none() -> None:
+    outbox = TokenOutbox()
+    first, heard = link()
+    outbox.open(A, first)
+    outbox.add(A, (7,), None)
+    outbox.resend(A, 0)
+    assert heard.updates[-1].logprobs is None

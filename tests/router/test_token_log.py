@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.token_log import MAX_HELD_TOKENS, NOTHING, Accepted, Divergence, Gap, TokenLog
+from wire.logprobs import UNKNOWN, Logprobs
 from wire.types import FinishReason
 
 STOP = FinishReason.STOP
@@ -119,3 +120,49 @@ def test_a_lie_about_a_logged_token_is_always_noticed(truth: list[int], lie: int
     told[lie] += 1
     assert log.accept(1, 0, tuple(told), None) == Divergence(lie)
     assert log.tokens == logged
+
+
+def rows_of(index: int, count: int) -> tuple[bytes, ...]:
+    return tuple(b"row %d" % i for i in range(index, index + count))
+
+
+def test_logprobs_enter_once_with_their_token() -> None:
+    log = TokenLog(wants_rows=True)
+    log.begin_attempt(1)
+    accept = log.accept
+    assert accept(1, 0, (5,), None, Logprobs(rows_of(0, 1))) == Accepted((5,), None, (b"row 0",))
+    repeated = Logprobs(rows_of(0, 3))
+    assert accept(1, 0, (5, 6, 7), None, repeated).rows == rows_of(1, 2)  # type: ignore[union-attr]
+    assert accept(1, 0, (5, 6, 7), None, repeated) == NOTHING
+    assert accept(1, 4, (9,), None, Logprobs(rows_of(4, 1))) == Gap(3)
+    filled = accept(1, 3, (8,), None, Logprobs(rows_of(3, 1)))
+    assert filled == Accepted((8, 9), None, rows_of(3, 2))
+
+
+def test_a_new_token_without_its_logprobs_diverges() -> None:
+    for told in (None, Logprobs(), Logprobs((UNKNOWN,)), Logprobs(rows_of(0, 2))):
+        log = TokenLog(wants_rows=True)
+        log.begin_attempt(1)
+        assert log.accept(1, 0, (5,), None, told) == Divergence(0)
+        assert log.tokens == []
+
+
+def test_a_later_attempt_need_not_know_the_logprobs_of_logged_tokens() -> None:
+    log = TokenLog(wants_rows=True, num_prompt_rows=2)
+    log.begin_attempt(1)
+    log.accept(1, 0, (5,), None, Logprobs(rows_of(0, 1), (b"p1", b"p2")))
+    log.begin_attempt(2)
+    later = log.accept(2, 0, (5, 6), None, Logprobs((UNKNOWN, b"row 1")))
+    assert later == Accepted((6,), None, (b"row 1",))
+    assert log.prompt_rows == (b"p1", b"p2")
+
+
+def test_the_first_token_brings_the_prompts_logprobs_or_diverges() -> None:
+    for told in (None, Logprobs(), Logprobs((), (b"p1",)), Logprobs((), (b"p1", UNKNOWN))):
+        log = TokenLog(num_prompt_rows=2)
+        log.begin_attempt(1)
+        assert log.accept(1, 0, (5,), None, told) == Divergence(0)
+    log = TokenLog(num_prompt_rows=2)
+    log.begin_attempt(1)
+    assert log.accept(1, 0, (5,), None, Logprobs((), (b"p1", b"p2"))) == Accepted((5,))
+    assert log.accept(1, 1, (6,), None, None) == Accepted((6,))

@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 
 from wire.geometry import WIRE_DTYPES, WireDType
 from wire.layout import DTYPE_BYTES, DType
+from wire.logprobs import Row, TokenLogprobs, pack
 
 MAX_ITEMS = 3  # long tuples are tested on their own
+
+_logprobs = st.floats(max_value=0, width=32, allow_nan=False)
+_rows = st.builds(
+    TokenLogprobs,
+    _logprobs,
+    st.integers(1, (1 << 32) - 1),
+    st.lists(st.tuples(st.integers(0, (1 << 32) - 1), _logprobs), max_size=MAX_ITEMS).map(tuple),
+)
 
 
 def of_message(kind: type[Any]) -> st.SearchStrategy[Any]:
@@ -27,6 +36,8 @@ def _of(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(sorted(DTYPE_BYTES))
     if hint == WireDType:
         return st.sampled_from(WIRE_DTYPES)
+    if hint == Row:
+        return st.just(b"") | st.builds(pack, _rows)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _bounded(args[0], _bounds(args[1:]))

@@ -95,6 +95,10 @@ class DecodeRole:
         self._draining = False
 
     @property
+    def open_transfers(self) -> dict[str, int]:
+        return self._receiver.table.num_by_state()
+
+    @property
     def num_attempts(self) -> int:
         return len(self._pending) + len(self._running)
 

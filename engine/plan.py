@@ -115,3 +115,4 @@ class StepResult:
     progress: tuple[RequestProgress, ...]
     num_tokens: int
     num_preempted: int
+    seconds: float = 0.0  # what it took; whoever has a clock fills it in

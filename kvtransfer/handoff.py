@@ -19,7 +19,7 @@ from enum import Enum, auto
 
 from kvtransfer.units import Unit, unit_bytes, units_of
 from wire.logprobs import Logprobs
-from wire.messages import Commit, Grant, UnitHeader, UnitSeal
+from wire.messages import Commit, Grant, TransferRecord, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle
 
 CREDIT_BYTES = 4 << 20
@@ -40,6 +40,9 @@ class HandoffState(Enum):
     AWAITING_COMMIT = auto()
     DONE = auto()
     ABORTED = auto()
+
+
+OPEN = (HandoffState.COMPUTING, HandoffState.SENDING, HandoffState.AWAITING_COMMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Handoff:
         self.deadline = deadline
         self.state = HandoffState.COMPUTING
         self.cause = ""
+        self.transfer: TransferRecord | None = None  # once it is DONE, for metrics
         self.units = {
             unit.index: unit
             for unit in units_of(num_tokens, grant.num_cached_tokens, grant.layout, grant.geometry)

@@ -16,7 +16,7 @@ question asked again gets the answer it got before.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -111,6 +111,11 @@ class LeaseTable:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def num_by_state(self) -> dict[str, int]:
+        """How many leases are in each live state."""
+        counts = Counter(lease.state for lease in self._leases.values())
+        return {state.name.lower(): counts[state] for state in LeaseState if state in LIVE}
 
     # ------------------------------------------------------------ granting
 

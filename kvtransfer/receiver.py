@@ -18,6 +18,7 @@ from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
 from kvtransfer.relay import place_of, scatter
 from kvtransfer.transport import BlockMemory, TransferStats
 from kvtransfer.units import Unit, unit_bytes, units_of
+from telemetry.causes import known_cause
 from wire.errors import TransferError, WireError
 from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.messages import (
@@ -142,8 +143,9 @@ class KVReceiver:
         self._settle()
 
     def _release(self, sender: NodeId, message: ReleaseLease, now: float) -> None:
+        cause = known_cause(message.cause)
         try:
-            self.table.release(message.lease, message.capability, sender, message.cause, now)
+            self.table.release(message.lease, message.capability, sender, cause, now)
         except TransferError as error:
             log.warning("%s cannot release: %s", sender, error)
 

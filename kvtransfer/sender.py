@@ -7,17 +7,19 @@ blocks; from then on an io reference keeps each block from being reused until it
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
-from kvtransfer.handoff import Handoff, HandoffState, ReadyUnit
+from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
 from kvtransfer.relay import gather
+from kvtransfer.transfer_meter import TransferMeter
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
 from kvtransfer.units import Unit
+from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
 from wire.logprobs import Logprobs
 from wire.messages import (
@@ -40,6 +42,7 @@ class _Outgoing:
     handoff: Handoff
     sealer: UnitSealer
     address: TransportAddress
+    meter: TransferMeter = field(default_factory=TransferMeter)
     units: dict[int, list[Unit]] = field(default_factory=dict)  # by the block that holds them
 
     def __post_init__(self) -> None:
@@ -83,6 +86,11 @@ class KVSender:
 
     def __len__(self) -> int:
         return len(self._outgoing)
+
+    def num_by_state(self) -> dict[str, int]:
+        """How many handoffs are in each state that is not an end."""
+        counts = Counter(out.handoff.state for out in self._outgoing.values())
+        return {state.name.lower(): counts[state] for state in OPEN}
 
     # ------------------------------------------------------------ for the prefill role
 
@@ -133,6 +141,7 @@ class KVSender:
         out = self._outgoing.get(id)
         if out is None:
             return
+        out.meter.pass_over(self._clock())
         for index, source in blocks:
             for unit in out.units.get(index, ()):
                 # A stale source belongs to a preempted run; the block comes again when recomputed.
@@ -147,6 +156,7 @@ class KVSender:
         """The prompt is done and the request goes on: ask for the commit."""
         out = self._outgoing.get(id)
         if out is not None:
+            out.meter.first_token(self._clock())
             out.handoff.finish(tuple(output_tokens), logprobs)
             self._pump(out)
             self._ask_commit(out.handoff)
@@ -199,7 +209,8 @@ class KVSender:
             if out.handoff.ended:
                 self._finish(out)
         elif message.id == out.handoff.id or out.handoff.state is HandoffState.COMPUTING:
-            self._end(out, message.cause)  # a late unit's answer must not overrule the commit's
+            # A late unit's answer must not overrule the commit's.
+            self._end(out, known_cause(message.cause))
 
     def _find(self, decode: NodeId, lease: int) -> _Outgoing | None:
         for out in self._outgoing.values():
@@ -234,6 +245,7 @@ class KVSender:
             partial(self._memory.end_io, ready.source),
         )
         self._stats.bytes_sent += header.num_bytes
+        out.meter.sent(header.num_bytes, out.address.transport, self._clock())
 
     def _payload(self, unit: Unit, source: BlockHandle) -> memoryview:
         return gather(unit, self._memory.block_bytes(source.block_id), self._memory.layout)
@@ -253,6 +265,9 @@ class KVSender:
         if self._outgoing.pop(handoff.id, None) is not None:
             done = handoff.state is HandoffState.DONE
             self._stats.handoffs["committed" if done else handoff.cause] += 1
+            if done:
+                handoff.transfer = out.meter.record(self._clock())
+                self._stats.count_transfer(handoff.transfer)
             self._on_ended(handoff)
 
     def _try_send(self, grant: Grant, message: Message) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from telemetry import metrics as names
+from telemetry.histogram import Buckets
 from wire.layout import KVLayout
-from wire.messages import UnitHeader
+from wire.messages import TransferRecord, UnitHeader
 from wire.types import BlockHandle, NodeId, TransportAddress
 
 
@@ -103,3 +105,20 @@ class TransferStats:
     units_dropped: Counter[str] = field(default_factory=Counter)  # by cause
     transport_failures: Counter[str] = field(default_factory=Counter)  # by transport
     handoffs: Counter[str] = field(default_factory=Counter)  # by outcome: committed, or the cause
+    histograms: dict[names.Metric, dict[str, Buckets]] = field(default_factory=dict)
+    """Of committed transfers, by transport: as many as this node has."""
+
+    def count_transfer(self, record: TransferRecord) -> None:
+        """A handoff was committed. Without bytes there is neither a rate nor a tail."""
+        self._observe(names.TRANSFER_BYTES, record.transport, record.num_bytes)
+        self._observe(names.TRANSFER_COMMIT_WAIT, record.transport, record.commit_wait_s)
+        if record.num_bytes:
+            self._observe(names.TRANSFER_SECONDS, record.transport, record.seconds)
+            self._observe(names.TRANSFER_TAIL_BYTES, record.transport, record.tail_bytes)
+            self._observe(names.TRANSFER_TAIL_SECONDS, record.transport, record.tail_s)
+        if record.num_bytes and record.seconds:
+            self._observe(names.TRANSFER_RATE, record.transport, record.num_bytes / record.seconds)
+
+    def _observe(self, metric: names.Metric, transport: str, value: float) -> None:
+        by_transport = self.histograms.setdefault(metric, {})
+        by_transport.setdefault(transport or "none", Buckets.of(metric)).observe(value)

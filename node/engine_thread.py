@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.engine import Engine
 from engine.plan import StepResult
@@ -84,6 +85,7 @@ class EngineThread:
     def _run(self) -> None:
         failures = 0
         while failures < _MAX_FAILURES and self._wait_for_work():
+            began = time.monotonic()
             try:
                 result = self._engine.step()
             except Exception as error:
@@ -94,7 +96,8 @@ class EngineThread:
             failures = 0
             self._last_progress = time.monotonic()
             if result is not None:
-                self._post(self._on_result, result)
+                seconds = self._last_progress - began
+                self._post(self._on_result, replace(result, seconds=seconds))
             else:
                 self._rest()
         if failures >= _MAX_FAILURES:

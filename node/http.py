@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.core import Metric as Prometheus
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
-from kvtransfer.transport import TransferStats
+from node.role import Role
 from node.stats import NodeStats
 from telemetry import metrics
+from telemetry.histogram import Buckets
 from wire.errors import ConfigError
+from wire.types import Role as RoleName
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -27,13 +33,13 @@ class NodeCollector(Collector):
         model_name: str,
         engine: Engine,
         stats: NodeStats,
-        transfers: TransferStats,
+        role: Role,
         num_malformed: Callable[[], int],
     ) -> None:
         self._model_name = model_name
         self._engine = engine
         self._stats = stats
-        self._transfers = transfers
+        self._role = role
         self._num_malformed = num_malformed
 
     def collect(self) -> Iterable[Prometheus]:
@@ -56,6 +62,8 @@ class NodeCollector(Collector):
     def _step_metrics(self) -> Iterable[Prometheus]:
         stats, model = self._stats, (self._model_name,)
         yield _counter(metrics.NODE_STEPS, {(): stats.steps})
+        yield _histogram(metrics.NODE_STEP_SECONDS, {(): stats.seconds_per_step})
+        yield _histogram(metrics.ITERATION_TOKENS, {model: stats.tokens_per_step})
         yield _counter(metrics.NODE_STEP_TOKENS, {(): stats.step_tokens})
         yield _counter(metrics.NODE_OUTPUT_TOKENS, {(): stats.output_tokens})
         yield _counter(metrics.NODE_CHUNKS, {(): stats.unfinished_chunks})
@@ -65,7 +73,12 @@ class NodeCollector(Collector):
         yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
-        stats = self._transfers
+        stats = self._role.stats
+        is_decode = self._role.name is RoleName.DECODE
+        states = metrics.LEASES if is_decode else metrics.HANDOFFS_OPEN
+        yield _gauge(states, _by_label(self._role.open_transfers))
+        for metric, by_transport in stats.histograms.items():
+            yield _histogram(metric, {(name,): it for name, it in by_transport.items()})
         yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})
         yield _counter(metrics.TRANSFER_BYTES_RECEIVED, {(): stats.bytes_received})
         yield _counter(metrics.TRANSFER_MESSAGES_UNSENT, {(): stats.messages_unsent})
@@ -92,6 +105,13 @@ def _counter(metric: metrics.Metric, values: Values) -> Prometheus:
     family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
     for labels, value in values.items():
         family.add_metric(labels, value)
+    return family
+
+
+def _histogram(metric: metrics.Metric, values: Mapping[tuple[str, ...], Buckets]) -> Prometheus:
+    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, buckets in values.items():
+        family.add_metric(labels, buckets.cumulative(), buckets.total)
     return family
 
 

@@ -23,6 +23,11 @@ class Role(Protocol):
     def stats(self) -> TransferStats: ...
 
     @property
+    def open_transfers(self) -> dict[str, int]:
+        """How many transfers are in which state: handoffs or leases, as the role has them."""
+        ...
+
+    @property
     def transports(self) -> tuple[TransportAddress, ...]:
         """Where this node receives KV blocks."""
         ...

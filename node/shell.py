@@ -145,7 +145,7 @@ class NodeShell:
 
     def _collector(self) -> NodeCollector:
         name = self.config.served_model_name
-        return NodeCollector(name, self.engine, self.stats, self._role.stats, self._num_malformed)
+        return NodeCollector(name, self.engine, self.stats, self._role, self._num_malformed)
 
     def _num_malformed(self) -> int:
         return self._peers.num_malformed + sum(link.num_malformed for link in self._links)

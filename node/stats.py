@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.plan import StepResult
+from telemetry import metrics as names
+from telemetry.histogram import Buckets
 
 
 @dataclass(slots=True)
@@ -18,11 +20,15 @@ class NodeStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # and found there
+    tokens_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.ITERATION_TOKENS))
+    seconds_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.NODE_STEP_SECONDS))
 
     def count_step(self, result: StepResult) -> None:
         """A step is done."""
         self.steps += 1
         self.step_tokens += result.num_tokens
+        self.tokens_per_step.observe(result.num_tokens)
+        self.seconds_per_step.observe(result.seconds)
         self.preemptions += result.num_preempted
         for progress in result.progress:
             self.output_tokens += len(progress.new_tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from node.router_link import RouterLink
 from wire.logprobs import Logprobs
-from wire.messages import Tokens, TokenUpdate
+from wire.messages import PrefillTiming, Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
 _FINISHED_TTL_S = 120.0  # a router that has not acknowledged by then has failed or given up
@@ -27,6 +27,7 @@ class _Stream:
     prompt_rows: tuple[bytes, ...] = ()
     finish: FinishReason | None = None
     num_cached_tokens: int | None = None
+    timing: PrefillTiming | None = None
     finished_at: float = 0.0
 
     def logprobs_from(self, skipped: int) -> Logprobs | None:
@@ -58,6 +59,7 @@ class TokenOutbox:
         finish: FinishReason | None,
         num_cached_tokens: int | None = None,
         logprobs: Logprobs | None = None,
+        timing: PrefillTiming | None = None,
     ) -> None:
         """Queue new tokens for the next `flush`; either all of a stream have logprobs or none."""
         stream = self._streams.get(id)
@@ -70,10 +72,10 @@ class TokenOutbox:
             stream.prompt_rows = stream.prompt_rows or logprobs.prompt
         stream.finish = finish
         if num_cached_tokens is not None:
-            stream.num_cached_tokens = num_cached_tokens
+            stream.num_cached_tokens, stream.timing = num_cached_tokens, timing
         if finish is not None:
             stream.finished_at = self._clock()
-        update = TokenUpdate(id, index, tokens, finish, num_cached_tokens, logprobs)
+        update = TokenUpdate(id, index, tokens, finish, num_cached_tokens, logprobs, timing)
         self._pending.setdefault(stream.link, []).append(update)
 
     def flush(self) -> None:
@@ -95,6 +97,7 @@ class TokenOutbox:
             stream.finish,
             stream.num_cached_tokens,
             stream.logprobs_from(skipped),
+            stream.timing,
         )
         stream.link.send(Tokens((update,)))
         return True

@@ -24,6 +24,7 @@ from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
 from node.transports import unit_senders
+from prefill_node.attempt_clock import AttemptClock
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs
@@ -41,6 +42,7 @@ class _Work:
     link: RouterLink
     request: Request
     handed_over: bool  # there is a grant: the request goes on elsewhere after its first token
+    clock: AttemptClock
 
 
 class PrefillRole:
@@ -69,6 +71,10 @@ class PrefillRole:
         self._draining = False
         self._renew_every_s = shell.config.lease_ttl_s / 6
         self._next_renewal = 0.0
+
+    @property
+    def open_transfers(self) -> dict[str, int]:
+        return self._sender.num_by_state()
 
     @property
     def num_attempts(self) -> int:
@@ -125,7 +131,8 @@ class PrefillRole:
         except TransferError as error:
             self._refuse(link, id, error.cause, str(error), retryable=error.cause != "layout")
             return
-        work = self._work[id.request] = _Work(id, link, request, message.grant is not None)
+        clock = AttemptClock(time.monotonic())
+        work = self._work[id.request] = _Work(id, link, request, message.grant is not None, clock)
         self._outbox.open(id, link, base=request.num_output_tokens)
         try:
             self._engine.add(request)
@@ -157,9 +164,11 @@ class PrefillRole:
     # ------------------------------------------------------------ steps
 
     def on_step(self, result: StepResult) -> None:
+        now = time.monotonic()
         for progress in result.progress:
             work = self._by_key(progress.request_id)
             if work is not None:
+                work.clock.step_over(now, result.seconds)
                 self._try_advance(work, progress)
         self._outbox.flush()
 
@@ -187,6 +196,7 @@ class PrefillRole:
             progress.finish_reason,
             progress.num_cached_tokens,
             progress.logprobs,
+            work.clock.timing(),
         )
         if progress.finish_reason is not None:
             self._drop(work, "finished")

@@ -14,6 +14,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 SHORT_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 200_000)
 SMALL_COUNTS = (1, 2, 5, 10, 20, 50, 100)
+HANDOFF_SECONDS = (*SHORT_SECONDS, 2.5, 5, 10, 30)
+BYTES = tuple(4**power for power in range(5, 17))  # 1 KiB to 4 GiB
+RATES = (1e6, 1e7, 3e7, 1e8, 2e8, 5e8, 1e9, 2e9, 5e9, 1e10, 2e10, 5e10, 1e11)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,14 @@ NODE_BLOCKS = Metric(
 )
 NODE_BLOCKS_CAPACITY = Metric("baton_blocks_capacity", "KV blocks of this node")
 NODE_STEPS = Metric("baton_steps", "Forward passes of this node")
+NODE_STEP_SECONDS = Metric("baton_step_seconds", "Time of a step", (), SECONDS)
 NODE_STEP_TOKENS = Metric("baton_step_tokens", "Tokens computed, prompts and outputs")
+ITERATION_TOKENS = Metric(
+    "vllm:iteration_tokens_total",
+    "Tokens computed in a step, of prompts and outputs",
+    _MODEL,
+    (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+)
 NODE_OUTPUT_TOKENS = Metric("baton_sampled_tokens", "Tokens sampled on this node")
 NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a further step")
 PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
@@ -133,6 +143,40 @@ NODE_MALFORMED = Metric(
 )
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
+_TRANSPORT = ("transport",)
+TRANSFER_BYTES = Metric(
+    "baton_transfer_bytes", "KV bytes of a committed handoff", _TRANSPORT, BYTES
+)
+TRANSFER_SECONDS = Metric(
+    "baton_transfer_seconds",
+    "From a handoff's first unit to its commit; most of it while the prompt is computed",
+    _TRANSPORT,
+    SECONDS,
+)
+TRANSFER_RATE = Metric(
+    "baton_transfer_rate_bytes_per_second",
+    "Bytes of a committed handoff over its seconds: below the wire's rate where compute is slower",
+    _TRANSPORT,
+    RATES,
+)
+TRANSFER_TAIL_BYTES = Metric(
+    "baton_transfer_tail_bytes",
+    "KV bytes that had not left when the prompt's last forward pass was over",
+    _TRANSPORT,
+    BYTES,
+)
+TRANSFER_TAIL_SECONDS = Metric(
+    "baton_transfer_tail_seconds",
+    "From the end of the prompt's last forward pass to the commit",
+    _TRANSPORT,
+    HANDOFF_SECONDS,
+)
+TRANSFER_COMMIT_WAIT = Metric(
+    "baton_transfer_commit_wait_seconds",
+    "From the first token to the commit: digests, the way there and back, lost messages",
+    _TRANSPORT,
+    HANDOFF_SECONDS,
+)
 TRANSFER_MESSAGES_UNSENT = Metric(
     "baton_transfer_messages_unsent", "Messages to other nodes that could not be queued"
 )
@@ -145,3 +189,5 @@ TRANSPORT_FAILURES = Metric(
     ("transport",),
 )
 HANDOFFS = Metric("baton_handoffs", "Handoffs that ended here", ("outcome",))
+HANDOFFS_OPEN = Metric("baton_handoffs_open", "Handoffs of a prefill node by state", ("state",))
+LEASES = Metric("baton_leases", "Live leases of a decode node by state", ("state",))

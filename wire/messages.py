@@ -214,6 +214,15 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillTiming:
+    """How a prefill node spent an attempt's time, in durations: hosts' clocks differ."""
+
+    queue_s: Seconds  # heard of it → the first step that computed it began
+    compute_s: Seconds  # from there to the end of the step that sampled the first token
+    num_steps: Count
+
+
+@dataclass(frozen=True, slots=True)
 class TokenUpdate:
     """New output tokens of one attempt; `index` counts the request's output tokens from 0."""
 
@@ -223,6 +232,20 @@ class TokenUpdate:
     finish: FinishReason | None = None
     num_cached_tokens: Count | None = None  # prompt tokens that needed no computation
     logprobs: Logprobs | None = None  # for requests that ask
+    timing: PrefillTiming | None = None  # with a prefill node's first token
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRecord:
+    """The bytes of one committed handoff, as the prefill node saw them leave."""
+
+    transport: Text  # "": the decode node had everything in its cache
+    num_units: Count
+    num_bytes: U64
+    seconds: Seconds  # first unit sent → committed
+    tail_bytes: U64  # had not left when the prompt's last forward pass was over
+    tail_s: Seconds  # that moment → committed
+    commit_wait_s: Seconds  # first token known → committed
 
 
 @dataclass(frozen=True, slots=True)

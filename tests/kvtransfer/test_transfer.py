@@ -231,15 +231,15 @@ def test_the_prefill_node_may_give_up_at_any_point(stage: int) -> None:
         for step in steps[: stage + 1]:
             step()
         await quiet()
-        rig.sender.abort(job.id, "cancelled")
-        rig.sender.abort(job.id, "cancelled")
+        rig.sender.abort(job.id, "revoked")
+        rig.sender.abort(job.id, "revoked")
         assert len(rig.sender) == 0
         rig.sender.blocks_finished(job.id, [(0, job.source[0])])  # the engine did not know yet
         rig.sender.first_token(job.id, (7,))
         rig.source.release(job.source)  # the request lets go of its blocks at once
         await rig.until_ended()
-        assert (job.lease.state, job.lease.cause) == (LeaseState.RELEASED, "cancelled")
-        assert [(h.state, h.cause) for h in rig.handoffs] == [(HandoffState.ABORTED, "cancelled")]
+        assert (job.lease.state, job.lease.cause) == (LeaseState.RELEASED, "revoked")
+        assert [(h.state, h.cause) for h in rig.handoffs] == [(HandoffState.ABORTED, "revoked")]
         assert len(rig.source.free_ids) == len(rig.source.generations)
         rig.check_balance()
 

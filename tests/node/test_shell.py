@@ -37,6 +37,7 @@ from wire.messages import (
     Message,
     Register,
     TokenizerFiles,
+    TransferRecord,
     Unwelcome,
     Welcome,
 )
@@ -54,6 +55,7 @@ class ScriptedRole:
 
     def __init__(self) -> None:
         self.stats = TransferStats()
+        self.open_transfers = {"granted": 2, "receiving": 1}
         self.num_attempts = 0
         self.calls: list[str] = []
         self.messages: list[Message] = []
@@ -280,11 +282,12 @@ def test_metrics() -> None:
         await w.until_ready()
         stats = w.shell.stats
         progress = RequestProgress("r/1", 5, 0, (4,), None, 0)
-        stats.count_step(StepResult(1, (progress,), 5, 2))
+        stats.count_step(StepResult(1, (progress,), 5, 2, seconds=0.25))
         stats.count_lookup(10, 4)
         w.role.stats.handoffs["committed"] += 3
         w.role.stats.units_dropped["stale"] += 1
         w.role.stats.messages_unsent += 2
+        w.role.stats.count_transfer(TransferRecord("shm", 2, 5000, 0.5, 1000, 0.03, 0.02))
         status, text = await w.get("/metrics")
         assert status == 200
         lines = set(text.splitlines())
@@ -300,6 +303,18 @@ def test_metrics() -> None:
             'vllm:kv_cache_usage_perc{model_name="model"} 0.0',
             'baton_handoffs_total{outcome="committed"} 3.0',
             "baton_transfer_messages_unsent_total 2.0",
+            "baton_step_seconds_sum 0.25",
+            'vllm:iteration_tokens_total_bucket{le="8.0",model_name="model"} 1.0',
+            'vllm:iteration_tokens_total_bucket{le="1.0",model_name="model"} 0.0',
+            'vllm:iteration_tokens_total_count{model_name="model"} 1.0',
+            'baton_transfer_bytes_sum{transport="shm"} 5000.0',
+            'baton_transfer_rate_bytes_per_second_sum{transport="shm"} 10000.0',
+            'baton_transfer_seconds_count{transport="shm"} 1.0',
+            'baton_transfer_tail_bytes_sum{transport="shm"} 1000.0',
+            'baton_transfer_tail_seconds_sum{transport="shm"} 0.03',
+            'baton_transfer_commit_wait_seconds_sum{transport="shm"} 0.02',
+            'baton_leases{state="granted"} 2.0',
+            'baton_leases{state="receiving"} 1.0',
             'baton_transfer_units_dropped_total{cause="stale"} 1.0',
         } <= lines
 

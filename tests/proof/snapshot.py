@@ -15,12 +15,14 @@ from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
 
+from kvtransfer.transfer_meter import TransferMeter
 from kvtransfer.transport import TransferStats
 
 Frozen = Hashable
 
 _VALUES = (int, float, str, bytes, type(None), Enum, type, FunctionType)
-_MADE_EMPTY = (TransferStats, dict, OrderedDict, Counter, defaultdict, list, deque, set, bytearray)
+_TELEMETRY = (TransferStats, TransferMeter)  # decides nothing
+_MADE_EMPTY = (*_TELEMETRY, dict, OrderedDict, Counter, defaultdict, list, deque, set, bytearray)
 
 
 class _Again:
@@ -74,8 +76,8 @@ def _is_hashable(x: object) -> bool:
 
 
 def _freeze_contents(x: Any, kind: Any, walk: Callable[[Any], Any]) -> Frozen:
-    if kind is TransferStats:
-        return (TransferStats,)  # telemetry decides nothing
+    if kind in _TELEMETRY:
+        return (kind,)
     if kind is bytearray:
         return (bytearray, bytes(x))
     if kind is memoryview:

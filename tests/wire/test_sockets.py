@@ -15,7 +15,15 @@ import zmq
 from wire import sockets
 from wire.codec import Envelope, encode
 from wire.errors import ConfigError, OutboxFull, WireError
-from wire.messages import Abort, FetchTokenizer, Gone, Heartbeat, Message, TokenizerFiles
+from wire.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    FetchTokenizer,
+    Gone,
+    Heartbeat,
+    Message,
+    TokenizerFiles,
+)
 from wire.sockets import Hub, Inbox, Link
 from wire.types import AttemptId, NodeId, NodeLoad
 
@@ -191,7 +199,8 @@ def test_what_is_wrong_is_counted_and_complained_of_once(
 def test_endless_reasons_are_neither_kept_nor_logged(caplog: pytest.LogCaptureFixture) -> None:
     inbox = Inbox(ROUTER, lambda _: None, lambda *_: None)
     for tag in range(1000, 1300):
-        inbox.receive(b"\x97\x01\xcd" + tag.to_bytes(2, "big") + b"\xa1a\x01\xc0\x00\x80", None)
+        head = bytes([0x97, PROTOCOL_VERSION, 0xCD]) + tag.to_bytes(2, "big")
+        inbox.receive(head + b"\xa1a\x01\xc0\x00\x80", None)
     assert inbox.num_malformed == 300
     assert len(caplog.records) == 100
 

@@ -26,6 +26,7 @@ from wire.types import AttemptId
 
 DIGEST_BYTES = 16
 _PLACE = struct.Struct("<QQIIII")
+PIECE_BYTES = 128 << 10  # copied and hashed in one go
 
 
 class UnitSealer:
@@ -53,8 +54,8 @@ class UnitSealer:
         self._context = f"{lease:x}/{id.attempt}/{id.request}".encode()
         self._chain = _prefix_chain(tokens, block_size, root_hash(model_fingerprint, cache_salt))
 
-    def digest(self, unit: Unit, data: bytes | memoryview) -> bytes:
-        """The digest of `data` as the content of `unit`."""
+    def digest(self, unit: Unit, data: bytes | memoryview, content: bytes | None = None) -> bytes:
+        """The digest of `data` as the content of `unit`; `content` is what `copy` told of it."""
         place = _PLACE.pack(
             unit.token_start,
             unit.token_end,
@@ -63,9 +64,25 @@ class UnitSealer:
             unit.head_start,
             unit.head_end,
         )
-        content = xxhash.xxh3_128_digest(data, self._seed)
+        content = content or xxhash.xxh3_128_digest(data, self._seed)
         sealed = place + self._chain[unit.block] + content + self._context
         return blake2b(sealed, digest_size=DIGEST_BYTES, key=self._key).digest()
+
+    def copy(self, data: memoryview, target: memoryview) -> bytes:
+        """Copy `data` to `target`, of the same length; returns the target's content hash.
+
+        What was copied is hashed before it leaves the processor's cache: half the cost of a pass of
+        its own over a megabyte (`docs/log.md`).
+        """
+        if len(target) <= PIECE_BYTES:
+            target[:] = data
+            return xxhash.xxh3_128_digest(target, self._seed)
+        content = xxhash.xxh3_128(seed=self._seed)
+        for start in range(0, len(target), PIECE_BYTES):
+            piece = target[start : start + PIECE_BYTES]
+            piece[:] = data[start : start + PIECE_BYTES]
+            content.update(piece)
+        return content.digest()
 
 
 def _prefix_chain(tokens: Sequence[int], block_size: int, root: bytes) -> list[bytes]:

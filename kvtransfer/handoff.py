@@ -22,10 +22,11 @@ from wire.logprobs import Logprobs
 from wire.messages import Commit, Grant, TransferRecord, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle
 
-CREDIT_BYTES = 4 << 20
+CREDIT_BYTES = 16 << 20
 """The receiver gathers acknowledgements up to this size; so many bytes may stay unacknowledged.
 
-Each one is a message on a busy loop: 4 MB instead of 1 MB made shm a fifth faster (`docs/log.md`).
+Half of the usual window: each one is a message on a busy loop, and costs as much as several units
+(`docs/log.md`).
 """
 
 MAX_ASK_S = 8.0

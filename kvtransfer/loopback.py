@@ -68,7 +68,7 @@ class LoopbackNetwork:
             return
         num_bytes = 0
         try:
-            landing.view[: len(data)] = data
+            landing.fill(data)
             num_bytes = len(data)
         finally:
             landing.end(num_bytes)

@@ -174,7 +174,8 @@ class KVReceiver:
             self._settle()
             self._drop(sender, header, "stale")
             return None
-        return _BlockLanding(self, lease, lease.units[header.unit], header)
+        sealer = self._incoming[lease.number].sealer
+        return _BlockLanding(self, lease, lease.units[header.unit], header, sealer)
 
     def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
         digest = None
@@ -198,7 +199,7 @@ class KVReceiver:
         if place_of(landing.unit, self._memory.layout) is None:
             block = self._memory.block_bytes(landing.header.handle.block_id)
             scatter(landing.unit, landing.view, block, self._memory.layout)
-        return incoming.sealer.digest(landing.unit, landing.view)
+        return incoming.sealer.digest(landing.unit, landing.view, landing.content)
 
     def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
         """The unit's part of the block, or a buffer that `scatter` spreads over the slots."""
@@ -254,12 +255,30 @@ class KVReceiver:
 class _BlockLanding:
     """See Landing: the place of one unit under one lease."""
 
-    def __init__(self, receiver: KVReceiver, lease: Lease, unit: Unit, header: UnitHeader) -> None:
+    __slots__ = ("_receiver", "_sealer", "content", "header", "lease", "unit", "view")
+
+    def __init__(
+        self,
+        receiver: KVReceiver,
+        lease: Lease,
+        unit: Unit,
+        header: UnitHeader,
+        sealer: UnitSealer,
+    ) -> None:
         self.lease = lease
         self.unit = unit
         self.header = header
         self.view = receiver._landing_view(unit, header)
+        self.content: bytes | None = None  # the hash of all of `view`, where `fill` computed it
         self._receiver = receiver
+        self._sealer = sealer
+
+    def fill(self, data: memoryview) -> None:
+        if len(data) == len(self.view):
+            self.content = self._sealer.copy(data, self.view)
+        else:  # never verified
+            size = min(len(data), len(self.view))
+            self.view[:size] = data[:size]
 
     def end(self, num_bytes: int) -> None:
         self._receiver._landed(self, num_bytes)

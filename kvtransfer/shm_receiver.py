@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 
 from kvtransfer.shared_memory import MappedMemory
 from kvtransfer.shm_connection import MAX_PEERS, listen, receive_pool, same_user
 from kvtransfer.shm_stream import ANSWER, PlacedUnit, UnitParser
-from kvtransfer.transport import TransferStats, UnitSink
+from kvtransfer.transport import Landing, TransferStats, UnitSink
 from wire.codec import Envelope
 from wire.errors import WireError
 from wire.messages import UnitHeader
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 64 << 10
 _TURN_BYTES = 4 << 20  # copied before the loop gets its turn again
 _UNIT_BYTES = 32 << 10  # what a unit costs besides its bytes, in bytes
+_ANSWER_BYTES = 16 << 20  # an answer wakes the sender: a stream of units gets one for so many bytes
 _PAUSE_S = 1.0  # without a free descriptor nobody is let in for so long
 
 
@@ -79,24 +81,55 @@ class ShmUnitReceiver:
         self._stats.units_dropped["stale"] += 1
         return False
 
-    def place(self, sender: NodeId, header: UnitHeader, source: memoryview) -> None:
-        """Put a unit where its lease says."""
-        landing = self._sink.begin(sender, header)
-        if landing is None:
-            return
-        received = 0
+    def place(self, sender: NodeId, units: Iterable[tuple[UnitHeader, memoryview]]) -> None:
+        """Put units where their leases say: first all places, then all bytes, then all ends.
+
+        In turns with the copies, each of which fills the processor's cache with other things, the
+        same few lines of Python take four times as long.
+        """
+        copies = [copy for header, source in units if (copy := self._begin(sender, header, source))]
+        for copy in copies:
+            copy.carry_out()
+        for copy in copies:
+            copy.end()
+
+    def _begin(self, sender: NodeId, header: UnitHeader, source: memoryview) -> _Copy | None:
         try:
-            size = min(len(source), len(landing.view))
-            landing.view[:size] = source[:size]
-            received = len(source)
-        finally:
-            landing.end(received)
+            landing = self._sink.begin(sender, header)
+        except Exception:  # a bug there must not end the connection for the others' units
+            log.exception("a unit was not handled")
+            return None
+        return _Copy(landing, source) if landing else None
 
     def malformed(self, reason: object) -> None:
         """A connection is closed for what came over it."""
         self._stats.units_dropped["malformed"] += 1
         if self._stats.units_dropped["malformed"] == 1:
             log.warning("closed a connection that sent no units: %s", reason)
+
+
+class _Copy:
+    """One unit on its way to its place; a bug in what it meets stops no other one."""
+
+    __slots__ = ("_landing", "_num_bytes", "_source")
+
+    def __init__(self, landing: Landing, source: memoryview) -> None:
+        self._landing = landing
+        self._source = source
+        self._num_bytes = 0  # copied
+
+    def carry_out(self) -> None:
+        try:
+            self._landing.fill(self._source)
+            self._num_bytes = len(self._source)
+        except Exception:
+            log.exception("a unit was not copied")
+
+    def end(self) -> None:
+        try:
+            self._landing.end(self._num_bytes)
+        except Exception:
+            log.exception("a unit was not handled")
 
 
 class _Peer:
@@ -110,6 +143,7 @@ class _Peer:
         self._pool: MappedMemory | None = None
         self._parser = UnitParser(0)
         self._over = 0  # units that are over and were not answered
+        self._over_bytes = 0
         self._working = False
         self._closed = False
         self._loop.add_reader(connection, self._readable)
@@ -156,14 +190,15 @@ class _Peer:
             self.close()
 
     def _work(self) -> None:
-        """Take what was read, but leave the loop its turn: a copy may be long."""
+        """Take what was read, but leave the loop its turn: copies may be long."""
         self._working = False
         if self._closed:
             return
+        units: list[PlacedUnit] = []
         budget = _TURN_BYTES
         try:
-            while budget > 0 and not self._closed and (unit := self._parser.next()):
-                self._take(unit)
+            while budget > 0 and (unit := self._parser.next()):
+                units.append(unit)
                 budget -= unit.header.num_bytes + _UNIT_BYTES
         except WireError as error:
             self._receiver.malformed(error)
@@ -172,21 +207,19 @@ class _Peer:
         self._working = budget <= 0
         if self._working:
             self._loop.call_soon(self._work)
-        self._answer()
+        self._place(units)
+        self._over_bytes += _TURN_BYTES - budget
+        if not self._working or self._over_bytes >= _ANSWER_BYTES:
+            self._answer()
 
-    def _take(self, unit: PlacedUnit) -> None:
+    def _place(self, units: list[PlacedUnit]) -> None:
+        if not units:
+            return
         assert self._pool is not None
         assert self._sender is not None
-        if unit.inline is not None:
-            source = memoryview(unit.inline)
-        else:
-            source = self._pool.part(unit.offset, unit.header.num_bytes)
-        try:
-            with source:
-                self._receiver.place(self._sender, unit.header, source)
-        except Exception:  # a bug there must not end the connection for the others' units
-            log.exception("a unit was not handled")
-        self._over += 1
+        pool = self._pool
+        self._receiver.place(self._sender, [(unit.header, _source(unit, pool)) for unit in units])
+        self._over += len(units)
 
     def _answer(self) -> None:
         if not self._over or self._closed:
@@ -198,8 +231,14 @@ class _Peer:
         except OSError:
             self.close()
         else:
-            self._over = 0
+            self._over = self._over_bytes = 0
 
     def _answer_late(self) -> None:
         self._loop.remove_writer(self._socket)
         self._answer()
+
+
+def _source(unit: PlacedUnit, pool: MappedMemory) -> memoryview:
+    if unit.inline is not None:
+        return memoryview(unit.inline)
+    return pool.part(unit.offset, unit.header.num_bytes)

@@ -10,7 +10,7 @@ Who speaks to whom was said in the hello.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from wire.errors import MalformedMessage
 from wire.messages import UnitHeader
@@ -20,12 +20,11 @@ UNIT = struct.Struct("<Q32sBIQIQIIIQ")  # the place, an offset in the pool, come
 ANSWER = struct.Struct("<I")
 INLINE = (1 << 64) - 1
 MAX_INLINE_BYTES = 64 << 20
-_COUNT_LIMIT = 1 << 31
+_COUNT_LIMIT = 1 << 31  # a power of two: no count reaches it if all of them together do not
 _SECRET_BYTES = range(16, 33)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedUnit:
+class PlacedUnit(NamedTuple):
     """A unit, and where its bytes are: at `offset` of the sender's pool, or here."""
 
     header: UnitHeader
@@ -51,12 +50,12 @@ def pack(header: UnitHeader, place: int) -> bytes:
     )
 
 
-def unpack(data: bytes | bytearray) -> tuple[UnitHeader, int]:
-    """Header and place. Raises MalformedMessage where a field is out of its bounds."""
+def unpack(data: bytes | bytearray, start: int = 0) -> tuple[UnitHeader, int]:
+    """Header and place at `start`. Raises MalformedMessage where a field is out of its bounds."""
     lease, secret, secret_bytes, unit, epoch, block_id, generation, start, end, size, place = (
-        UNIT.unpack_from(data)
+        UNIT.unpack_from(data, start)
     )
-    if max(unit, block_id, start, end, size) >= _COUNT_LIMIT or secret_bytes not in _SECRET_BYTES:
+    if unit | block_id | start | end | size >= _COUNT_LIMIT or secret_bytes not in _SECRET_BYTES:
         raise MalformedMessage("not a unit's header")
     handle = BlockHandle(epoch, block_id, generation)
     return UnitHeader(lease, secret[:secret_bytes], unit, handle, start, end, size), place
@@ -72,9 +71,12 @@ class UnitParser:
     def __init__(self, pool_bytes: int) -> None:
         self._pool_bytes = pool_bytes
         self._buffer = bytearray()
+        self._start = 0  # of what is left of it
         self._head: tuple[UnitHeader, int] | None = None  # its inline bytes are to come
 
     def feed(self, data: bytes) -> None:
+        del self._buffer[: self._start]
+        self._start = 0
         self._buffer += data
 
     def next(self) -> PlacedUnit | None:
@@ -83,24 +85,32 @@ class UnitParser:
         Raises:
             MalformedMessage: this is no such stream; nothing after it can be understood.
         """
-        if self._head is None:
-            if len(self._buffer) < UNIT.size:
-                return None
-            self._head = self._next_head()
-        header, place = self._head
+        head = self._head or self._next_head()
+        if head is None:
+            return None
+        header, place = head
         inline = None
         if place == INLINE:
-            if len(self._buffer) < header.num_bytes:
+            inline = self._take(header.num_bytes)
+            self._head = head if inline is None else None
+            if inline is None:
                 return None
-            inline = self._buffer[: header.num_bytes]
-            del self._buffer[: header.num_bytes]
-        self._head = None
         return PlacedUnit(header, place, inline)
 
-    def _next_head(self) -> tuple[UnitHeader, int]:
-        header, place = unpack(self._buffer)
-        del self._buffer[: UNIT.size]
+    def _next_head(self) -> tuple[UnitHeader, int] | None:
+        if len(self._buffer) - self._start < UNIT.size:
+            return None
+        header, place = unpack(self._buffer, self._start)
+        self._start += UNIT.size
         limit = MAX_INLINE_BYTES if place == INLINE else self._pool_bytes - place
         if header.num_bytes > limit:
             raise MalformedMessage("a unit that is larger than its place")
         return header, place
+
+    def _take(self, num_bytes: int) -> bytearray | None:
+        end = self._start + num_bytes
+        if len(self._buffer) < end:
+            return None
+        taken = self._buffer[self._start : end]
+        self._start = end
+        return taken

@@ -43,6 +43,14 @@ class Landing(Protocol):
     @property
     def view(self) -> memoryview: ...
 
+    def fill(self, data: memoryview) -> None:
+        """Copy `data` into `view`, as far as it fits.
+
+        For a transport that has the bytes in memory: this way they are verified while they are in
+        the processor's cache.
+        """
+        ...
+
     def end(self, num_bytes: int) -> None:
         """The bytes are in `view`; `num_bytes` is how many really came."""
         ...

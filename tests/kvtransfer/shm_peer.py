@@ -32,6 +32,9 @@ class OneBlock:
     def begin(self, sender: NodeId, header: UnitHeader) -> OneBlock:
         return self
 
+    def fill(self, data: memoryview) -> None:
+        self.view[:] = data
+
     def end(self, num_bytes: int) -> None:
         self.landed += 1
 

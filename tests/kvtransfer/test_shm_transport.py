@@ -192,9 +192,9 @@ def test_full_units_go_by_place_and_partial_ones_inline(monkeypatch: pytest.Monk
         seen: list[tuple[bool, int]] = []
         place = both.receiver.place
 
-        def watch(sender: NodeId, unit: UnitHeader, source: memoryview) -> None:
-            seen.append((source.readonly, len(source)))
-            place(sender, unit, source)
+        def watch(sender: NodeId, units: list[tuple[UnitHeader, memoryview]]) -> None:
+            seen.extend((source.readonly, len(source)) for _, source in units)
+            place(sender, units)
 
         monkeypatch.setattr(both.receiver, "place", watch)
         await both.hand_over(11)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.handoff import CREDIT_BYTES, HandoffState
+from kvtransfer.handoff import HandoffState
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.loopback import Delivery
 from tests.kvtransfer.rig import DECODE, ID, LAYOUT, PREFILL, TTL, Rig, quiet, until
@@ -29,7 +29,14 @@ from wire.messages import (
 from wire.types import AttemptId, NodeId, TransportAddress
 
 LARGE = KVLayout(num_layers=2, num_kv_heads=4, head_dim=4096, block_size=4, dtype="float32")
-assert LARGE.block_bytes == CREDIT_BYTES // 4
+CREDIT_BYTES = 4 * LARGE.block_bytes
+
+
+@pytest.fixture(autouse=True)
+def small_credits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acknowledgements after few blocks."""
+    for module in ("handoff", "receiver"):
+        monkeypatch.setattr(f"kvtransfer.{module}.CREDIT_BYTES", CREDIT_BYTES)
 
 
 def run(body: Coroutine[Any, Any, None]) -> None:

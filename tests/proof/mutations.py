@@ -149,7 +149,7 @@ def _place_anyway(receiver: KVReceiver, landing: Any, num_bytes: int) -> bytes |
     return incoming.sealer.digest(landing.unit, landing.view) if incoming else None
 
 
-def _sealed_loosely(sealer: UnitSealer, unit: Any, data: bytes | memoryview) -> bytes:
+def _sealed_loosely(sealer: UnitSealer, unit: Any, data: bytes | memoryview, *_: Any) -> bytes:
     """A digest that binds nothing."""
     return b"0" * 16
 

@@ -192,6 +192,9 @@ class Block:
         self.view = view
         self._sink = sink
 
+    def fill(self, data: memoryview) -> None:
+        self.view[:] = data
+
     def end(self, num_bytes: int) -> None:
         assert num_bytes == len(self.view), "the unit came whole"
         self._sink.landed()

@@ -64,7 +64,8 @@ class UnitSealer:
             unit.head_start,
             unit.head_end,
         )
-        content = content or xxhash.xxh3_128_digest(data, self._seed)
+        if content is None:
+            content = xxhash.xxh3_128_digest(data, self._seed)
         sealed = place + self._chain[unit.block] + content + self._context
         return blake2b(sealed, digest_size=DIGEST_BYTES, key=self._key).digest()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.digest import DIGEST_BYTES, UnitSealer
+from kvtransfer import digest
+from kvtransfer.digest import DIGEST_BYTES, PIECE_BYTES, UnitSealer
 from kvtransfer.units import Unit
 from tests.kvtransfer.pool import unit_of
 from wire.types import AttemptId
@@ -98,3 +102,46 @@ def test_names_cannot_run_into_each_other() -> None:
         for lease, attempt, request in [(1, 2, "3/r"), (1, 2, "3"), (0x12, 3, "r"), (1, 23, "r")]
     }
     assert len(seals) == 4
+
+
+@pytest.mark.parametrize("length", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES - 1])
+def test_bytes_hashed_while_they_are_copied(length: int) -> None:
+    sealer = UnitSealer(**TRUTH)
+    data = random.Random(length).randbytes(length)
+    target = bytearray(length)
+    content = sealer.copy(memoryview(data), memoryview(target))
+    assert target == data
+    assert sealer.digest(UNIT, b"not looked at", content) == sealer.digest(UNIT, data)
+
+
+@pytest.mark.parametrize("length", [PIECE_BYTES, 2 * PIECE_BYTES])
+def test_the_copy_is_hashed_and_not_what_its_owner_may_change(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender may reuse its block at any time; what was verified must be what is kept."""
+    source, target = bytearray(b"1" * length), bytearray(length)
+
+    class Late:
+        """Everything is hashed after the sender's block has got another content."""
+
+        def __init__(self, seed: int) -> None:
+            self._hash = xxhash.xxh3_128(seed=seed)
+
+        def update(self, data: memoryview) -> None:
+            source[:] = b"2" * length
+            self._hash.update(data)
+
+        def digest(self) -> bytes:
+            return self._hash.digest()
+
+    def late_digest(data: memoryview, seed: int) -> bytes:
+        source[:] = b"2" * length
+        return xxhash.xxh3_128_digest(data, seed)
+
+    sealer = UnitSealer(**TRUTH)
+    late = SimpleNamespace(xxh3_128=Late, xxh3_128_digest=late_digest)
+    with monkeypatch.context() as patched:
+        patched.setattr(digest, "xxhash", late)
+        content = sealer.copy(memoryview(source), memoryview(target))
+    assert source == b"2" * length
+    assert sealer.digest(UNIT, b"", content) == sealer.digest(UNIT, memoryview(target))

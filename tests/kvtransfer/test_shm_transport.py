@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import LeaseState
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
 from kvtransfer.shm_connection import HELLO, MAGIC
@@ -691,6 +692,33 @@ def test_bugs_elsewhere_stop_no_other_unit(
     run(body())
     messages = [record.message for record in caplog.records]
     assert messages == ["a unit was not handled", "the end of a send was not handled"]
+
+
+def test_a_copy_that_fails_rejects_its_lease_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        both = ShmRig()
+        copy, failures = UnitSealer.copy, iter([False, True])
+
+        def fail_once(sealer: UnitSealer, data: memoryview, target: memoryview) -> bytes:
+            if next(failures, False):
+                raise MemoryError
+            return copy(sealer, data, target)
+
+        monkeypatch.setattr(UnitSealer, "copy", fail_once)
+        unlucky, lucky = (both.rig.reserve(12, id=AttemptId(f"r{n}", 1)) for n in range(2))
+        both.rig.hand_over(unlucky)
+        both.rig.hand_over(lucky)
+        await both.rig.until_ended()
+        assert (unlucky.lease.state, unlucky.lease.cause) == (LeaseState.REJECTED, "transport")
+        assert lucky.lease.state is LeaseState.COMMITTED
+        assert both.rig.identical(lucky)
+        both.rig.check_balance()
+        both.close()
+
+    run(body())
+    assert [record.message for record in caplog.records] == ["a unit was not copied"]
 
 
 def test_no_unit_is_sent_whose_inline_part_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e import inside
+from tests.e2e.client import Answer
 
 ROOT = Path(__file__).parents[2]
 _START_TIMEOUT_S = 60.0
@@ -146,7 +147,7 @@ class Fleet:
         self.model = model
         self.router: Process | None = None
         self.nodes: dict[str, Process] = {}
-        self.known: dict[object, str] = {}  # right answers, by question
+        self.known: dict[object, Answer] = {}  # right ones, by question
         self._all: list[Process] = []
 
     @property
@@ -255,8 +256,8 @@ class Fleet:
             assert time.monotonic() < deadline, f"blocks (free, cached, capacity): {counts}"
             time.sleep(0.1)
         for name, node in self.nodes.items():
-            contradiction = node.look()["contradiction"]
-            assert not contradiction, f"{name}: {contradiction}"
+            books = node.look()
+            assert not books["contradiction"], f"{name}: {books}"
 
     def close(self) -> None:
         """End everything; what does not end by itself is killed."""

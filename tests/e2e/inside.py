@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from tests.e2e import damage  # noqa: F401  (registers its mischief)
 from tests.e2e.mischief import MISCHIEF, Inside
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Books(TypedDict):
 
     blocks: dict[str, int]  # by state
     attempts: int
-    open: int  # leases or handoffs
+    leases: list[int]  # that are open, given or taken
     contradiction: str  # what `check_integrity` says, empty where all is well
     done: list[str]  # what mischief did, in order
 
@@ -99,7 +100,7 @@ def _look(inside: Inside) -> Books:
     return Books(
         blocks={name: getattr(counts, name) for name in counts.__slots__},
         attempts=inside.role.num_attempts,
-        open=inside.num_open,
+        leases=inside.leases,
         contradiction=_contradiction(shell),
         done=inside.done,
     )

@@ -39,10 +39,12 @@ class Inside:
         return self.shell._role
 
     @property
-    def num_open(self) -> int:
-        """Live leases of a decode node, handoffs of a prefill node."""
+    def leases(self) -> list[int]:
+        """The numbers of a decode node's live leases, or of a prefill node's handoffs."""
         role = self.role
-        return len(role._receiver.table) if role.name == "decode" else len(role._sender)
+        if role.name == "decode":
+            return list(role._receiver.table._leases)
+        return [out.handoff.grant.lease for out in role._sender._outgoing.values()]
 
     def wrap(self, owner: Any, name: str, around: Call) -> None:
         """Replace `owner.name` by `around(original, *arguments)`."""

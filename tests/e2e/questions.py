@@ -56,12 +56,12 @@ def answer_to(fleet: Fleet, question: Question) -> Answer:
     return asyncio.run(put(fleet, question))
 
 
-def right_answer(fleet: Fleet, question: Question) -> str:
+def right_answer(fleet: Fleet, question: Question) -> Answer:
     """What the undisturbed fleet says; asked once."""
     if question not in fleet.known:
         answer = answer_to(fleet, question)
         assert_whole(answer, question)
-        fleet.known[question] = answer.text
+        fleet.known[question] = answer
     return fleet.known[question]
 
 
@@ -75,4 +75,4 @@ def assert_whole(answer: Answer, question: Question) -> None:
 def assert_right(fleet: Fleet, question: Question, answer: Answer) -> None:
     """It is whole, and word for word the right one."""
     assert_whole(answer, question)
-    assert answer.text == fleet.known[question]
+    assert answer.text == fleet.known[question].text

@@ -1,0 +1,239 @@
+"""Mischief with what travels between nodes, and blindness to it (see mischief.py).
+
+Damage is done at the seams that every transport has: a sender's `send`, and the landing that a
+receiver writes into. Blindness switches off one check in the decode node's process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvtransfer.digest import UnitSealer
+from kvtransfer.lease import LeaseTable
+from kvtransfer.receiver import KVReceiver
+from kvtransfer.transport import Landing
+from prefill_node.peers import PeerLinks
+from tests.e2e.mischief import Call, Inside, mischief
+from wire.messages import Commit, Grant, Message, UnitHeader
+from wire.types import NodeId
+
+Damage = Callable[[UnitHeader, memoryview], tuple[UnitHeader, memoryview]]
+
+
+class _Tampered:
+    """A landing that something happens to when its bytes are there."""
+
+    def __init__(self, landing: Landing, at_end: Callable[[memoryview, int], int]) -> None:
+        self.view = landing.view
+        self._landing = landing
+        self._at_end = at_end
+
+    def end(self, num_bytes: int) -> None:
+        self._landing.end(self._at_end(self.view, num_bytes))
+
+
+def _tamper(inside: Inside, damage: Callable[[UnitHeader, memoryview, int], int]) -> None:
+    """Let `damage(header, view, num_bytes)` have what landed first; it says how much came."""
+
+    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
+        landing = original(receiver, sender, header)
+        if landing is None:
+            return None
+        return _Tampered(landing, lambda view, num_bytes: damage(header, view, num_bytes))
+
+    inside.wrap(KVReceiver, "begin", begin)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@mischief
+def flip_bit(inside: Inside, *, token: int, byte: int, bit: int, times: int) -> None:
+    """Decode node: a bit of the unit that holds a token flips once its transport has placed it."""
+    left = times
+
+    def flip(header: UnitHeader, view: memoryview, num_bytes: int) -> int:
+        nonlocal left
+        if header.token_start <= token < header.token_end and left:
+            left -= 1
+            view[byte] ^= 1 << bit
+            inside.done.append(f"flipped bit {bit} of byte {byte} of unit {header.unit}")
+        return num_bytes
+
+    _tamper(inside, flip)
+
+
+@mischief
+def truncate(inside: Inside, *, token: int, times: int) -> None:
+    """Prefill node: only the first quarter of the unit that holds a token is sent."""
+    left = times
+
+    def send(original: Call, sender: Any, url: Any, to: Any, header: UnitHeader, *rest: Any) -> Any:
+        nonlocal left
+        payload, on_done = rest
+        if header.token_start <= token < header.token_end and left:
+            left -= 1
+            size = header.num_bytes // 4
+            header, payload = replace(header, num_bytes=size), payload[:size]
+            inside.done.append(f"sent {size} bytes of unit {header.unit}")
+        original(sender, url, to, header, payload, on_done)
+
+    _wrap_senders(inside, send)
+
+
+@mischief
+def reuse_sources(inside: Inside) -> None:
+    """Prefill node: when the second request's units leave, their memory holds the first one's.
+
+    As if a block were given out again while a zero-copy send still has to read it.
+    """
+    earlier: dict[int, bytes] = {}
+    leases: list[int] = []
+
+    def send(original: Call, sender: Any, url: Any, to: Any, header: UnitHeader, *rest: Any) -> Any:
+        payload, on_done = rest
+        if header.lease not in leases:
+            leases.append(header.lease)
+        if header.lease == leases[0]:
+            earlier[header.unit] = bytes(payload)
+        elif header.lease == leases[1]:
+            on_done = _overwrite(payload, earlier[header.unit], on_done)
+            inside.done.append(f"overwrote unit {header.unit}")
+        original(sender, url, to, header, payload, on_done)
+
+    _wrap_senders(inside, send)
+
+
+def _overwrite(memory: memoryview, content: bytes, then: Callable[[], None]) -> Callable[[], None]:
+    """Returns what puts the true content back and goes on with `then`."""
+    truth = bytes(memory)
+    memory[:] = content
+
+    def restore() -> None:
+        memory[:] = truth
+        then()
+
+    return restore
+
+
+@mischief
+def swap_blocks(inside: Inside) -> None:
+    """Prefill node: the units of two requests travel under each other's headers."""
+    held: dict[int, tuple[UnitHeader, memoryview, Any]] = {}
+    leases: list[int] = []
+
+    def send(original: Call, sender: Any, url: Any, to: Any, header: UnitHeader, *rest: Any) -> Any:
+        if header.lease not in leases:
+            leases.append(header.lease)
+        if header.lease not in leases[:2]:
+            original(sender, url, to, header, *rest)
+        elif header.unit not in held:
+            held[header.unit] = (header, *rest)
+        else:
+            other, *other_rest = held.pop(header.unit)
+            original(sender, url, to, header, *other_rest)
+            original(sender, url, to, other, *rest)
+            inside.done.append(f"swapped unit {header.unit}")
+
+    _wrap_senders(inside, send)
+
+
+def _wrap_senders(inside: Inside, send: Call) -> None:
+    for sender in inside.role._transports.values():
+        inside.wrap(type(sender), "send", send)
+
+
+@mischief
+def repeat_commits(inside: Inside) -> None:
+    """Prefill node: every commit is said three times, and once more with the next request's."""
+    said: list[tuple[Grant, Message]] = []
+
+    def send(original: Call, peers: Any, grant: Grant, message: Message) -> None:
+        original(peers, grant, message)
+        if isinstance(message, Commit):
+            for _ in range(2):
+                original(peers, grant, message)
+            for earlier in said:
+                original(peers, *earlier)
+            said.append((grant, message))
+            inside.done.append(f"repeated the commit of lease {grant.lease}")
+
+    inside.wrap(PeerLinks, "send", send)
+
+
+@mischief
+def claim_lease(inside: Inside, *, lease: int) -> None:
+    """Prefill node: its next commit names a lease that is somebody else's."""
+
+    def send(original: Call, peers: Any, grant: Grant, message: Message) -> None:
+        if isinstance(message, Commit) and not inside.done:
+            inside.done.append(f"{message.id} claimed lease {lease}")
+            message = replace(message, lease=lease)
+        original(peers, grant, message)
+
+    inside.wrap(PeerLinks, "send", send)
+
+
+# ---------------------------------------------------------------- blindness, for the controls
+
+
+class _Agreeable(bytes):
+    """A digest that no other differs from."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = bytes.__hash__
+
+
+@mischief
+def trust_digests(inside: Inside) -> None:
+    """Decode node: no digest is compared."""
+    inside.wrap(UnitSealer, "digest", lambda original, *args: _Agreeable(original(*args)))
+
+
+@mischief
+def trust_lengths(inside: Inside) -> None:
+    """Decode node: what arrives is taken for whole."""
+    _tamper(inside, lambda header, view, num_bytes: len(view))
+
+
+@mischief
+def trust_claims(inside: Inside) -> None:
+    """Decode node: who names a lease is believed to be the one who has it."""
+
+    def commit(original: Call, table: Any, message: Commit, sender: NodeId, now: float) -> Any:
+        if lease := table._leases.get(message.lease):
+            message = replace(message, id=lease.id, capability=lease.capability)
+            sender = lease.sender
+        return original(table, message, sender, now)
+
+    inside.wrap(LeaseTable, "commit", commit)
+
+
+@mischief
+def trust_late_units(inside: Inside) -> None:
+    """Decode node: a unit is placed where it says, whoever has the block by now."""
+
+    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
+        landing = original(receiver, sender, header)
+        if landing is None:
+            inside.done.append(
+                f"placed unit {header.unit} of lease {header.lease}, which had ended"
+            )
+            return _Late(receiver._memory.block_bytes(header.handle.block_id))
+        return landing
+
+    inside.wrap(KVReceiver, "begin", begin)
+
+
+class _Late:
+    """A landing that nobody accounts for."""
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+
+    def end(self, num_bytes: int) -> None:
+        """The damage is done."""

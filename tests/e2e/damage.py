@@ -19,31 +19,26 @@ from tests.e2e.mischief import Call, Inside, mischief
 from wire.messages import Commit, Grant, Message, UnitHeader
 from wire.types import NodeId
 
-Damage = Callable[[UnitHeader, memoryview], tuple[UnitHeader, memoryview]]
-
 
 class _Tampered:
-    """A landing that something happens to when its bytes are there."""
+    """A landing whose bytes are damaged on the way: before anybody has verified them."""
 
-    def __init__(self, landing: Landing, at_end: Callable[[memoryview, int], int]) -> None:
+    def __init__(self, landing: Landing, damage: Callable[[memoryview], None]) -> None:
         self.view = landing.view
         self._landing = landing
-        self._at_end = at_end
+        self._damage = damage
+        self._damaged = False
+
+    def fill(self, data: memoryview) -> None:
+        copy = memoryview(bytearray(data))
+        self._damage(copy)
+        self._damaged = True
+        self._landing.fill(copy)
 
     def end(self, num_bytes: int) -> None:
-        self._landing.end(self._at_end(self.view, num_bytes))
-
-
-def _tamper(inside: Inside, damage: Callable[[UnitHeader, memoryview, int], int]) -> None:
-    """Let `damage(header, view, num_bytes)` have what landed first; it says how much came."""
-
-    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
-        landing = original(receiver, sender, header)
-        if landing is None:
-            return None
-        return _Tampered(landing, lambda view, num_bytes: damage(header, view, num_bytes))
-
-    inside.wrap(KVReceiver, "begin", begin)
+        if not self._damaged:
+            self._damage(self.view)
+        self._landing.end(num_bytes)
 
 
 # ---------------------------------------------------------------- damage
@@ -54,15 +49,19 @@ def flip_bit(inside: Inside, *, token: int, byte: int, bit: int, times: int) -> 
     """Decode node: a bit of the unit that holds a token flips once its transport has placed it."""
     left = times
 
-    def flip(header: UnitHeader, view: memoryview, num_bytes: int) -> int:
-        nonlocal left
-        if header.token_start <= token < header.token_end and left:
-            left -= 1
-            view[byte] ^= 1 << bit
-            inside.done.append(f"flipped bit {bit} of byte {byte} of unit {header.unit}")
-        return num_bytes
+    def flip(data: memoryview) -> None:
+        data[byte] ^= 1 << bit
+        inside.done.append(f"flipped bit {bit} of byte {byte}")
 
-    _tamper(inside, flip)
+    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
+        nonlocal left
+        landing = original(receiver, sender, header)
+        if landing is None or not left or not header.token_start <= token < header.token_end:
+            return landing
+        left -= 1
+        return _Tampered(landing, flip)
+
+    inside.wrap(KVReceiver, "begin", begin)
 
 
 @mischief
@@ -197,7 +196,24 @@ def trust_digests(inside: Inside) -> None:
 @mischief
 def trust_lengths(inside: Inside) -> None:
     """Decode node: what arrives is taken for whole."""
-    _tamper(inside, lambda header, view, num_bytes: len(view))
+
+    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
+        landing = original(receiver, sender, header)
+        return _Long(landing) if landing is not None else None
+
+    inside.wrap(KVReceiver, "begin", begin)
+
+
+class _Long:
+    """A landing that does not hear how much came."""
+
+    def __init__(self, landing: Landing) -> None:
+        self.view = landing.view
+        self.fill = landing.fill
+        self._end = landing.end
+
+    def end(self, num_bytes: int) -> None:
+        self._end(len(self.view))
 
 
 @mischief
@@ -234,6 +250,9 @@ class _Late:
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
+
+    def fill(self, data: memoryview) -> None:
+        self.view[: len(data)] = data
 
     def end(self, num_bytes: int) -> None:
         """The damage is done."""

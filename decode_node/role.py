@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from engine.plan import StepResult
+from engine.plan import LayerProgress, StepResult
 from engine.request import Request
 from engine.reservations import Reservation
 from kvtransfer.lease import Lease, LeaseState, LeaseTable
@@ -284,6 +284,9 @@ class DecodeRole:
             if progress.finish_reason is not None:
                 del self._running[request]
         self._outbox.flush()
+
+    def on_layers(self, progress: LayerProgress) -> None:
+        """Nothing leaves a decode node before its step is done."""
 
     # ------------------------------------------------------------ endings
 

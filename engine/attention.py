@@ -6,6 +6,7 @@ of the model's forward pass, which hands it down to every layer; nothing is glob
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class AttentionBatch:
     requests: tuple[RequestRows, ...]
     slot_mapping: SlotMapping
     masks: Masks = field(default_factory=dict)
+    on_layer: Callable[[int], None] | None = None  # is told which layer has written its KV
 
 
 class MissingBatch(RuntimeError):
@@ -54,6 +56,8 @@ def paged_attention_forward(
     store = attention_batch.store
     rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
     store.write(layer, attention_batch.slot_mapping, rows[1], rows[2])
+    if attention_batch.on_layer is not None:
+        attention_batch.on_layer(layer)
     output = paged_attention_sdpa(
         rows[0],
         store.keys(layer),

@@ -7,7 +7,7 @@ blocks of the requests in the step are theirs: an abort of one of them takes eff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
 from engine.logprobs import sampling_logits, step_logprobs
-from engine.plan import RequestProgress, StepPlan, StepResult
+from engine.plan import LayerProgress, OnLayers, RequestProgress, StepPlan, StepResult
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
@@ -29,8 +29,13 @@ from wire.types import BlockHandle, NodeLoad
 class Runner(Protocol):
     """Executes a plan on a model and its KV pool."""
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Each request's last `num_logits` rows in the plan's order, fp32 [rows, vocabulary]."""
+    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        """Each request's last `num_logits` rows in the plan's order, fp32 [rows, vocabulary].
+
+        Args:
+            on_layers: is told from within the forward pass how many layers have written the KV of
+                all the plan's tokens to memory.
+        """
         ...
 
 
@@ -60,11 +65,15 @@ class Engine:
         self._lock = Lock()
         self._num_steps = 0
         self._step_request_ids: tuple[str, ...] = ()
+        self.layer_marks: frozenset[int] = frozenset()
+        """After how many layers a prefill step reports progress; none costs nothing."""
 
     # ------------------------------------------------------------ the step
 
-    def step(self) -> StepResult | None:
+    def step(self, on_layers: OnLayers | None = None) -> StepResult | None:
         """Schedule → run → sample → commit; None if nothing can be computed now.
+
+        `on_layers` is called from the forward pass after the layers that `layer_marks` names.
 
         An error of the runner or the sampler comes through. The step has then not happened: its
         requests (`step_request_ids`) are as before and may be tried again or aborted.
@@ -73,7 +82,7 @@ class Engine:
         if not plan.scheduled:
             return None
         try:
-            logits = self._runner.run(plan)
+            logits = self._runner.run(plan, self._layer_report(plan, on_layers))
             tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
             logprobs = step_logprobs(plan, logits, tokens)
         except BaseException:
@@ -87,6 +96,24 @@ class Engine:
             plan = self._scheduler.plan()
             self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
             return plan
+
+    def _layer_report(
+        self, plan: StepPlan, on_layers: OnLayers | None
+    ) -> Callable[[int], None] | None:
+        """What tells `on_layers` of the plan's blocks; None where there is nothing to tell."""
+        marks = self.layer_marks
+        if on_layers is None or not marks:
+            return None
+        with self._lock:
+            finished = self._scheduler.blocks_to_finish(plan)
+        if not finished:
+            return None
+
+        def report(num_layers: int) -> None:
+            if num_layers in marks:
+                on_layers(LayerProgress(num_layers, finished))
+
+        return report
 
     def _commit(
         self, plan: StepPlan, tokens: list[int], logprobs: dict[str, Logprobs]

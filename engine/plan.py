@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.request import Request
@@ -105,6 +106,21 @@ class RequestProgress:
     first step; after a preemption all blocks come again, with other handles."""
     logprobs: Logprobs | None = None
     """Of `new_tokens`, and with the first output token of the whole prompt; where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """In the middle of a step: in its first `num_layers` layers, these blocks are as they will be.
+
+    The step may still fail; then nobody may use what comes of it.
+    """
+
+    num_layers: int
+    finished_blocks: tuple[tuple[str, tuple[tuple[int, BlockHandle], ...]], ...]
+    """Request id, and what will be `RequestProgress.finished_blocks` of this step."""
+
+
+OnLayers = Callable[[LayerProgress], None]
 
 
 @dataclass(frozen=True, slots=True)

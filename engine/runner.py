@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,24 +23,31 @@ class ModelRunner:
         self._device = store.blocks.device
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Tensor:
-        """One forward pass. fp32 logits [needed rows, vocab], in the plan's order."""
+    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
         needed = self._tensor(_needed_rows(plan))
         output = self._model(
             input_ids=self._tensor(_token_ids(plan)).unsqueeze(0),
             position_ids=self._tensor(_positions(plan)).unsqueeze(0),
             use_cache=False,
             logits_to_keep=needed,
-            attention_batch=self._attention_batch(plan),
+            attention_batch=self._attention_batch(plan, on_layers),
         )
         logits: Tensor = output.logits
         return logits.squeeze(0).float()
 
-    def _attention_batch(self, plan: StepPlan) -> AttentionBatch:
+    def _attention_batch(
+        self, plan: StepPlan, on_layers: Callable[[int], None] | None
+    ) -> AttentionBatch:
         block_size = self._store.layout.block_size
         slots = [slot for item in plan.scheduled for slot in _slots(item, block_size)]
         blocks, offsets = self._tensor([b for b, _ in slots]), self._tensor([o for _, o in slots])
-        return AttentionBatch(self._store, tuple(self._request_rows(plan)), (blocks, offsets))
+        return AttentionBatch(
+            self._store,
+            tuple(self._request_rows(plan)),
+            (blocks, offsets),
+            on_layer=_LayerCount(on_layers) if on_layers else None,
+        )
 
     def _request_rows(self, plan: StepPlan) -> list[RequestRows]:
         rows, first_row = [], 0
@@ -51,6 +60,22 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+class _LayerCount:
+    """Counts the layers that are done in order; one that comes early is never reported.
+
+    Only on a CPU is a layer's KV in memory when its call returns.
+    """
+
+    def __init__(self, on_layers: Callable[[int], None]) -> None:
+        self._on_layers = on_layers
+        self._num_layers = 0
+
+    def __call__(self, layer: int) -> None:
+        if layer == self._num_layers:
+            self._num_layers += 1
+            self._on_layers(self._num_layers)
 
 
 def _token_ids(plan: StepPlan) -> list[int]:

@@ -320,13 +320,31 @@ class Scheduler:
 
     def _take_finished_blocks(self, request: Request) -> tuple[tuple[int, BlockHandle], ...]:
         """Blocks that will not change any more and were not reported; call before sampling."""
-        first = request.num_reported_blocks
-        if request.num_behind:
-            end = request.num_computed_tokens // self._config.block_size
+        finished = self._finished_blocks(request, request.num_computed_tokens)
+        request.num_reported_blocks += len(finished)
+        return finished
+
+    def _finished_blocks(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[tuple[int, BlockHandle], ...]:
+        """Not reported blocks that do not change once so much is computed."""
+        if num_computed_tokens < request.num_tokens:
+            end = num_computed_tokens // self._config.block_size
         else:
             end = len(request.block_table)
-        request.num_reported_blocks = end
-        return tuple((i, self._pool.handle(request.block_table[i])) for i in range(first, end))
+        blocks = range(request.num_reported_blocks, end)
+        return tuple((i, self._pool.handle(request.block_table[i])) for i in blocks)
+
+    def blocks_to_finish(
+        self, plan: StepPlan
+    ) -> tuple[tuple[str, tuple[tuple[int, BlockHandle], ...]], ...]:
+        """By request, the blocks that the planned step will report as finished."""
+        return tuple(
+            (item.request.request_id, finished)
+            for item in plan.scheduled
+            if item.request.prefill_only
+            and (finished := self._finished_blocks(item.request, item.end))
+        )
 
     def _leave_if_done(self, request: Request) -> None:
         """Free the seat of a request that sampled its last token here."""

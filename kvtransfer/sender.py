@@ -18,7 +18,7 @@ from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
 from kvtransfer.relay import gather
 from kvtransfer.transfer_meter import TransferMeter
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
-from kvtransfer.units import Unit
+from kvtransfer.units import Unit, bounds
 from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
 from wire.logprobs import Logprobs
@@ -136,19 +136,41 @@ class KVSender:
             self._choice.choose(grant),
         )
 
-    def blocks_finished(self, id: AttemptId, blocks: Iterable[tuple[int, BlockHandle]]) -> None:
-        """Blocks of the request are computed: (index in its block table, local handle) each."""
+    @property
+    def layer_marks(self) -> frozenset[int]:
+        """After how many layers of a forward pass some handoff has something to send."""
+        num_layers = self._memory.layout.num_layers
+        cuts = {out.handoff.grant.geometry.num_layer_groups for out in self._outgoing.values()}
+        return frozenset(mark for cut in cuts for mark in bounds(0, num_layers, cut)[1:-1])
+
+    def blocks_finished(
+        self,
+        id: AttemptId,
+        blocks: Iterable[tuple[int, BlockHandle]],
+        num_layers: int | None = None,
+    ) -> None:
+        """Blocks of the request are computed: (index in its block table, local handle) each.
+
+        Args:
+            num_layers: only so many layers are, the step goes on; None: all, the step is done.
+        """
         out = self._outgoing.get(id)
         if out is None:
             return
-        out.meter.pass_over(self._clock())
+        if num_layers is None:
+            out.meter.pass_over(self._clock())
+            num_layers = self._memory.layout.num_layers
         for index, source in blocks:
             for unit in out.units.get(index, ()):
-                # A stale source belongs to a preempted run; the block comes again when recomputed.
-                if out.handoff.wants(unit.index) and self._memory.begin_io(source):
-                    digest = out.sealer.digest(unit, self._payload(unit, source))
-                    out.handoff.offer(unit.index, source, digest)
+                if unit.layer_end <= num_layers and out.handoff.wants(unit.index):
+                    self._seal(out, unit, source)
         self._pump(out)
+
+    def _seal(self, out: _Outgoing, unit: Unit, source: BlockHandle) -> None:
+        # A stale source belongs to a preempted run; the block comes again when recomputed.
+        if self._memory.begin_io(source):
+            digest = out.sealer.digest(unit, self._payload(unit, source))
+            out.handoff.offer(unit.index, source, digest)
 
     def first_token(
         self, id: AttemptId, output_tokens: Sequence[int], logprobs: Logprobs | None = None

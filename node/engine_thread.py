@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from engine.engine import Engine
-from engine.plan import StepResult
+from engine.plan import OnLayers, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class EngineThread:
 
     Args:
         on_result: called in the event loop after every step.
+        on_layers: called in the event loop in the middle of a step (see Engine.step).
         on_failure: called in the event loop when a step raised, with the error and the ids of the
             requests in it, which must be ended there; the next step waits for that.
         on_death: called in the event loop when steps keep failing.
@@ -37,11 +39,13 @@ class EngineThread:
         engine: Engine,
         *,
         on_result: Callable[[StepResult], None],
+        on_layers: OnLayers,
         on_failure: Callable[[Exception, tuple[str, ...]], None],
         on_death: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._on_result = on_result
+        self._on_layers = on_layers
         self._on_failure = on_failure
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -87,7 +91,7 @@ class EngineThread:
         while failures < _MAX_FAILURES and self._wait_for_work():
             began = time.monotonic()
             try:
-                result = self._engine.step()
+                result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
                 log.exception("a step failed")
                 failures += 1

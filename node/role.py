@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from engine.plan import StepResult
+from engine.plan import LayerProgress, StepResult
 from kvtransfer.transport import TransferStats
 from node.router_link import RouterLink
 from wire.messages import Message
@@ -47,6 +47,10 @@ class Role(Protocol):
 
     def on_step(self, result: StepResult) -> None:
         """A step is done."""
+        ...
+
+    def on_layers(self, progress: LayerProgress) -> None:
+        """A step is under way: see Engine.step."""
         ...
 
     def fail(self, request_ids: Collection[str], cause: str, message: str) -> None:

@@ -129,6 +129,7 @@ class NodeShell:
         self._thread = EngineThread(
             self.engine,
             on_result=self._on_step,
+            on_layers=self._role.on_layers,
             on_failure=self._step_failed,
             on_death=lambda: self._die("the engine fails at every step"),
         )

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from engine.plan import RequestProgress, StepResult
+from engine.plan import LayerProgress, RequestProgress, StepResult
 from engine.request import Request
 from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
@@ -131,6 +132,7 @@ class PrefillRole:
         except TransferError as error:
             self._refuse(link, id, error.cause, str(error), retryable=error.cause != "layout")
             return
+        self._engine.layer_marks = self._sender.layer_marks
         clock = AttemptClock(time.monotonic())
         work = self._work[id.request] = _Work(id, link, request, message.grant is not None, clock)
         self._outbox.open(id, link, base=request.num_output_tokens)
@@ -169,17 +171,27 @@ class PrefillRole:
             work = self._by_key(progress.request_id)
             if work is not None:
                 work.clock.step_over(now, result.seconds)
-                self._try_advance(work, progress)
+                self._try_advance(work, partial(self._advance, work, progress))
         self._outbox.flush()
+
+    def on_layers(self, progress: LayerProgress) -> None:
+        """The blocks of a step leave layer group by layer group, while the next ones compute."""
+        for request_id, blocks in progress.finished_blocks:
+            work = self._by_key(request_id)
+            if work is not None and work.handed_over:
+                advance = partial(
+                    self._sender.blocks_finished, work.id, blocks, progress.num_layers
+                )
+                self._try_advance(work, advance)
 
     def _by_key(self, request_id: str) -> _Work | None:
         request, _, attempt = request_id.rpartition("/")
         work = self._work.get(request)
         return work if work is not None and work.id.attempt == int(attempt) else None
 
-    def _try_advance(self, work: _Work, progress: RequestProgress) -> None:
+    def _try_advance(self, work: _Work, advance: Callable[[], None]) -> None:
         try:
-            self._advance(work, progress)
+            advance()
         except Exception as error:  # a bug met by one request must not end the others of the step
             log.exception("%s cannot go on", work.id)
             self._fail_those([work], "internal", f"the handoff cannot go on: {error}")
@@ -217,6 +229,7 @@ class PrefillRole:
 
     def _handoff_ended(self, handoff: Handoff) -> None:
         """Called once per handoff, whatever ended it."""
+        self._engine.layer_marks = self._sender.layer_marks
         work = self._work.get(handoff.id.request)
         if work is None or work.id != handoff.id:
             return

@@ -43,10 +43,14 @@ class HashRunner:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
         self._kv = [[-1] * block_size for _ in range(num_blocks)]
+        self.num_layers = 1  # that are reported
         self.during_run: Callable[[], None] = lambda: None
 
-    def run(self, plan: StepPlan) -> Tensor:
+    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
         needed = [state for item in plan.scheduled for state in self._compute(item)]
+        if on_layers is not None:
+            for num_layers in range(1, self.num_layers + 1):
+                on_layers(num_layers)
         self.during_run()
         if not needed:
             return torch.empty(0, VOCAB_SIZE)

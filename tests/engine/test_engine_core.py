@@ -460,7 +460,7 @@ def test_a_failed_step_names_its_requests_and_can_be_repeated() -> None:
 
 def test_broken_logits_come_through_as_an_error() -> None:
     class Broken:
-        def run(self, plan: StepPlan) -> Tensor:
+        def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
             return torch.full((len(plan.sampling), VOCAB_SIZE), torch.nan)
 
     config = EngineConfig(block_size=4, num_blocks=8, max_model_len=40)

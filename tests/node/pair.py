@@ -16,12 +16,13 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 import zmq
+from torch import Tensor
 
 from decode_node.role import DecodeRole
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_store import KVStore
-from engine.plan import StepResult
+from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from node.build import BuiltEngine, NodeMemory
 from node.config import NodeConfig
@@ -47,7 +48,7 @@ from wire.messages import (
 from wire.sockets import Hub
 from wire.types import AttemptId, FinishReason, NodeId, SamplingParams
 
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
 ROUTER = NodeId("router", 1)
 SAMPLING = SamplingParams(seed=5, max_tokens=6, ignore_eos=True)
 ID = AttemptId("request", 1)
@@ -55,19 +56,35 @@ PROMPT = tuple(range(1, 11))  # two full blocks and a half
 
 
 class StoreRunner(HashRunner):
-    """Keeps each slot's hash in the keys of a real store."""
+    """Keeps each slot's hash in the keys of a real store, in every layer, one after the other."""
 
     def __init__(self, store: KVStore) -> None:
         super().__init__(0, store.layout.block_size)
-        self._slots = store.blocks.view(torch.int64)[:, 0, 0, :, 0, 0]  # [block, slot]
+        self.num_layers = store.layout.num_layers
+        self._slots = store.blocks.view(torch.int64)[:, :, 0, :, 0, 0]  # [block, layer, slot]
+        self._written: list[tuple[int, int]] = []  # block and slot, in this step
+
+    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        def layer_done(num_layers: int) -> None:
+            if on_layers is not None:
+                on_layers(num_layers)
+            for block, slot in self._written if num_layers < self.num_layers else ():
+                self._slots[block, num_layers, slot] = self._slots[block, 0, slot]
+
+        self._written.clear()
+        return super().run(plan, layer_done)
 
     def read(self, block_id: int, position: int) -> int:
-        return int(self._slots[block_id, position % self._block_size])
+        states = set(self._slots[block_id, :, position % self._block_size].tolist())
+        assert len(states) == 1, f"layers of block {block_id} differ: {states}"
+        return int(states.pop())
 
     def write(self, block_ids: Sequence[int], states: Sequence[int], start: int) -> None:
         for position in range(start, len(states)):
-            block = block_ids[position // self._block_size]
-            self._slots[block, position % self._block_size] = states[position]
+            block, slot = block_ids[position // self._block_size], position % self._block_size
+            self._slots[block, :, slot] = -1
+            self._slots[block, 0, slot] = states[position]
+            self._written.append((block, slot))
 
 
 def build(config: NodeConfig, num_blocks: int, max_model_len: int) -> BuiltEngine:
@@ -181,7 +198,7 @@ class Node(Generic[R]):
 
     def step(self) -> StepResult | None:
         """One step of the engine; the role has not heard of it yet."""
-        return self.engine.step() if self.engine.has_work() else None
+        return self.engine.step(self.role.on_layers) if self.engine.has_work() else None
 
     def work(self) -> bool:
         """One step, and what follows; False if there was none."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 from engine.engine import Engine
-from engine.plan import StepResult
+from engine.plan import LayerProgress, OnLayers, StepResult
 from node import engine_thread
 from node.engine_thread import EngineThread
 
@@ -29,7 +29,7 @@ class FakeEngine:
     def has_work(self) -> bool:
         return self.work > 0
 
-    def step(self) -> StepResult | None:
+    def step(self, on_layers: OnLayers) -> StepResult | None:
         self.num_steps += 1
         self.step_request_ids = (f"r/{self.num_steps}",)
         self.in_step.set()
@@ -40,6 +40,7 @@ class FakeEngine:
         if self.stuck:
             return None
         self.work -= 1
+        on_layers(LayerProgress(self.num_steps, ()))
         return StepResult(self.num_steps, (), 1, 0)
 
 
@@ -49,12 +50,14 @@ class Owner:
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.results: list[int] = []
+        self.layers: list[LayerProgress] = []
         self.failures: list[tuple[str, tuple[str, ...]]] = []
         self.dead = False
         self.when_failing: Callable[[], None] = lambda: None
         self.thread = EngineThread(
             cast(Engine, self.engine),
             on_result=lambda result: self.results.append(result.step),
+            on_layers=self.layers.append,
             on_failure=self._failed,
             on_death=self._died,
         )
@@ -96,6 +99,7 @@ def test_results_come_in_order_and_the_thread_rests() -> None:
             o.give(50)
             await until(lambda: len(o.results) == 50)
             assert o.results == list(range(1, 51))
+            assert [progress.num_layers for progress in o.layers] == o.results
             await asyncio.sleep(0.05)
             assert o.engine.num_steps == 50
             o.give(1)

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import pytest
 
+from engine.plan import LayerProgress
 from node.router_link import RouterLink
 from tests.engine.expected_logprobs import check_prompt_rows, check_row
 from tests.engine.hash_runner import chain, logits_after
-from tests.node.pair import ID, PROMPT, SAMPLING, FakeLink, Pair, expected, pair
+from tests.node.pair import ID, LAYOUT, PROMPT, SAMPLING, FakeLink, Pair, expected, pair
+from wire.geometry import Geometry
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import Abort, Ack, Granted, Prefill, Refused, Resend, TokenUpdate
 from wire.types import AttemptId, FinishReason, NodeId
@@ -63,7 +65,7 @@ def test_a_prompt_that_the_decode_node_knows() -> None:
         assert again.num_cached_tokens == 8
         p.start(again, LATER)
         assert await p.finish(LATER) == expected()
-        assert p.decode.role.stats.bytes_received == 2 * 16, "two slots"
+        assert p.decode.role.stats.bytes_received == 2 * LAYOUT.bytes_per_token, "two slots"
 
     run(scenario)
 
@@ -80,6 +82,88 @@ def test_a_prefill_node_that_is_short_of_blocks() -> None:
             assert await p.finish(id) == expected(prompts[id])
 
     run(scenario, max_num_batched_tokens=8, prefill_blocks=12, decode_blocks=80)
+
+
+# ---------------------------------------------------------------- layer by layer
+
+
+def in_two_groups(p: Pair) -> None:
+    """The layers of a block travel as two units."""
+    p.decode.role._geometry = Geometry(num_layer_groups=2)
+
+
+def test_a_layer_group_leaves_while_the_next_one_computes() -> None:
+    async def scenario(p: Pair) -> None:
+        in_two_groups(p)
+        p.start(p.grant(ID, LONG), ID, LONG)
+        handoff = p.prefill.role._sender._outgoing[ID].handoff
+        half = 8 * LAYOUT.bytes_per_token // 2
+        for num_steps in range(4):
+            result = p.prefill.step()
+            assert handoff.bytes_sent == (2 * num_steps + 1) * half, "the first group has left"
+            assert result is not None
+            p.prefill.role.on_step(result)
+            assert handoff.bytes_sent == (2 * num_steps + 2) * half
+        assert await p.finish() == expected(LONG)
+        assert handoff.transfer is not None
+        assert handoff.transfer.tail_bytes == half
+        assert p.prefill.engine.layer_marks == frozenset()
+
+    run(scenario, max_num_batched_tokens=8)
+
+
+def test_whole_blocks_ask_for_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(p: Pair) -> None:
+        monkeypatch.setattr(p.prefill.role, "on_layers", lambda progress: pytest.fail("called"))
+        p.start(p.grant())
+        assert await p.finish() == expected()
+
+    run(scenario)
+
+
+def test_a_step_that_fails_after_its_first_layers_ends_the_handoff() -> None:
+    """Their KV has left already; the decode node must not use it."""
+
+    async def scenario(p: Pair) -> None:
+        in_two_groups(p)
+        p.start(p.grant(ID, LONG), ID, LONG)
+
+        def fail() -> None:
+            raise ArithmeticError
+
+        cast(Any, p.prefill.engine._runner).during_run = fail
+        handoff = p.prefill.role._sender._outgoing[ID].handoff
+        with pytest.raises(ArithmeticError):
+            p.prefill.step()
+        assert handoff.bytes_sent
+        p.prefill.role.fail(p.prefill.engine.step_request_ids, "internal", "the step failed")
+        assert handoff.cause == "internal"
+        cast(Any, p.prefill.engine._runner).during_run = lambda: None
+        await p.until(lambda: p.decode.role.num_attempts == 0)
+        p.start(p.grant(LATER, LONG), LATER, LONG)
+        assert await p.finish(LATER) == expected(LONG)
+
+    run(scenario, max_num_batched_tokens=8)
+
+
+def test_progress_that_comes_late_is_about_nothing() -> None:
+    """The loop hears of a step's first layers when the request was aborted, or has other blocks."""
+
+    async def scenario(p: Pair) -> None:
+        in_two_groups(p)
+        late: list[LayerProgress] = []
+        p.start(p.grant(ID, LONG), ID, LONG)
+        result = p.prefill.engine.step(late.append)
+        assert late
+        assert result is not None
+        p.prefill.tell(Abort(ID))
+        p.prefill.role.on_layers(late[0])
+        p.start(p.grant(LATER, LONG), LATER, LONG)
+        renamed = [(str(LATER), blocks) for _, blocks in late[0].finished_blocks]
+        p.prefill.role.on_layers(replace(late[0], finished_blocks=tuple(renamed)))
+        assert await p.finish(LATER) == expected(LONG)
+
+    run(scenario, max_num_batched_tokens=8, enable_prefix_caching=False)
 
 
 # ---------------------------------------------------------------- asked twice

@@ -17,7 +17,7 @@ import pytest
 import zmq
 from aiohttp import ClientSession
 
-from engine.plan import RequestProgress, StepResult
+from engine.plan import LayerProgress, OnLayers, RequestProgress, StepResult
 from kvtransfer.transport import TransferStats
 from node.config import NodeConfig
 from node.router_link import RouterLink
@@ -70,6 +70,9 @@ class ScriptedRole:
 
     def on_step(self, result: StepResult) -> None:
         self.calls.append("step")
+
+    def on_layers(self, progress: LayerProgress) -> None:
+        self.calls.append("layers")
 
     def fail(self, request_ids: Collection[str], cause: str, message: str) -> None:
         self.calls.append(f"fail {' '.join(request_ids)}")
@@ -443,7 +446,7 @@ def test_an_engine_that_always_fails_ends_the_node() -> None:
     async def scenario(w: World) -> None:
         await w.until_ready()
 
-        def step() -> StepResult | None:
+        def step(on_layers: OnLayers | None = None) -> StepResult | None:
             raise ArithmeticError("broken")
 
         engine = w.shell.engine

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models
 from wire.codec import Envelope
 from wire.errors import WireError
 from wire.layout import KVLayout
+from wire.logprobs import Logprobs, TokenLogprobs, pack
 from wire.messages import (
     Abort,
     Ack,
@@ -84,6 +85,26 @@ def stamping(request: Prefill, index: int) -> tuple[int, FinishReason | None]:
     """A script: every token is the time, until `max_tokens`."""
     last = index + 1 >= request.sampling.max_tokens
     return stamp(time.monotonic()), FinishReason.LENGTH if last else None
+
+
+# ---------------------------------------------------------------- logprobs
+
+
+def stub_row(token: int, num_top: int) -> bytes:
+    """As if `token` had a probability of a half, and the ids behind it less and less."""
+    top = tuple((token + i, -0.5 * (i + 1)) for i in range(num_top))
+    return pack(TokenLogprobs(-0.5, 1, top))
+
+
+def stub_logprobs(request: Prefill, index: int, tokens: tuple[int, ...]) -> Logprobs | None:
+    """What a node tells beside `tokens`, if the request asks for it."""
+    asked, asked_prompt = request.sampling.logprobs, request.sampling.prompt_logprobs
+    rows = () if asked is None else tuple(stub_row(token, asked) for token in tokens)
+    prompt: tuple[bytes, ...] = ()
+    if asked_prompt is not None and index == 0:
+        known = request.tokens[1 : request.num_prompt_tokens]
+        prompt = tuple(stub_row(token, asked_prompt) for token in known)
+    return Logprobs(rows, prompt) if rows or prompt else None
 
 
 # ---------------------------------------------------------------- nodes
@@ -253,7 +274,10 @@ class StubPair:
     def _first_token(self, request: Prefill) -> None:
         known = list(request.tokens[request.num_prompt_tokens :])
         token, finish = self._script(request, len(known))
-        update = TokenUpdate(request.id, len(known), (token,), finish, self.num_cached_tokens)
+        logprobs = stub_logprobs(request, len(known), (token,))
+        update = TokenUpdate(
+            request.id, len(known), (token,), finish, self.num_cached_tokens, logprobs
+        )
         self.prefill.send(Tokens((update,)))
         if finish is None and request.grant is not None:
             for pair in self.peers:
@@ -284,7 +308,9 @@ class StubPair:
                 run.tokens.append(token)
             new = tuple(run.tokens[run.num_sent :])
             if new:
-                updates.append(TokenUpdate(run.request.id, run.num_sent, new, run.finish))
+                told = stub_logprobs(run.request, run.num_sent, new)
+                update = TokenUpdate(run.request.id, run.num_sent, new, run.finish, logprobs=told)
+                updates.append(update)
                 run.num_sent = len(run.tokens)
         if updates:
             self.decode.send(Tokens(tuple(updates)))

@@ -1,4 +1,4 @@
-"""Who may start now, who waits, and who is turned away: a bounded queue in order of arrival.
+"""Who may start now, who waits, and who is turned away: a bounded queue by priority and arrival.
 
 A choice leaves the queue to ask a decode node for room; if it is refused it comes back to its old
 place. Only a few of the queue may ask at the same time, and after a refusal nobody asks until
@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from router.errors import queue_full
 
 Key = TypeVar("Key")
+_Place = tuple[int, int]  # priority, then order of arrival: the lowest goes first
 
 MAX_PROBES = 4
 MAX_BLOCKED_S = 1.0
@@ -26,8 +27,8 @@ class Admission(Generic[Key]):
         self._max_active = max_active
         self._max_waiting = max_waiting
         self._numbers = itertools.count()
-        self._number: dict[Key, int] = {}  # of everybody here, in order of arrival
-        self._waiting: list[tuple[int, Key]] = []
+        self._place: dict[Key, _Place] = {}  # of everybody here
+        self._waiting: list[tuple[_Place, Key]] = []
         self._probing: set[Key] = set()
         self._blocked_until = 0.0
 
@@ -37,7 +38,7 @@ class Admission(Generic[Key]):
 
     @property
     def num_active(self) -> int:
-        return len(self._number) - len(self._waiting)
+        return len(self._place) - len(self._waiting)
 
     def check(self, count: int) -> None:
         """Raise ApiError (429) if `count` more would not fit."""
@@ -45,10 +46,10 @@ class Admission(Generic[Key]):
         if would_wait and len(self._waiting) + count > self._max_waiting:
             raise queue_full(retry_after_s=1.0)
 
-    def enter(self, key: Key) -> bool:
-        """True: start at once. False: it waits behind the others."""
+    def enter(self, key: Key, priority: int = 0) -> bool:
+        """True: start at once. False: it waits, behind those of lower or equal `priority`."""
         starts = not self._waiting and self.num_active < self._max_active
-        self._number[key] = next(self._numbers)
+        self._place[key] = (priority, next(self._numbers))
         if not starts:
             self._insert(key)
         return starts
@@ -60,7 +61,7 @@ class Admission(Generic[Key]):
         self._blocked_until = now + min(retry_after_s, MAX_BLOCKED_S)
 
     def _insert(self, key: Key) -> None:
-        insort(self._waiting, (self._number[key], key))
+        insort(self._waiting, (self._place[key], key))
 
     def settle(self, key: Key) -> None:
         """It got room."""
@@ -68,10 +69,10 @@ class Admission(Generic[Key]):
 
     def leave(self, key: Key) -> None:
         """It is over, wherever it was; somebody may have room now."""
-        number = self._number.pop(key, None)
+        place = self._place.pop(key, None)
         self._probing.discard(key)
-        if (number, key) in self._waiting:
-            self._waiting.remove((number, key))  # type: ignore[arg-type]
+        if (place, key) in self._waiting:
+            self._waiting.remove((place, key))  # type: ignore[arg-type]
         self.unblock()
 
     def unblock(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -10,11 +11,25 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from router.api import ChatMessage
+from router.api_chat import ChatMessage
 from router.errors import bad_request
 from wire.errors import ConfigError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a request wants its conversation rendered."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    template: str | None = None  # instead of the model's
+    kwargs: dict[str, Any] = field(default_factory=dict)  # variables for the template
+
+
+PLAIN = ChatOptions()
 
 
 class ChatTemplate:
@@ -25,23 +40,31 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
         self._knows_developer = "developer" in source
 
-    def render(self, messages: list[ChatMessage]) -> str:
-        """The prompt, up to where the assistant begins. Raises ApiError."""
+    def render(self, messages: list[ChatMessage], options: ChatOptions = PLAIN) -> str:
+        """The prompt, up to where the assistant begins or goes on. Raises ApiError."""
+        final = messages[-1] if options.continue_final_message else None
+        turns = [self._as_dict(message) for message in messages]
         try:
-            return self._template.render(
-                messages=[self._as_dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
+            text = self._template.render(
+                {
+                    "tools": None,
+                    "documents": None,
+                    **self.special_tokens,
+                    **options.kwargs,
+                    "messages": turns,
+                    "add_generation_prompt": options.add_generation_prompt,
+                }
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise bad_request(
                 f"The model's chat template refuses these messages: {error}", "messages"
             ) from error
+        except (RecursionError, MemoryError) as error:
+            raise bad_request("The chat template takes too much.", "messages") from error
+        return text if final is None else _up_to_the_end_of(turns[-1]["content"], text)
 
     def _as_dict(self, message: ChatMessage) -> dict[str, Any]:
         """Text parts are joined by newlines; `developer` is `system` to older templates."""
@@ -52,6 +75,25 @@ class ChatTemplate:
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         named = {} if message.name is None else {"name": message.name}
         return {"role": role, "content": text, **named}
+
+
+def _up_to_the_end_of(content: str, text: str) -> str:
+    """The prompt, cut where the last message ends, so that the model goes on within it."""
+    shown = content if content in text else content.strip()
+    if not shown or shown not in text:
+        raise bad_request(
+            "The chat template does not show the last message as it is, so it cannot be continued.",
+            "continue_final_message",
+        )
+    return text[: text.rindex(shown) + len(shown)]
+
+
+def requested_template(source: str, of_model: ChatTemplate | None) -> ChatTemplate:
+    """A template that came with the request. Raises ApiError."""
+    try:
+        return ChatTemplate(source, of_model.special_tokens if of_model else {})
+    except ConfigError as error:
+        raise bad_request(f"Invalid value for `chat_template`: {error}", "chat_template") from error
 
 
 def template_source(config: dict[str, Any], template_file: bytes) -> str | None:

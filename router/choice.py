@@ -7,6 +7,7 @@ from typing import Protocol
 
 from router.choice_text import ChoiceText
 from router.dispatch import Dispatch
+from router.echo import Echo
 from router.errors import ApiError
 from router.metrics import ModelMetrics
 from router.work import Work
@@ -39,6 +40,8 @@ class Choice:
     metrics: ModelMetrics
     followers: list[Choice] = field(default_factory=list)
     """Choices of the same prompt that start once its blocks are in both nodes' prefix caches."""
+    echo: Echo | None = None  # the prompt comes back in front of the text
+    priority: int = 0
     num_cached_tokens: int = 0
     assigned_prefill: NodeId | None = None
     assigned_decode: NodeId | None = None

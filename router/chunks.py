@@ -9,11 +9,14 @@ string escape and one concatenation.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring as quote
 from typing import Any, Protocol
 
+from router.choice_text import Told
 from router.errors import ApiError
+from router.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 
 DONE = b"data: [DONE]\n\n"
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
@@ -36,6 +39,16 @@ class Usage:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """What a client wants to know of tokens, beside their text."""
+
+    names: TokenNames
+    logprobs: int | None = None  # of each output token (and of an echo), and of so many best
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+
+
 @dataclass(slots=True)
 class ChoiceResult:
     """One finished choice of an answer that is not streamed."""
@@ -43,12 +56,10 @@ class ChoiceResult:
     index: int
     text: str
     finish_reason: str
-    token_ids: tuple[int, ...] | None = None  # where the client asked for them
-
-    def end(self) -> dict[str, Any]:
-        """The fields that both formats end a choice with."""
-        end: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason}
-        return end if self.token_ids is None else {**end, "token_ids": self.token_ids}
+    told: list[Told]  # of the echo too
+    num_echoed: int
+    prompt_tokens: Sequence[int]
+    prompt_rows: Sequence[bytes]
 
 
 class AnswerFormat(Protocol):
@@ -56,12 +67,18 @@ class AnswerFormat(Protocol):
 
     id: str
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, prompt_tokens: Sequence[int]) -> str:
         """What precedes a choice's first text."""
         ...
 
-    def text(self, index: int, text: str, usage: Usage | None) -> str:
-        """The event for new text."""
+    def text(
+        self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
+    ) -> str:
+        """The event for new text and its tokens; `offset` is the length of an echo before it."""
+        ...
+
+    def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
+        """The event for a prompt that comes back."""
         ...
 
     def finish(self, index: int, reason: str, usage: Usage | None) -> str:
@@ -84,19 +101,62 @@ class _Format:
     _kind: str
     _chunk_kind: str
 
-    def __init__(self, id: str, model: str, created: int, include_usage: bool = False) -> None:
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        created: int,
+        details: TokenDetails,
+        include_usage: bool = False,
+    ) -> None:
         self.id = f"{self._prefix}-{id}"
+        self._details = details
         self._common = {"created": created, "model": model}
         head = _dumps({"id": self.id, "object": self._chunk_kind, **self._common})[:-1]
         self._head = f'data: {head},"choices":['
         self._no_usage = ',"usage":null' if include_usage else ""
 
-    def _event(self, choice: str, usage: Usage | None) -> str:
+    def _event(self, choice: str, usage: Usage | None, more: str = "") -> str:
         tail = self._no_usage if usage is None else f',"usage":{_dumps(usage.as_dict())}'
-        return f"{self._head}{choice}]{tail}}}\n\n"
+        return f"{self._head}{choice}]{more}{tail}}}\n\n"
 
     def usage(self, usage: Usage) -> str:
         return self._event("", usage)
+
+    def _logprobs(self, told: list[Told], offset: int) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _beside(self, told: list[Told], offset: int) -> tuple[str, str]:
+        """(the `logprobs`, what is added to a choice) of an event with these tokens."""
+        if not told:
+            return "null", ""
+        logprobs = self._logprobs(told, offset)
+        text = "null" if logprobs is None else _dumps(logprobs)
+        if not self._details.token_ids:
+            return text, ""
+        return text, f',"token_ids":{_dumps([item.token for item in told])}'
+
+    def _end_of(self, result: ChoiceResult) -> dict[str, Any]:
+        """The fields that both formats end a choice with."""
+        end: dict[str, Any] = {
+            "logprobs": self._logprobs(result.told, 0),
+            "finish_reason": result.finish_reason,
+        }
+        if self._details.token_ids:
+            end["token_ids"] = [told.token for told in result.told[result.num_echoed :]]
+        return end
+
+    def _of_prompt(self, result: ChoiceResult) -> dict[str, Any]:
+        """What an answer says of a prompt."""
+        said: dict[str, Any] = {}
+        details = self._details
+        if details.token_ids:
+            said["prompt_token_ids"] = list(result.prompt_tokens)
+        if details.prompt_logprobs is not None:
+            said["prompt_logprobs"] = prompt_logprobs(
+                result.prompt_tokens, result.prompt_rows, details.names, details.prompt_logprobs
+            )
+        return said
 
     def _object(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         return {
@@ -113,21 +173,48 @@ class CompletionFormat(_Format):
 
     _prefix = "cmpl"
     _kind = _chunk_kind = "text_completion"
+    bytes_prefix = "bytes:"
 
-    def opening(self, index: int) -> str:
-        return ""
+    def opening(self, index: int, prompt_tokens: Sequence[int]) -> str:
+        if not self._details.token_ids:
+            return ""
+        ids = f',"prompt_token_ids":{_dumps(list(prompt_tokens))},"token_ids":[]'
+        return self._event(self._choice(index, "", "null", "null", ids), None)
 
-    def text(self, index: int, text: str, usage: Usage | None) -> str:
-        choice = f'{{"index":{index},"text":{quote(text)},"logprobs":null,"finish_reason":null}}'
-        return self._event(choice, usage)
+    def text(
+        self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
+    ) -> str:
+        logprobs, ids = self._beside(told, offset)
+        return self._event(self._choice(index, text, logprobs, "null", ids), usage)
+
+    def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
+        logprobs, _ = self._beside(told, 0)
+        return self._event(self._choice(index, text, logprobs, "null", ""), usage)
 
     def finish(self, index: int, reason: str, usage: Usage | None) -> str:
-        choice = f'{{"index":{index},"text":"","logprobs":null,"finish_reason":"{reason}"}}'
-        return self._event(choice, usage)
+        return self._event(self._choice(index, "", "null", f'"{reason}"', ""), usage)
+
+    def _choice(self, index: int, text: str, logprobs: str, reason: str, more: str) -> str:
+        return (
+            f'{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}{more}}}'
+        )
+
+    def _logprobs(self, told: list[Told], offset: int) -> dict[str, Any] | None:
+        details = self._details
+        if details.logprobs is None:
+            return None
+        return completion_logprobs(told, details.names, details.logprobs, offset)
 
     def whole(self, results: list[ChoiceResult], usage: Usage) -> dict[str, Any]:
         choices = [
-            {"index": result.index, "text": result.text, **result.end()} for result in results
+            {
+                "index": result.index,
+                "text": result.text,
+                **self._end_of(result),
+                **self._of_prompt(result),
+            }
+            for result in results
         ]
         return self._object(choices, usage)
 
@@ -138,30 +225,48 @@ class ChatFormat(_Format):
     _prefix = "chatcmpl"
     _kind = "chat.completion"
     _chunk_kind = "chat.completion.chunk"
+    bytes_prefix = ""
 
-    def opening(self, index: int) -> str:
-        return self._delta(index, '{"role":"assistant","content":""}', "null", None)
+    def opening(self, index: int, prompt_tokens: Sequence[int]) -> str:
+        choice = self._choice(index, '{"role":"assistant","content":""}', "null", "null", "")
+        ids = f',"prompt_token_ids":{_dumps(list(prompt_tokens))}'
+        return self._event(choice, None, ids if self._details.token_ids else "")
 
-    def text(self, index: int, text: str, usage: Usage | None) -> str:
-        return self._delta(index, f'{{"content":{quote(text)}}}', "null", usage)
+    def text(
+        self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
+    ) -> str:
+        logprobs, ids = self._beside(told, offset)
+        delta = f'{{"content":{quote(text)}}}'
+        return self._event(self._choice(index, delta, logprobs, "null", ids), usage)
+
+    def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
+        return self.text(index, text, usage, told, 0)
 
     def finish(self, index: int, reason: str, usage: Usage | None) -> str:
-        return self._delta(index, "{}", f'"{reason}"', usage)
+        return self._event(self._choice(index, "{}", "null", f'"{reason}"', ""), usage)
 
-    def _delta(self, index: int, delta: str, reason: str, usage: Usage | None) -> str:
-        choice = f'{{"index":{index},"delta":{delta},"logprobs":null,"finish_reason":{reason}}}'
-        return self._event(choice, usage)
+    def _choice(self, index: int, delta: str, logprobs: str, reason: str, more: str) -> str:
+        return (
+            f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}{more}}}'
+        )
+
+    def _logprobs(self, told: list[Told], offset: int) -> dict[str, Any] | None:
+        details = self._details
+        if details.logprobs is None:
+            return None
+        return chat_logprobs(told, details.names, details.logprobs)
 
     def whole(self, results: list[ChoiceResult], usage: Usage) -> dict[str, Any]:
         choices = [
             {
                 "index": result.index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                **result.end(),
+                **self._end_of(result),
             }
             for result in results
         ]
-        return self._object(choices, usage)
+        return {**self._object(choices, usage), **self._of_prompt(results[0])}
 
 
 def error_event(error: ApiError) -> bytes:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from router.checks import ServerLimits
 from router.dispatch import DispatchLimits
 from wire.errors import ConfigError
+from wire.logprobs import MAX_TOP_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class RouterConfig:
     body_timeout_s: float = 30.0
     stream_buffer_bytes: int = 256 << 10
     shutdown_timeout_s: float = 5.0
+    max_logprobs: int = 20
+    trust_request_chat_template: bool = False
     insecure: bool = False
     log_level: str = "info"
 
@@ -47,12 +51,18 @@ class RouterConfig:
         for limit in ("max_streams", "max_body_bytes", "heartbeat_s", "node_timeout_s"):
             if getattr(self, limit) <= 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
+        if not 0 <= self.max_logprobs <= MAX_TOP_LOGPROBS:
+            raise ConfigError(f"--max-logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
         if self.node_timeout_s <= self.heartbeat_s:
             raise ConfigError("--node-timeout-s must be longer than --heartbeat-s")
 
     @property
     def control_url(self) -> str:
         return f"tcp://{_bracketed(self.control_host)}:{self.control_port}"
+
+    @property
+    def server_limits(self) -> ServerLimits:
+        return ServerLimits(self.max_logprobs, self.trust_request_chat_template)
 
     @property
     def limits(self) -> DispatchLimits:
@@ -93,6 +103,7 @@ _HELP: dict[str, str] = {
     "max_body_bytes": "largest request body; beyond it the answer is 413",
     "body_timeout_s": "how long a client may take to send a body",
     "stream_buffer_bytes": "what may wait for a client that does not read its stream",
+    "max_logprobs": "most alternatives per token that a client may ask for",
     "shutdown_timeout_s": "how long running requests may take to finish at shutdown",
 }
 
@@ -122,6 +133,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names that clients may use for the model; answers carry the first "
         "(default: the nodes' own)",
+    )
+    parser.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let clients send a `chat_template` of their own; it runs in a sandbox, which bounds "
+        "what it may touch, not how long it takes",
     )
     parser.add_argument(
         "--insecure",

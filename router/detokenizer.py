@@ -31,6 +31,11 @@ class Detokenizer(Protocol):
         """What was held back, now that no token follows."""
         ...
 
+    @property
+    def holds(self) -> bool:
+        """Whether a character has begun that is not whole yet."""
+        ...
+
 
 class ByteDetokenizer:
     """For tokenizers whose tokens are byte strings; `table[token]` is b"" for special tokens."""
@@ -46,6 +51,10 @@ class ByteDetokenizer:
 
     def flush(self) -> str:
         return self._utf8.decode(b"", True)
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._utf8.getstate()[0])
 
 
 class WindowDetokenizer:
@@ -68,7 +77,11 @@ class WindowDetokenizer:
         return "".join([self._push_one(token) for token in tokens])
 
     def flush(self) -> str:
-        return self._take() if self._read < len(self._ids) else ""
+        return self._take() if self.holds else ""
+
+    @property
+    def holds(self) -> bool:
+        return self._read < len(self._ids)
 
     def _push_one(self, token: int) -> str:
         self._ids.append(token)

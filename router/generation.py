@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from router.choice import Choice
+from router.choice_text import Told
 from router.chunks import DONE, AnswerFormat, ChoiceResult, Usage, error_event
 from router.errors import ApiError
+from router.logprobs import cumulative
 from router.requests import Requests
 
 
@@ -24,11 +27,12 @@ class Generation:
         self._requests = requests
         self._format = format
         self._choices: list[Choice] = []
+        self._per_prompt = 1
         self._num_ended = 0
 
     def start(self, choices: Sequence[Choice], n: int) -> None:
         """Submit `choices`: `n` of each prompt, one prompt after the other."""
-        self._choices = list(choices)
+        self._choices, self._per_prompt = list(choices), n
         for first in range(0, len(choices), n):
             choices[first].followers = list(choices[first + 1 : first + n])
         for first in range(0, len(choices), n):
@@ -50,6 +54,11 @@ class Generation:
             num_cached_tokens=sum(choice.num_cached_tokens for choice in prompts.values()),
         )
 
+    def _prompt_rows(self, choice: Choice) -> tuple[bytes, ...]:
+        """The prompt's logprobs, which only its first choice asks for."""
+        first = self._choices[choice.index - choice.index % self._per_prompt]
+        return first.dispatch.log.prompt_rows
+
     def _count_end(self, choice: Choice) -> bool:
         """Whether `choice` was the last one."""
         if choice.text.finish is not None:
@@ -58,18 +67,25 @@ class Generation:
 
 
 class Collected(Generation):
-    """For an answer in one piece."""
+    """For an answer in one piece.
+
+    Args:
+        num_best: of each prompt's choices so many are answered, those with the highest cumulative
+            logprob first; None answers all.
+    """
 
     def __init__(
-        self, requests: Requests, format: AnswerFormat, *, return_token_ids: bool = False
+        self, requests: Requests, format: AnswerFormat, *, num_best: int | None = None
     ) -> None:
         super().__init__(requests, format)
-        self._return_token_ids = return_token_ids
+        self._num_best = num_best
         self._texts: dict[int, list[str]] = {}
+        self._told: dict[int, list[Told]] = {}
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def produced(self, choice: Choice, text: str) -> None:
         self._texts.setdefault(choice.index, []).append(text)
+        self._told.setdefault(choice.index, []).extend(choice.text.take_told())
         if self._count_end(choice) and not self._done.done():
             self._done.set_result(None)
 
@@ -81,14 +97,40 @@ class Collected(Generation):
     async def answer(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError."""
         await self._done
-        results = [self._result(choice) for choice in self._choices]
-        return self._format.whole(results, self.usage())
+        results = [self._result(choice) for choice in self._best()]
+        return self._format.whole(
+            [replace(result, index=index) for index, result in enumerate(results)], self.usage()
+        )
+
+    def _best(self) -> list[Choice]:
+        """Those that are answered, prompt by prompt."""
+        if self._num_best is None:
+            return self._choices
+        best: list[Choice] = []
+        for first in range(0, len(self._choices), self._per_prompt):
+            of_prompt = self._choices[first : first + self._per_prompt]
+            of_prompt.sort(key=lambda choice: cumulative(self._told[choice.index]), reverse=True)
+            best += of_prompt[: self._num_best]
+        return best
 
     def _result(self, choice: Choice) -> ChoiceResult:
         assert choice.text.finish is not None
-        text = "".join(self._texts[choice.index])
-        token_ids = tuple(choice.dispatch.log.tokens) if self._return_token_ids else None
-        return ChoiceResult(choice.index, text, choice.text.finish.value, token_ids)
+        text, told = "".join(self._texts[choice.index]), self._told[choice.index]
+        rows = self._prompt_rows(choice)
+        echoed: list[Told] = []
+        if choice.echo is not None:
+            echoed, shift = choice.echo.told(rows), len(choice.echo.text)
+            text = choice.echo.text + text
+            told = [replace(item, offset=item.offset + shift) for item in told]
+        return ChoiceResult(
+            index=choice.index,
+            text=text,
+            finish_reason=choice.text.finish.value,
+            told=echoed + told,
+            num_echoed=len(echoed),
+            prompt_tokens=choice.work.prompt.tokens,
+            prompt_rows=rows,
+        )
 
 
 class Streamed(Generation):
@@ -120,15 +162,25 @@ class Streamed(Generation):
         usage = self.usage() if self._continuous_usage else None
         if index not in self._opened:
             self._opened.add(index)
-            events.append(self._format.opening(index))
-        if text:
-            events.append(self._format.text(index, text, usage))
+            events += self._open(choice, usage)
+        told = choice.text.take_told()
+        if text or told:
+            offset = 0 if choice.echo is None else len(choice.echo.text)
+            events.append(self._format.text(index, text, usage, told, offset))
         finish = choice.text.finish
         if finish is not None:
             events.append(self._format.finish(index, finish.value, usage))
         self._buffer.put("".join(events).encode())
         if self._count_end(choice):
             self._finish()
+
+    def _open(self, choice: Choice, usage: Usage | None) -> list[str]:
+        """What precedes a choice's own text: its role, or the prompt."""
+        events = [self._format.opening(choice.index, choice.work.prompt.tokens)]
+        if choice.echo is not None:
+            told = choice.echo.told(self._prompt_rows(choice))
+            events.append(self._format.echo(choice.index, choice.echo.text, usage, told))
+        return events
 
     def _finish(self) -> None:
         if self._include_usage:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from router.api import ChatBody, CompletionBody, GenerationBody
+from router.api import CompletionBody, GenerationBody
+from router.api_chat import ChatBody
+from router.chat_template import ChatOptions
+from router.checks import ServerLimits, check_body
+from router.choice_text import TextRules
 from router.errors import ApiError, bad_request, context_too_long
 from wire.messages import ModelInfo
 from wire.types import MAX_REQUEST_TOKENS, SamplingParams
@@ -25,10 +29,62 @@ class GenerationParams:
     seed: int
     stops: tuple[str, ...]
     logit_bias: dict[int, float]
+    logprobs: int | None = None  # of output tokens, as the client asked
+    best_of: int | None = None  # choices of which the best `n` are answered
 
     @property
     def n(self) -> int:
         return self.body.n or 1
+
+    @property
+    def num_choices(self) -> int:
+        """How many are sampled for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def echo(self) -> bool:
+        return isinstance(self.body, CompletionBody) and bool(self.body.echo)
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether only the prompt is of interest."""
+        return self.max_tokens == 0
+
+    @property
+    def skip_special_tokens(self) -> bool:
+        return self.body.skip_special_tokens is not False
+
+    @property
+    def text_rules(self) -> TextRules:
+        return TextRules(
+            stops=self.stops,
+            min_tokens=self.body.min_tokens or 0,
+            include_stop=bool(self.body.include_stop_str_in_output),
+            tells_tokens=self._sampled_logprobs is not None or self.return_token_ids,
+            is_mute=self.is_mute,
+        )
+
+    @property
+    def chat_options(self) -> ChatOptions:
+        assert isinstance(self.body, ChatBody)
+        return ChatOptions(
+            add_generation_prompt=self.body.add_generation_prompt is not False,
+            continue_final_message=bool(self.body.continue_final_message),
+            add_special_tokens=bool(self.body.add_special_tokens),
+            template=self.body.chat_template,
+            kwargs=self.body.chat_template_kwargs or {},
+        )
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Of so many best at each token of the prompt; an echo has them as the output has."""
+        asked = [self.body.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in asked if number is not None), default=None)
+
+    @property
+    def _sampled_logprobs(self) -> int | None:
+        """What the nodes are asked for: without logprobs nobody knows which choice is best."""
+        return 0 if self.logprobs is None and self.best_of else self.logprobs
 
     @property
     def stream(self) -> bool:
@@ -58,7 +114,7 @@ class GenerationParams:
         """For choice number `choice` of a prompt that long. Raises ApiError."""
         body = self.body
         max_tokens = self._max_tokens(num_prompt_tokens, max_model_len)
-        min_tokens = body.min_tokens or 0
+        min_tokens = 0 if self.is_mute else body.min_tokens or 0
         if min_tokens > max_tokens:
             raise bad_request("`min_tokens` is larger than `max_tokens`.", "min_tokens")
         return SamplingParams(
@@ -75,17 +131,19 @@ class GenerationParams:
             logit_bias=self.logit_bias,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
+            logprobs=self._sampled_logprobs,
+            prompt_logprobs=None if choice else self.prompt_logprobs,  # the same for all choices
         )
 
     def _max_tokens(self, num_prompt_tokens: int, max_model_len: int) -> int:
         room = min(max_model_len, MAX_REQUEST_TOKENS) - num_prompt_tokens
         if room < 1 or (self.max_tokens is not None and self.max_tokens > room):
-            asked = self.max_tokens or 0
+            asked = self.max_tokens or 0  # an echo alone still needs room for a token, as in vLLM
             raise context_too_long(
                 max_model_len, num_prompt_tokens, asked, "prompt" if self._completes else "messages"
             )
         if self.max_tokens is not None:
-            return self.max_tokens
+            return max(1, self.max_tokens)
         return room if self.default_max_tokens is None else min(room, self.default_max_tokens)
 
     @property
@@ -93,26 +151,41 @@ class GenerationParams:
         return isinstance(self.body, CompletionBody)
 
 
-def generation_params(body: CompletionBody | ChatBody, model: ModelInfo) -> GenerationParams:
-    """Check what needs the model's vocabulary. Raises ApiError."""
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("`stream_options` is only allowed with `stream`.", "stream_options")
-    if body.return_token_ids and body.stream:
-        raise bad_request("`return_token_ids` is not supported with `stream`.", "return_token_ids")
+def generation_params(
+    body: CompletionBody | ChatBody, model: ModelInfo, limits: ServerLimits
+) -> GenerationParams:
+    """Check a body against the server and the model's vocabulary. Raises ApiError."""
+    check_body(body, limits)
     if any(token >= model.vocab_size for token in body.stop_token_ids or ()):
         raise _outside_vocabulary("stop_token_ids", model)
-    chat = isinstance(body, ChatBody)
-    limit = body.max_tokens
-    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        limit = body.max_completion_tokens
     stop = body.stop
-    return GenerationParams(
+    common = GenerationParams(
         body=body,
-        max_tokens=limit,
-        default_max_tokens=None if chat else COMPLETION_MAX_TOKENS,
+        max_tokens=body.max_tokens,
+        default_max_tokens=None,
         seed=secrets.randbits(64) if body.seed is None else body.seed % (1 << 64),
         stops=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         logit_bias=_logit_bias(body.logit_bias or {}, model),
+    )
+    return _for_chat(common, body) if isinstance(body, ChatBody) else _for_completion(common, body)
+
+
+def _for_completion(common: GenerationParams, body: CompletionBody) -> GenerationParams:
+    several = body.best_of is not None and body.best_of > (body.n or 1)
+    return replace(
+        common,
+        default_max_tokens=COMPLETION_MAX_TOKENS,
+        logprobs=body.logprobs,
+        best_of=body.best_of if several else None,
+    )
+
+
+def _for_chat(common: GenerationParams, body: ChatBody) -> GenerationParams:
+    limit = body.max_completion_tokens
+    return replace(
+        common,
+        max_tokens=body.max_tokens if limit is None else limit,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 
 

@@ -76,7 +76,7 @@ class Requests:
         """Start a choice, or queue it."""
         self._choices[choice.work.request] = choice
         choice.dispatch.enter_queue(self._clock())
-        if self._admission.enter(choice):
+        if self._admission.enter(choice, choice.priority):
             self._perform(choice, choice.dispatch.place(self._clock()))
 
     def cancel(self, choice: Choice) -> None:
@@ -196,7 +196,7 @@ class Requests:
         if choice.assigned_prefill is not None:
             self._fleet.unassign(choice.assigned_prefill, choice.work.request)
             choice.assigned_prefill = None
-        text = choice.text.push(output.tokens, output.finish)
+        text = choice.text.push(output.tokens, output.finish, output.rows)
         finish = choice.text.finish
         if finish is not None:
             self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node

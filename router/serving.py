@@ -15,18 +15,22 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from router.api import ChatBody, CompletionBody, parse_chat, parse_completion
+from router.api import CompletionBody, parse_completion
+from router.api_chat import ChatBody, parse_chat
+from router.checks import check_prompt_logprobs
 from router.choice import Choice, Listener
 from router.choice_text import ChoiceText
-from router.chunks import AnswerFormat, ChatFormat, CompletionFormat
+from router.chunks import AnswerFormat, ChatFormat, CompletionFormat, TokenDetails
 from router.config import RouterConfig
 from router.control import Control
 from router.dispatch import Dispatch
+from router.echo import Echo, echo_of
 from router.errors import ApiError, bad_request, context_too_long, model_not_found, unavailable
 from router.generation import Collected, Streamed
+from router.logprobs import TokenNames
 from router.metrics import RouterMetrics
 from router.params import GenerationParams, check_tokens, generation_params
-from router.tokenizer import Tokenizer
+from router.tokenizer import Encoded, Tokenizer
 from router.work import Prompt, Work
 from telemetry import metrics as names
 from telemetry.timeline import Timeline
@@ -53,7 +57,7 @@ class _Asked:
     """A request that was found valid, before any of its choices exists."""
 
     id: str
-    prompts: list[list[int]]
+    prompts: list[Encoded]
     params: GenerationParams
     served: _Served
     arrived: float
@@ -88,9 +92,9 @@ class Serving:
         arrived = self._clock()
         body = parse_completion(await self._read(request))
         served = self._served(body)
-        params = generation_params(body, served.info)
+        params = generation_params(body, served.info, self._config.server_limits)
         with self._metrics.tokenize.time():
-            prompts = [await _tokens(prompt, served) for prompt in body.prompt]
+            prompts = [await _tokens(prompt, params, served) for prompt in body.prompt]
         asked = _Asked(uuid.uuid4().hex, prompts, params, served, arrived)
         return await self._generate(request, asked, CompletionFormat)
 
@@ -99,11 +103,12 @@ class Serving:
         arrived = self._clock()
         body = parse_chat(await self._read(request))
         served = self._served(body)
-        params = generation_params(body, served.info)
+        params = generation_params(body, served.info, self._config.server_limits)
         with self._metrics.tokenize.time():
-            prompt = await served.tokenizer.encode_chat(body.messages)
-        if not prompt:
+            tokens = await served.tokenizer.encode_chat(body.messages, params.chat_options)
+        if not tokens:
             raise bad_request("The chat template gives an empty prompt.", "messages")
+        prompt = _truncated(Encoded(tokens, []), params, served.info)
         asked = _Asked(uuid.uuid4().hex, [prompt], params, served, arrived)
         return await self._generate(request, asked, ChatFormat)
 
@@ -135,15 +140,20 @@ class Serving:
     ) -> web.StreamResponse:
         params = asked.params
         self._check_room(asked)
-        format = make_format(asked.id, asked.served.name, int(time.time()), params.include_usage)
+        format = make_format(
+            asked.id,
+            asked.served.name,
+            int(time.time()),
+            _details(asked, make_format.bytes_prefix),
+            params.include_usage,
+        )
         if params.stream:
             return await self._stream(request, asked, format)
-        generation = Collected(
-            self._control.requests, format, return_token_ids=params.return_token_ids
-        )
+        num_best = None if params.best_of is None else params.n
+        generation = Collected(self._control.requests, format, num_best=num_best)
         choices = self._choices(asked, generation)
         try:
-            generation.start(choices, params.n)
+            generation.start(choices, params.num_choices)
             return web.json_response(await generation.answer())
         finally:
             generation.cancel()
@@ -162,7 +172,7 @@ class Serving:
         )
         choices = self._choices(asked, generation)
         try:
-            generation.start(choices, params.n)
+            generation.start(choices, params.num_choices)
             return await self._write_events(request, generation)
         finally:
             generation.cancel()
@@ -187,44 +197,80 @@ class Serving:
 
     def _check_room(self, asked: _Asked) -> None:
         try:
-            self._control.requests.check_room(len(asked.prompts) * asked.params.n)
+            self._control.requests.check_room(len(asked.prompts) * asked.params.num_choices)
         except ApiError:
             self._metrics.for_model(asked.served.info.name).count(names.ADMISSION_REJECTIONS)
             raise
 
     def _choices(self, asked: _Asked, listener: Listener) -> list[Choice]:
-        """`n` choices for each prompt, in the order of their indices. Raises ApiError."""
+        """All choices of each prompt, in the order of their indices. Raises ApiError."""
         params, info = asked.params, asked.served.info
         self._metrics.for_model(info.name).observe(names.REQUEST_N, params.n)
         choices: list[Choice] = []
-        for tokens in asked.prompts:
-            prompt = Prompt(tuple(tokens), params.cache_salt)
-            for number in range(params.n):
-                sampling = params.sampling(number, len(tokens), info.max_model_len)
+        for encoded in asked.prompts:
+            check_prompt_logprobs(len(encoded.ids), params.prompt_logprobs)
+            prompt = Prompt(tuple(encoded.ids), params.cache_salt)
+            tokenizer = asked.served.tokenizer
+            echo = echo_of(encoded.ids, encoded.added, tokenizer) if params.echo else None
+            for number in range(params.num_choices):
+                sampling = params.sampling(number, len(encoded.ids), info.max_model_len)
                 work = Work(f"{asked.id}-{len(choices)}", prompt, sampling)
-                choices.append(self._choice(len(choices), work, asked, listener))
+                choices.append(self._choice(len(choices), work, echo, asked, listener))
         return choices
 
-    def _choice(self, index: int, work: Work, asked: _Asked, listener: Listener) -> Choice:
-        detokenizer = asked.served.tokenizer.detokenizer(work.prompt.tokens)
+    def _choice(
+        self, index: int, work: Work, echo: Echo | None, asked: _Asked, listener: Listener
+    ) -> Choice:
+        params = asked.params
+        detokenizer = asked.served.tokenizer.detokenizer(
+            work.prompt.tokens, params.skip_special_tokens
+        )
         return Choice(
             index=index,
             work=work,
             dispatch=Dispatch(work, self._control.fleet, self._config.limits, self._clock()),
-            text=ChoiceText(detokenizer, asked.params.stops, work.sampling.min_tokens),
+            text=ChoiceText(detokenizer, params.text_rules),
             timeline=Timeline(asked.arrived),
             listener=listener,
             metrics=self._metrics.for_model(asked.served.info.name),
+            echo=echo,
+            priority=params.body.priority or 0,
         )
 
 
-async def _tokens(prompt: str | list[int], served: _Served) -> list[int]:
+def _details(asked: _Asked, bytes_prefix: str) -> TokenDetails:
+    params = asked.params
+    as_ids = bool(params.body.return_tokens_as_token_ids)
+    return TokenDetails(
+        names=TokenNames(asked.served.tokenizer, as_ids, bytes_prefix),
+        logprobs=params.logprobs,
+        prompt_logprobs=params.body.prompt_logprobs,
+        token_ids=params.return_token_ids,
+    )
+
+
+async def _tokens(prompt: str | list[int], params: GenerationParams, served: _Served) -> Encoded:
     """One prompt of a completion as tokens. Raises ApiError."""
-    tokens = await served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    if not tokens:
+    if isinstance(prompt, str):
+        add_special_tokens = params.body.add_special_tokens is not False
+        encoded = await served.tokenizer.encode(prompt, add_special_tokens)
+    else:
+        encoded = Encoded(prompt, [])
+    if not encoded.ids:
         raise bad_request("The prompt is empty.", "prompt")
+    encoded = _truncated(encoded, params, served.info)
     limit = served.info.max_model_len
-    if len(tokens) >= limit:  # before work is spent on the others
-        raise context_too_long(limit, len(tokens), 0, "prompt")
-    check_tokens(tokens, served.info)
-    return tokens
+    if len(encoded.ids) >= limit:  # before work is spent on the others
+        raise context_too_long(limit, len(encoded.ids), 0, "prompt")
+    check_tokens(encoded.ids, served.info)
+    return encoded
+
+
+def _truncated(encoded: Encoded, params: GenerationParams, info: ModelInfo) -> Encoded:
+    """The last `truncate_prompt_tokens` tokens; -1 means as many as leave room for an answer."""
+    limit = params.body.truncate_prompt_tokens
+    if limit is None:
+        return encoded
+    if limit < 0:
+        limit = max(1, info.max_model_len - max(1, params.max_tokens or 1))
+    return Encoded(encoded.ids[-limit:], encoded.added[-limit:])

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Looks for the first of several stop strings in text that comes in pieces."""
+    """Looks for the first of several stop strings in text that comes in pieces.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    With `include` the stop string is shown; still nothing that follows it.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -21,10 +25,11 @@ class StopMatcher:
         if not self._stops:
             return text, False
         text = self._held + text
-        start = _first_match(text, self._stops)
-        if start is not None:
+        match = _first_match(text, self._stops)
+        if match is not None:
+            end, start = match
             self._held = ""
-            return text[:start], True
+            return text[: end if self._include else start], True
         keep = _possible_start(text, self._stops)
         self._held = text[keep:]
         return text[:keep], False
@@ -35,10 +40,10 @@ class StopMatcher:
         return held
 
 
-def _first_match(text: str, stops: Sequence[str]) -> int | None:
-    """Start of the stop string that is complete first."""
+def _first_match(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
+    """(end, start) of the stop string that is complete first."""
     ends = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
-    return min(ends)[1] if ends else None
+    return min(ends, default=None)
 
 
 def _possible_start(text: str, stops: Sequence[str]) -> int:

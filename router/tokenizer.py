@@ -9,20 +9,43 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from router.api import ChatMessage
-from router.chat_template import ChatTemplate, special_tokens, template_source
+from router.api_chat import ChatMessage
+from router.chat_template import (
+    PLAIN,
+    ChatOptions,
+    ChatTemplate,
+    requested_template,
+    special_tokens,
+    template_source,
+)
 from router.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from router.errors import bad_request
+from router.token_bytes import (
+    byte_table,
+    is_byte_level,
+    piece_bytes,
+    special_ids,
+    without_special,
+)
 from wire.errors import ConfigError
 from wire.messages import TokenizerFiles
 
 INLINE_CHARS = 2_000
 """Texts up to this length take less time to tokenize than to hand to a thread and back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text's tokens, and for each 1 if the tokenizer added it, 0 if the text has it."""
+
+    ids: list[int]
+    added: list[int]
 
 
 class Tokenizer:
@@ -33,36 +56,51 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._template = template
-        self._byte_table = _byte_table(tokenizer) if _is_byte_level(tokenizer) else None
+        self._special = special_ids(tokenizer)
+        self._byte_table = byte_table(tokenizer) if is_byte_level(tokenizer) else None
+        self._plain_table = self._byte_table and without_special(self._byte_table, self._special)
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
         """Tokens of a plain prompt, with the special tokens that the tokenizer adds."""
-        return await self._encode(text, add_special_tokens=True)
-
-    async def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
-        """Tokens of a conversation; the template writes the special tokens. Raises ApiError."""
-        if self._template is None:
-            raise bad_request("This model has no chat template; use /v1/completions.", "messages")
-        text = self._template.render(messages)
-        return await self._encode(text, add_special_tokens=False)
-
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) <= INLINE_CHARS:
             return self._encode_now(text, add_special_tokens)
         return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
 
-    def _encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
-        encoded = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        return list(encoded[0].ids)
+    async def encode_chat(
+        self, messages: list[ChatMessage], options: ChatOptions = PLAIN
+    ) -> list[int]:
+        """Tokens of a conversation; the template writes the special tokens. Raises ApiError."""
+        template = self._template
+        if options.template is not None:
+            template = requested_template(options.template, template)
+        if template is None:
+            raise bad_request("This model has no chat template; use /v1/completions.", "messages")
+        text = template.render(messages, options)
+        return (await self.encode(text, options.add_special_tokens)).ids
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """For the output that follows `prompt`; special tokens are skipped."""
+    def _encode_now(self, text: str, add_special_tokens: bool) -> Encoded:
+        [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return Encoded(list(encoded.ids), list(encoded.special_tokens_mask))
+
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> Detokenizer:
+        """For the output that follows `prompt`."""
+        table = self._plain_table if skip_special_tokens else self._byte_table
+        if table is not None:
+            return ByteDetokenizer(table)
+        return WindowDetokenizer(partial(self._decode, skip_special_tokens), prompt)
+
+    def _decode(self, skip_special_tokens: bool, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What `token` alone stands for; perhaps a part of a character. Empty if there is none."""
         if self._byte_table is not None:
-            return ByteDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._decode, prompt)
+            return self._byte_table[token] if token < len(self._byte_table) else b""
+        return piece_bytes(self._tokenizer, token)
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def token_name(self, token: int) -> str:
+        """How the vocabulary spells `token`."""
+        return self._tokenizer.id_to_token(token) or ""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -94,37 +132,3 @@ def tokenizer_from_files(files: TokenizerFiles, origin: str) -> Tokenizer:
 
 def _read_optional(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
-
-
-def _is_byte_level(tokenizer: RustTokenizer) -> bool:
-    if tokenizer.decoder is None:
-        return False
-    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
-    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    return [part["type"] for part in parts] == ["ByteLevel"]
-
-
-def _byte_table(tokenizer: RustTokenizer) -> list[bytes]:
-    """Bytes of every token; none for special tokens and for ids without a token."""
-    byte_of = _byte_of_character()
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    table = [b""] * (1 + max(tokenizer.get_vocab().values(), default=-1))
-    for text, token in tokenizer.get_vocab().items():
-        if token not in special:
-            table[token] = _token_bytes(text, byte_of)
-    return table
-
-
-def _token_bytes(text: str, byte_of: dict[str, int]) -> bytes:
-    try:
-        return bytes([byte_of[character] for character in text])
-    except KeyError:  # an added token, spelled as itself
-        return text.encode()
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}

@@ -53,9 +53,19 @@ def test_token_ids_where_asked() -> None:
             assert answer.json["choices"][0]["token_ids"] == [*TEXT.encode(), tiny_tokenizer.EOS]
             chat = await harness.chat(return_token_ids=True)
             assert chat.json["choices"][0]["token_ids"] == [*TEXT.encode(), tiny_tokenizer.EOS]
-            refused = await harness.complete(stream=True, return_token_ids=True)
-            assert refused.status == 400
-            assert refused.json["error"]["param"] == "return_token_ids"
+            assert answer.json["choices"][0]["prompt_token_ids"] == list(b"hi")
+            assert chat.json["prompt_token_ids"][-2:] == [256, 258]
+            for stream in (
+                await harness.complete(max_tokens=100, stream=True, return_token_ids=True),
+                await harness.chat(stream=True, return_token_ids=True),
+            ):
+                first, *events = stream.events
+                assert "prompt_token_ids" in str(first)
+                told = [event["choices"][0].get("token_ids", []) for event in events]
+                assert [token for tokens in told for token in tokens] == [
+                    *TEXT.encode(),
+                    tiny_tokenizer.EOS,
+                ]
 
     asyncio.run(scenario())
 

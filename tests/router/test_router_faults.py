@@ -236,7 +236,7 @@ def test_a_bug_met_by_one_request_costs_the_others_nothing() -> None:
         async with router(script) as harness:
             tokenizer = harness.server.control.tokenizer
             assert tokenizer is not None
-            tokenizer._byte_table = _Trap(tokenizer._byte_table or [])
+            tokenizer._plain_table = _Trap(tokenizer._plain_table or [])
             good, bad = await asyncio.gather(
                 harness.complete(max_tokens=50), harness.complete(prompt="x", max_tokens=50)
             )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from router.choice_text import ChoiceText
+from router.choice_text import ChoiceText, TextRules
 from router.detokenizer import ByteDetokenizer, WindowDetokenizer
 from router.stops import StopMatcher
 from wire.types import FinishReason
@@ -127,7 +127,7 @@ def test_only_a_possible_beginning_of_a_stop_is_held_back() -> None:
 
 
 def choice(stops: Sequence[str] = (), min_tokens: int = 0) -> ChoiceText:
-    return ChoiceText(ByteDetokenizer(BYTES), stops, min_tokens)
+    return ChoiceText(ByteDetokenizer(BYTES), TextRules(tuple(stops), min_tokens))
 
 
 def test_the_stop_token_is_counted_and_not_shown() -> None:

@@ -6,7 +6,7 @@ import json
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from router.tokenizer import _byte_of_character
+from router.token_bytes import _byte_of_character
 from wire.messages import TokenizerFiles
 
 EOS = 256

@@ -1,0 +1,99 @@
+"""The body of a chat request; see `router/api.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from router.api import (
+    NEUTRAL_COMMON,
+    GenerationBody,
+    NumLogprobs,
+    PositiveInt,
+    Strict,
+    known_fields,
+)
+from router.parsing import validate, without_neutral
+
+MAX_MESSAGES = 65_536
+MAX_TEMPLATE_CHARS = 65_536
+
+
+class TextPart(Strict):
+    """One piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: (
+        str
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    )
+    name: Annotated[str, Field(max_length=256)] | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
+    **NEUTRAL_COMMON,
+    "audio": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),  # without tools there is nothing to run in parallel
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),  # without tools both mean none
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+
+
+def parse_chat(data: bytes) -> ChatBody:
+    """The body of a chat request. Raises ApiError."""
+    fields = known_fields(data, NEUTRAL_CHAT)
+    messages = fields.get("messages")
+    if isinstance(messages, list):
+        fields["messages"] = [
+            without_neutral(message, NEUTRAL_MESSAGE, f"messages.{index}.")
+            if isinstance(message, dict)
+            else message
+            for index, message in enumerate(messages)
+        ]
+    return validate(ChatBody, fields)

@@ -14,10 +14,17 @@ _QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+UCX_ENVIRONMENT = {
+    "UCX_LOG_FILE": "stderr",  # not stdout, where a launcher reads who is ready
+    "UCX_LOG_LEVEL": "fatal",  # else every peer that dies is an error
+    "UCX_WARN_UNUSED_ENV_VARS": "n",  # else it warns of a variable that ucxx sets itself
+}
+"""UCX reads these when it is loaded and nowhere else; all other settings it is told by calls."""
+
 
 def prepare_environment() -> None:
     """Settings that must stand before torch is imported; what the operator has set wins."""
-    for name, value in _QUIET_LIBRARIES.items():
+    for name, value in (_QUIET_LIBRARIES | UCX_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
 
 

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from baton.config import UCX_ENVIRONMENT
 from kvtransfer.transport import TransferStats
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
-from kvtransfer.ucx_worker import ENVIRONMENT, array, load, new_context, settings, why_unavailable
+from kvtransfer.ucx_worker import array, load, new_context, settings, why_unavailable
 from wire.messages import UnitHeader
 from wire.types import BlockHandle, NodeId
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=128, help="per size and turn")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(UCX_ENVIRONMENT)
     if reason := why_unavailable():
         sys.exit(reason)
     ratios = {}

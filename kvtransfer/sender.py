@@ -191,6 +191,18 @@ class KVSender:
             self._try_send(grant, ReleaseLease(id, grant.lease, grant.capability, cause))
             self._end(out, cause)
 
+    def lost(self, address: TransportAddress, error: TransferError) -> None:
+        """A transport lost its way to a decode node; no unit that it carried is sure to be there.
+
+        The handoffs on that way end, their attempts are retried by the router, and new handoffs
+        take another transport for a while.
+        """
+        ids = [out.handoff.id for out in self._outgoing.values() if out.address == address]
+        if ids:
+            self._choice.failed(address, error)
+        for id in ids:
+            self.abort(id, error.cause)
+
     def tick(self) -> None:
         """Let time pass: ask again for commits, renew leases, end what is past its deadline."""
         now = self._clock()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
+from wire.errors import TransferError
 from wire.layout import KVLayout
 from wire.messages import TransferRecord, UnitHeader
 from wire.types import BlockHandle, NodeId, TransportAddress
@@ -91,6 +92,10 @@ class UnitSender(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+OnLost: TypeAlias = Callable[[TransportAddress, TransferError], None]
+"""Told when a way to a decode node ended by itself: what it carried may not have arrived."""
 
 
 class UnitReceiver(Protocol):

@@ -1,15 +1,24 @@
 """Units over UCX: tagged messages, received in place, between two processes that both consent.
 
     prefill                      decode
-      │ connect ────────────────▶ │ an endpoint and a random key for it: a lane
-      │ ◀──────────────── welcome │ [magic | key]
-      │ [header] ───────────────▶ │ tag = key, 0
-      │ [payload] ──────────────▶ │ tag = key, 1: found by a probe, then the sink is asked,
+      │ [hello] ────────────────▶ │ door, tag 0: [magic | pass | the way back]
+      │                           │ the pass is right: a worker for this lane, and a random key
+      │ ◀──────────────── welcome │ [magic | pass | key | the lane's worker]
+      │ [header] ───────────────▶ │ lane, tag = key, 0
+      │ [payload] ──────────────▶ │ lane, tag = key, 1: found by a probe, then the sink is asked,
       │                           │ then received into its block, or into nothing
 
-The key is the receiver's, random per lane, and says which endpoint a message came over; messages
-of one lane arrive in order. No receive is ever posted ahead of its message. One that is posted
-cannot be revoked: its block is let go of when it completes, and closing the endpoint forces that.
+Nobody listens with a UCX listener, which would take every address of the host: the two exchange the
+addresses of their workers, and a worker is reached only by the devices that it was given. The pass
+is in the receiver's URL, which only its fleet knows. Without it no byte of a hello reaches UCX's
+reader of addresses, which ends the process where they are malformed.
+
+Each lane has a worker at either end. Its end is the only thing that a peer notices at once: the
+closing of an endpoint is not told to the other side. The messages of one lane arrive in order.
+
+No receive is ever posted ahead of its message. One that is posted cannot be revoked: its block is
+let go of when it completes, and closing the endpoint forces that. (A send that is ended so keeps
+its worker alive, in ucxx 0.52. Then the other side notices by `stall_s`.)
 
 Payloads are host memory. CUDA memory needs a `BlockMemory` and a `Landing` that give out arrays
 with `__cuda_array_interface__` instead of memoryviews, and a UCX built for it; nothing here reads
@@ -18,17 +27,22 @@ or copies the bytes.
 
 from __future__ import annotations
 
-import ipaddress
+import base64
+import hashlib
 from contextlib import suppress
 
 from wire.errors import ConfigError
 
 NAME = "ucx"
+HELLO_TAG = 0  # on the receiver's worker
 WELCOME_TAG = 0  # on the sender's own worker of the lane
-MAGIC = b"baton/1\n"
-WELCOME_BYTES = 16
+MAGIC = b"baton/2\n"
+PASS_BYTES = 16
+KEY_BYTES = 8
+MAX_HELLO_BYTES = 4096
 POSTED_BYTES = 4 << 20  # per lane, given to UCX at a time; bounds how long one turn takes
 LAST_TURNS_S = 1.0  # how long `close` waits for UCX to let go of the pool's memory
+_CHECK_BYTES = 8
 
 
 def header_tag(key: int) -> int:
@@ -41,21 +55,26 @@ def payload_tag(key: int) -> int:
     return key << 1 | 1
 
 
-def url_of(host: str, port: int) -> str:
-    """`ucx://host:port`. Raises ValueError: the host is not numeric."""
-    address = ipaddress.ip_address(host)
-    return f"ucx://[{host}]:{port}" if address.version == 6 else f"ucx://{host}:{port}"
+def url_of(worker_address: bytes, password: bytes) -> str:
+    """`ucx://…`: how UCX reaches the receiver's worker, and the pass."""
+    body = password + worker_address
+    return f"{NAME}://{base64.urlsafe_b64encode(_check(body) + body).decode()}"
 
 
-def parse(url: str) -> tuple[str, int]:
-    """Host and port of `ucx://host:port`; the host is numeric, because looking it up would block.
+def parse(url: str) -> tuple[bytes, bytes]:
+    """The worker's address and the pass in a URL.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: it is no such URL, or not whole: UCX must never see such an address.
     """
-    scheme, _, rest = url.partition("://")
-    host, _, port = rest.rpartition(":")
+    scheme, _, text = url.partition("://")
     with suppress(ValueError):
-        if scheme == NAME and 0 < int(port) <= 0xFFFF:
-            return str(ipaddress.ip_address(host.strip("[]"))), int(port)
-    raise ConfigError(f"{url!r} is not ucx://<numeric address>:<port>")
+        data = base64.b64decode(text.encode("ascii"), b"-_", validate=True)
+        check, body = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
+        if scheme == NAME and len(body) > PASS_BYTES and check == _check(body):
+            return body[PASS_BYTES:], body[:PASS_BYTES]
+    raise ConfigError(f"{url!r} is not the address of a ucx transport")
+
+
+def _check(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECK_BYTES).digest()

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvtransfer.transport import OnLost
 from kvtransfer.ucx_lane import (
+    HELLO_TAG,
+    KEY_BYTES,
     LAST_TURNS_S,
     MAGIC,
+    NAME,
     POSTED_BYTES,
-    WELCOME_BYTES,
     WELCOME_TAG,
     header_tag,
     parse,
@@ -23,7 +26,7 @@ from kvtransfer.ucx_worker import DrivenWorker, array, load, new_context, settin
 from wire.codec import Envelope, encode
 from wire.errors import ConfigError, TransferError
 from wire.messages import UnitHeader
-from wire.types import NodeId
+from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)
 
@@ -58,30 +61,46 @@ class _Send:
 class _SenderLane:
     """The way to one decode node, on a UCX worker of its own: its end ends everything on it."""
 
-    def __init__(self, url: str, context: Any, stall_s: float, clock: Callable[[], float]) -> None:
-        host, port = parse(url)
+    def __init__(
+        self,
+        url: str,
+        context: Any,
+        stall_s: float,
+        clock: Callable[[], float],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        there, self._pass = parse(url)
         self.url = url
         self.lost = False
         self.moved_at = clock()  # when a send ended, or the first one began
         self.retry_at = clock()  # when lost with sends under way: not before
         self._stall_s = stall_s
         self._clock = clock
+        self._on_lost = on_lost
         self._key: int | None = None  # once welcomed
         self._waiting: deque[_Send] = deque()
         self._posted: deque[_Send] = deque()
         self._posted_bytes = 0
         self._driver = DrivenWorker(context, self._look, self._tick)
         try:
-            self._endpoint = self._driver.worker.create_endpoint_from_hostname(
-                host, port, endpoint_error_handling=True
-            )
+            self._door = self._endpoint = self._driver.connect(there)
         except load().UCXError:
             self._driver.close()
             raise
+        hello = array(MAGIC + self._pass + self._driver.address)
+        self._hello: tuple[Any, Any] | None = (
+            hello,
+            self._driver.send(self._door, hello, HELLO_TAG),
+        )
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._posted)
+
+    @property
+    def reading(self) -> bool:
+        """Whether UCX may still read what it was given."""
+        return bool(self._posted) or (self._hello is not None and not self._hello[1].completed)
 
     def send(self, send: _Send) -> None:
         if not self.busy:
@@ -89,38 +108,51 @@ class _SenderLane:
         self._waiting.append(send)
         self._driver.wake()
 
-    def lose(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """End the lane because it does not work, and say so."""
+        if self.lost:
+            return
+        if self.busy:
+            log.warning("a decode node %s; dropped %d units", reason, self._count())
+            self.retry_at = self._clock() + _RETRY_S
+        self.lose()
+        self._on_lost(self.url, reason)
+
+    def lose(self) -> None:
         """Close the endpoint. What UCX still reads ends when it says so, the rest now."""
         if self.lost:
             return
         self.lost = True
-        if self.busy:
-            log.warning("%s %s; dropped %d units", self.url, reason, self._count())
-            self.retry_at = self._clock() + _RETRY_S
-        self._endpoint.close_blocking()
+        for endpoint in (self._endpoint, self._door):
+            endpoint.close_blocking()
         self._driver.wake()
         while self._waiting:
             self._waiting.popleft().end()
 
     def close(self) -> None:
         """End everything, waiting a moment for UCX; then nobody drives it any more."""
-        self.lose("was closed")
+        self.lose()
         patience = time.monotonic() + LAST_TURNS_S
-        while self._posted and time.monotonic() < patience:
+        while self.reading and time.monotonic() < patience:
             self._driver.worker.progress()
             self._finish()
         while self._posted:  # the pool ends with sends under way
             self._posted.popleft().end()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """End the worker: that is what the other side notices."""
         self._driver.close()
+        self._endpoint = self._door = self._hello = None
 
     def _look(self) -> bool:
         self._finish()
         if self.lost:
-            if not self._posted:
-                self._driver.close()
+            if not self.reading:
+                self._let_go()
             return False
         if not self._endpoint.alive:
-            self.lose("is gone")
+            self.fail("is gone")
             return True
         if self._key is None and not self._welcomed():
             return False
@@ -138,12 +170,19 @@ class _SenderLane:
         found = self._driver.probe(WELCOME_TAG)
         if found is None:
             return False
-        welcome = bytearray(WELCOME_BYTES)
+        welcome = bytearray(found[1])
         request = self._driver.receive(array(welcome), WELCOME_TAG)
-        if not (request.completed and found[1] == WELCOME_BYTES and welcome.startswith(MAGIC)):
-            self.lose("is no decode node of this version")
+        begin = MAGIC + self._pass
+        key_end = len(begin) + KEY_BYTES
+        if not (request.completed and welcome.startswith(begin) and len(welcome) > key_end):
+            self.fail("answers in another version")
             return False
-        self._key = int.from_bytes(welcome[len(MAGIC) :], "little")
+        try:
+            self._endpoint = self._driver.connect(bytes(welcome[key_end:]))
+        except load().UCXError:
+            self.fail("cannot be reached")
+            return False
+        self._key = int.from_bytes(welcome[len(begin) : key_end], "little")
         return True
 
     def _post(self) -> bool:
@@ -164,7 +203,7 @@ class _SenderLane:
 
     def _tick(self) -> None:
         if self.busy and self._clock() - self.moved_at >= self._stall_s:
-            self.lose("takes no units")
+            self.fail("takes no units")
 
     def _count(self) -> int:
         return len(self._waiting) + len(self._posted)
@@ -174,6 +213,8 @@ class UcxUnitSender:
     """One lane per decode node.
 
     Args:
+        on_lost: told when a lane ended by itself. What was sent on it may not have arrived, also
+            where UCX had taken it.
         stall_s: a decode node that takes no unit for so long loses its lane: a send cannot be
             revoked, and closing the endpoint is the only way to get the blocks back.
         options: what UCX is told; see `settings`.
@@ -186,11 +227,13 @@ class UcxUnitSender:
         self,
         me: NodeId,
         *,
+        on_lost: OnLost | None = None,
         stall_s: float = 30.0,
         options: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._me = me
+        self._on_lost = on_lost
         self._context = new_context(settings() if options is None else options)
         self._stall_s = stall_s
         self._clock = clock
@@ -199,7 +242,14 @@ class UcxUnitSender:
 
     def reaches(self, url: str, to: NodeId) -> bool:
         """See UnitSender. Begins to connect; what comes of it shows in the sends."""
-        self._lane(url)
+        was_reached = url in self._lanes
+        try:
+            self._lane(url)
+        except TransferError as error:
+            unreachable = isinstance(error.__cause__, load().UCXUnreachableError)
+            if was_reached or not unreachable:
+                raise
+            return False  # another host's loopback, or a network that this node is not in
         return True
 
     def send(
@@ -218,7 +268,7 @@ class UcxUnitSender:
     def close_peer(self, url: str) -> None:
         """Let nothing more reach the decode node at `url`, and get the blocks back."""
         if lane := self._lanes.pop(url, None):
-            lane.lose("was closed")
+            lane.lose()
             self._ending.append(lane)
 
     def close(self) -> None:
@@ -234,18 +284,30 @@ class UcxUnitSender:
         if not lane.lost:
             return lane
         if self._clock() < lane.retry_at:
-            raise TransferError("transport", f"cannot send to {url}: it was lost a moment ago")
+            raise TransferError("transport", "a decode node was lost by ucx a moment ago")
         self.close_peer(url)
         return self._open(url)
 
     def _open(self, url: str) -> _SenderLane:
-        now = self._clock()
-        self._ending = [lane for lane in self._ending if lane.busy]
-        for other, lane in list(self._lanes.items()):
-            if not lane.busy and now - lane.moved_at > _IDLE_S:
-                self._lanes.pop(other).close()
+        self._close_unused()
         try:
-            self._lanes[url] = lane = _SenderLane(url, self._context, self._stall_s, self._clock)
+            self._lanes[url] = lane = _SenderLane(
+                url, self._context, self._stall_s, self._clock, self._lost
+            )
         except (ConfigError, load().UCXError) as error:
-            raise TransferError("transport", f"cannot send to {url}: {error}") from error
+            raise TransferError("transport", f"cannot send by ucx: {error}") from error
         return lane
+
+    def _close_unused(self) -> None:
+        """A restarted decode node has another address: lanes to old ones must not pile up."""
+        now = self._clock()
+        self._ending = [lane for lane in self._ending if lane.reading]
+        for url, lane in list(self._lanes.items()):
+            is_over = lane.lost and now >= lane.retry_at
+            if not lane.busy and (is_over or now - lane.moved_at > _IDLE_S):
+                self._lanes.pop(url).close()
+
+    def _lost(self, url: str, reason: str) -> None:
+        error = TransferError("transport", f"a decode node {reason} (ucx)")
+        if self._on_lost:
+            self._on_lost(TransportAddress(NAME, url), error)

@@ -20,10 +20,6 @@ from wire.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = {"UCX_WARN_UNUSED_ENV_VARS": "n", "UCX_LOG_LEVEL": "fatal"}
-"""For the environment of a process that uses UCX, which reads these only there. Without the first
-it warns of a variable that ucxx sets itself, without the second every lost peer is an error."""
-
 ANY_TAG = 0
 EVERY_BIT = (1 << 64) - 1
 
@@ -35,8 +31,8 @@ def settings(*, net_devices: str = "lo", rendezvous: str = "am") -> dict[str, st
     """What UCX must be told so that it never writes memory that is not ours to give.
 
     Args:
-        net_devices: the interfaces that may carry data, e.g. "eth0" or "mlx5_0:1". The default is
-            this host only: ucxx listens on every address, but then nobody outside gets further.
+        net_devices: the devices that may carry data, e.g. "eth0" or "eth0,mlx5_0:1"; a worker can
+            be reached by these alone. The default is this host only.
         rendezvous: how large messages travel. "am": in pieces that the receiver copies into place;
             "get_zcopy" where the network can read remote memory. Never a "put": a peer would write
             into blocks at a time of its own.
@@ -51,7 +47,6 @@ def settings(*, net_devices: str = "lo", rendezvous: str = "am") -> dict[str, st
         "RNDV_THRESH": "48k",
         "TCP_TX_SEG_SIZE": "64k",
         "TCP_RX_SEG_SIZE": "128k",
-        "TCP_CM_REUSEADDR": "y",  # a restarted node may take its port again at once
     }
 
 
@@ -74,7 +69,7 @@ def load() -> ModuleType:
         from ucxx._lib import libucxx
     except (ImportError, OSError) as error:
         raise ConfigError(
-            f"the ucx transport is not available: {error} (install the extra 'ucx')"
+            f"the ucx transport is not available: {error}; pip install 'baton-serve[ucx]'"
         ) from error
     return libucxx  # type: ignore[no-any-return]
 
@@ -115,7 +110,7 @@ class DrivenWorker:
         self._look = look
         self._tick = tick
         self._loop = asyncio.get_running_loop()
-        self.worker = self._ucx.UCXWorker(context)
+        self.worker: Any = self._ucx.UCXWorker(context)
         self.worker.init_blocking_progress_mode()
         self._fd = self.worker.epoll_file_descriptor
         self._loop.add_reader(self._fd, self._turn)
@@ -123,6 +118,25 @@ class DrivenWorker:
         self._closed = False
         self._timer = self._loop.call_later(_TICK_S, self._on_timer)
         self.wake()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def address(self) -> bytes:
+        """How others reach this worker."""
+        return bytes(self.worker.address.tobytes())
+
+    def connect(self, address: bytes) -> Any:
+        """An endpoint to the worker at `address`, which must come from UCX: it is not checked.
+
+        Raises:
+            UCXError: no device leads there. Whether anybody is there shows in the sends.
+        """
+        return self.worker.create_endpoint_from_worker_address(
+            self._ucx.UCXAddress.create_from_buffer(address), endpoint_error_handling=True
+        )
 
     def wake(self) -> None:
         """UCX was given something to do."""
@@ -144,13 +158,15 @@ class DrivenWorker:
         return endpoint.tag_send(data, self._ucx.UCXXTag(tag))
 
     def close(self) -> None:
-        """Drive no more. The caller has closed endpoints and listeners before."""
+        """Drive no more. The caller has closed the endpoints before."""
         if self._closed:
             return
         self._closed = True
         self._timer.cancel()
+        self._look, self._tick = _nothing_to_do, _nothing  # they hold who holds this
         if not self._loop.is_closed():
             self._loop.remove_reader(self._fd)
+        self.worker = None  # what UCX has open closes with the last endpoint and request
 
     def _scheduled_turn(self) -> None:
         self._scheduled = False
@@ -176,6 +192,13 @@ class DrivenWorker:
         self._timer = self._loop.call_later(_TICK_S, self._on_timer)
         self._tick()
         self.wake()
+
+
+def _nothing_to_do() -> bool:
+    return False
+
+
+def _nothing() -> None: ...
 
 
 def succeeded(request: Any) -> bool:

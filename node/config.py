@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wire.errors import ConfigError
 
-TRANSPORTS = ("auto", "shm", "zmq")
+TRANSPORTS = ("shm", "zmq", "ucx")  # auto chooses among them, see node/transports.py
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
 _MAX_NAME = 256  # no message carries a longer one
 _MAX_PORT = 65535
@@ -69,6 +69,18 @@ class NodeConfig:
             _check(0 <= getattr(self, name) < math.inf, f"--{flag} must be a number of seconds")
         for url in self.routers:
             split_url(url)
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        try:
+            names = parse_transport(self.transport).split(",")
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--transport {error}") from error
+        if "ucx" in names and not is_loopback(self.host) and not self.insecure:
+            raise ConfigError(
+                f"--transport ucx on --host {self.host} would send KV blocks unencrypted and let "
+                "anybody there reach UCX; take zmq, or add --insecure if the network is trusted"
+            )
 
     def _check_engine(self) -> None:
         _check(0 < self.block_size <= 1024, "--block-size must be between 1 and 1024")
@@ -143,6 +155,16 @@ def parse_bytes(text: str) -> int:
         return int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 512M or 2G") from None
+
+
+def parse_transport(text: str) -> str:
+    """`auto`, or names of transports, the best one first, with commas between them."""
+    names = text.split(",")
+    if text == "auto" or (set(names) <= set(TRANSPORTS) and len(set(names)) == len(names)):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither auto nor one or several of {','.join(TRANSPORTS)}"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,9 +244,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--transport",
+        type=parse_transport,
         default=default.transport,
-        choices=TRANSPORTS,
-        help="how KV blocks travel (auto: by shm within one host, else by zmq)",
+        metavar="NAME[,NAME]",
+        help="how KV blocks travel, the best way first: shm (within one host), zmq (TCP), ucx "
+        "(RDMA or TCP, not encrypted, needs baton-serve[ucx]); later ones stand in for earlier "
+        "ones (auto: shm, then ucx where UCX has RDMA, then zmq)",
     )
     group.add_argument(
         "--max-num-seqs", type=int, default=default.max_num_seqs, help="requests per step"

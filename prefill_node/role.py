@@ -58,7 +58,9 @@ class PrefillRole:
         self._engine = shell.engine
         self._outbox = TokenOutbox()
         self._peers = PeerLinks(shell.me, self._from_decode_node, shell.context)
-        self._transports = unit_senders(shell.config, shell.me, shell.built.pool, shell.context)
+        self._transports = unit_senders(
+            shell.config, shell.me, shell.built.pool, shell.context, self._way_lost
+        )
         self._sender = KVSender(
             memory=shell.built.memory,
             transports=self._transports,
@@ -223,6 +225,9 @@ class PrefillRole:
 
     def _from_decode_node(self, sender: NodeId, message: Message) -> None:
         self._sender.handle(sender, message)
+
+    def _way_lost(self, address: TransportAddress, error: TransferError) -> None:
+        self._sender.lost(address, error)
 
     def handle_peer(self, sender: NodeId, message: Message) -> None:
         """Nobody connects to a prefill node; decode nodes answer on its own links."""

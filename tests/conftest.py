@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import logging as python_logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from baton.config import UCX_ENVIRONMENT
+
+os.environ.update(UCX_ENVIRONMENT)  # UCX reads it when a test loads it, or a process that it starts
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"

@@ -25,6 +25,7 @@ Positive = Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MAX_REQUEST_TOKENS, fail_fast=True)]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
+Url = Annotated[str, Field(strict=True, min_length=1, max_length=1024)]
 Text = Annotated[str, Field(strict=True, max_length=4096)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
@@ -112,7 +113,7 @@ class TransportAddress:
     """Where a node receives KV blocks by one transport."""
 
     transport: Name
-    url: Name
+    url: Url  # the ucx transport's holds the address of a UCX worker, which grows with its devices
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from baton.bundled_model import DEFAULT_MODEL
+from kvtransfer.ucx_worker import why_unavailable
 from tests.e2e.client import Answer, Client
 from tests.e2e.conftest import MakeFleet
 from tests.e2e.fleet import Fleet
+from tests.e2e.wires import cut_ucx
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 COUNT = 6
+needs_ucx = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
 
 async def ask_all(fleet: Fleet) -> list[Answer]:
@@ -71,9 +74,39 @@ def test_nodes_without_the_same_transports_find_the_common_one(make_fleet: MakeF
     fleet.assert_balanced()
 
 
+@needs_ucx
+def test_ucx_gives_the_text_that_zmq_gives(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet().start(flags=("--transport", "ucx"))
+    by_ucx = texts(fleet)
+    fleet.assert_balanced()
+    assert (said(fleet, "ucx"), said(fleet, "zmq")) == (1, 0)
+    assert "UCX 1." in fleet.logs()
+    assert "tcp/lo" in fleet.logs()
+    assert all("UCX  " not in line for line in fleet.logs().splitlines())  # its own log is quiet
+    fleet.close()
+    fleet = make_fleet().start(flags=("--transport", "zmq"))
+    assert texts(fleet) == by_ucx
+
+
+@needs_ucx
+def test_when_ucx_breaks_the_next_transport_stands_in(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet().start(flags=("--transport", "ucx,zmq"))
+    before = texts(fleet)
+    assert (said(fleet, "ucx"), said(fleet, "zmq")) == (1, 0)
+    prefill, decode = fleet.nodes["prefill-0"], fleet.nodes["decode-0"]
+    cut_ucx(prefill, decode)
+    assert texts(fleet) == before
+    assert said(fleet, "zmq") >= 1
+    assert prefill.metrics()['baton_transport_failures_total{transport="ucx"}'] >= 1
+    fleet.assert_balanced()
+
+
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-def test_nothing_is_left_of_a_killed_node(make_fleet: MakeFleet, victim: str) -> None:
-    fleet = make_fleet().start(prefill=2, decode=2, flags=("--transport", "shm"))
+@pytest.mark.parametrize("transport", ["shm", pytest.param("ucx", marks=needs_ucx)])
+def test_nothing_is_left_of_a_killed_node(
+    make_fleet: MakeFleet, victim: str, transport: str
+) -> None:
+    fleet = make_fleet().start(prefill=2, decode=2, flags=("--transport", transport))
     before = texts(fleet)
     pids = [node.pid for node in fleet.nodes.values()]
     victim_pid = fleet.nodes[victim].pid

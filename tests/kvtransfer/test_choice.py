@@ -183,3 +183,23 @@ def test_a_send_that_fails_ends_one_handoff_and_moves_the_next() -> None:
         rig.check_balance()
 
     asyncio.run(body())
+
+
+def test_a_way_that_is_lost_ends_its_handoffs_and_moves_the_next() -> None:
+    """Also one whose units have all left: nobody knows whether they are there."""
+
+    async def body() -> None:
+        rig = Rig()
+        first = rig.reserve(9)
+        rig.hand_over(first)
+        rig.sender.lost(TransportAddress("loopback", "elsewhere"), TransferError("transport", "?"))
+        assert len(rig.sender) == 1
+        assert not rig.sent.transport_failures
+        rig.sender.lost(rig.address, TransferError("transport", "it is gone"))
+        await rig.until_ended()
+        assert [handoff.cause for handoff in rig.handoffs] == ["transport"]
+        assert first.lease.state is LeaseState.RELEASED
+        assert rig.sent.transport_failures == {"loopback": 1}
+        rig.check_balance()
+
+    asyncio.run(body())

@@ -23,11 +23,11 @@ from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
-from wire.errors import WireError
+from wire.errors import TransferError, WireError
 from wire.layout import KVLayout
 from wire.messages import Grant, Granted, Message
 from wire.sockets import PolledSocket
-from wire.types import AttemptId, BlockHandle, NodeId
+from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 TTL = 3600.0
 PREFILL = NodeId("prefill", 1)
@@ -71,7 +71,7 @@ class Post:
 class DecodeEnd:
     """Grants what it is asked for, and tells what it holds."""
 
-    def __init__(self, post: Post, kib: int, port: int = 0, stall_s: float = 30.0) -> None:
+    def __init__(self, post: Post, kib: int, stall_s: float = 30.0) -> None:
         self.post = post
         self.pool = Pool(layout(kib), num_blocks(kib), epoch=22)
         self.leases: list[Lease] = []
@@ -84,7 +84,7 @@ class DecodeEnd:
             model_fingerprint="model",
             stats=self.stats,
         )
-        self.units = UcxUnitReceiver(DECODE, self.receiver, self.stats, port=port, stall_s=stall_s)
+        self.units = UcxUnitReceiver(DECODE, self.receiver, self.stats, stall_s=stall_s)
         post.handlers[b"reserve"] = self._reserve
         post.handlers[b"to decode"] = self._heard
         post.handlers[b"look"] = self._look
@@ -153,7 +153,7 @@ class PrefillEnd:
         self.grants: dict[str, Grant] = {}
         self.source: dict[str, tuple[BlockHandle, ...]] = {}
         self.ended: dict[str, Handoff] = {}
-        self.units = UcxUnitSender(PREFILL, stall_s=stall_s)
+        self.units = UcxUnitSender(PREFILL, on_lost=self._lost, stall_s=stall_s)
         self.sender = KVSender(
             memory=self.pool,
             transports={"ucx": self.units},
@@ -176,6 +176,9 @@ class PrefillEnd:
     def close(self) -> None:
         self.units.close()
 
+    def _lost(self, address: TransportAddress, error: TransferError) -> None:
+        self.sender.lost(address, error)
+
     def _granted(self, data: bytes, num_tokens: bytes) -> None:
         message = decode(data).message
         assert isinstance(message, Granted)
@@ -192,14 +195,15 @@ class PrefillEnd:
         self.ended[handoff.id.request] = handoff
 
 
-async def main(role: str, url: str, kib: int, port: int) -> None:
+async def main(role: str, url: str, kib: int) -> None:
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(url)
     post = Post(socket)
     over = asyncio.Event()
     post.handlers[b"end"] = over.set
-    end = DecodeEnd(post, kib, port) if role == "decode" else PrefillEnd(post, kib)
+    stall_s = 0.5 if "impatient" in sys.argv else 30.0
+    end = (DecodeEnd if role == "decode" else PrefillEnd)(post, kib, stall_s)
     post.send(b"ready", str(isinstance(end, DecodeEnd) and end.units.address.url).encode())
     await over.wait()
     end.close()
@@ -212,4 +216,4 @@ if __name__ == "__main__":
         import torch
 
         assert torch.ones(64, 64).matmul(torch.ones(64, 64)).sum() == 64**3
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,155 @@
+"""Messages over UCX that do not belong, and handlers that fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvtransfer.lease import LeaseState
+from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, header_tag, payload_tag
+from tests.kvtransfer.rig import DECODE as RIG_DECODE
+from tests.kvtransfer.rig import LAYOUT, until
+from tests.kvtransfer.ucx_peer import PREFILL
+from tests.kvtransfer.ucx_rig import (
+    Hostile,
+    UcxRig,
+    header,
+    nothing,
+    run,
+)
+from wire.codec import Envelope, encode
+from wire.messages import FetchTokenizer, UnitHeader
+from wire.types import NodeId
+
+
+def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        hostile = Hostile(both.receiver.address.url)
+        await hostile.welcomed()
+        head = encode(Envelope(PREFILL, RIG_DECODE, header()))
+        other_life = encode(Envelope(PREFILL, NodeId(RIG_DECODE.name, 9), header()))
+        other_message = encode(Envelope(PREFILL, RIG_DECODE, FetchTokenizer()))
+        first, second = header_tag(hostile.key), payload_tag(hostile.key)
+        for tag, data in (
+            (second, b"a payload alone"),  # malformed
+            (first, b"noise"),  # malformed
+            (second, b"its payload"),
+            (first, head),
+            (first, bytes(1 << 20)),  # malformed twice: no payload before it, and too large
+            (second, b"its payload"),
+            (first, other_life),  # stale
+            (second, bytes(1 << 20)),
+            (first, other_message),  # stale
+            (second, b"its payload"),
+            (first, head),  # expired
+            (second, bytes(4 << 20)),
+            (12345, b"no lane's"),
+            (1 << 63, bytes(1 << 20)),
+        ):
+            hostile.send(tag, data)
+        await hostile.close()
+        assert both.rig.received.units_dropped == {"malformed": 4, "stale": 2, "expired": 1}
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("length", [1, LAYOUT.block_bytes - 1, LAYOUT.block_bytes + 1, 1 << 20])
+def test_a_payload_of_another_length_is_rejected(length: int) -> None:
+    async def body() -> None:
+        both = UcxRig()
+        rig = both.rig
+        job = rig.reserve(4)
+        before = [bytes(block) for block in rig.target.blocks]
+        rig.start(job)
+        lie = header(capability=job.lease.capability, handle=job.target[0])
+        url = both.receiver.address.url
+        both.sender.send(url, RIG_DECODE, lie, memoryview(bytes(length)), nothing)
+        await rig.until_ended()
+        assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")
+        assert [bytes(block) for block in rig.target.blocks] == before
+        rig.check_balance()
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+
+
+def test_a_refused_unit_goes_nowhere() -> None:
+    """Its lease has ended: of a large unit not even the bytes travel, and the sender is let go."""
+
+    async def body() -> None:
+        both = UcxRig()
+        job = both.rig.reserve(4)
+        both.rig.receiver.abort(job.id)
+        before = [bytes(block) for block in both.rig.target.blocks]
+        done: list[int] = []
+        for length in (LAYOUT.block_bytes, 4 << 20):
+            unit = header(capability=job.lease.capability, handle=job.target[0])
+            payload = memoryview(bytes(length))
+            both.sender.send(
+                both.receiver.address.url, RIG_DECODE, unit, payload, lambda: done.append(1)
+            )
+        await until(lambda: len(done) == 2 and both.rig.received.units_dropped["expired"] == 2)
+        assert [bytes(block) for block in both.rig.target.blocks] == before
+        both.close()
+
+    run(body())
+
+
+def test_handlers_that_fail_stop_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        both = UcxRig()
+        begin, failures = both.rig.receiver.begin, iter([True])
+
+        def fail_once(sender: NodeId, message: UnitHeader) -> Any:
+            if next(failures, False):
+                raise ValueError("a bug")
+            return begin(sender, message)
+
+        def fail() -> None:
+            raise ValueError("another bug")
+
+        monkeypatch.setattr(both.rig.receiver, "begin", fail_once)
+        both.sender.send(
+            both.receiver.address.url, RIG_DECODE, header(), memoryview(b"12345678"), fail
+        )
+        await until(lambda: len(caplog.records) == 2)
+        await both.hand_over(30)
+        both.close()
+
+    run(body())
+    messages = {record.message for record in caplog.records}
+    assert messages == {"a message handler failed", "the end of a send was not handled"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "begin"),
+    [
+        (HELLO_TAG, b""),
+        (HELLO_TAG, MAGIC),
+        (HELLO_TAG, MAGIC + bytes(16)),
+        (7, b""),
+        (1 << 63, b""),
+    ],
+)
+def test_who_does_not_know_the_pass_gets_no_lane(tag: int, begin: bytes) -> None:
+    """What follows would end this process, if UCX read it as an address."""
+
+    async def body() -> None:
+        both = UcxRig()
+        hostile = Hostile(both.receiver.address.url)
+        for length in (1, 60, 1 << 20):
+            hostile.send(tag, begin + b"\xff" * length)
+        await hostile.close()
+        await until(lambda: both.rig.received.units_dropped["malformed"] == 3)
+        assert not both.receiver._lanes
+        await both.hand_over(30)
+        both.close()
+
+    run(body())

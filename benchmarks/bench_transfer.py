@@ -5,8 +5,11 @@ from the first unit's arrival to the commit, beside its floor in the same round:
 
     shm  one thread copies the same blocks with memcpy
     zmq  a bare TCP socket, received in place
+    ucx  a bare ucxx loop
 
 Without digests the sealer is replaced in both processes; there is no such switch in the product.
+Then a fleet with the 88 M random model says how much of a prompt's KV leaves while it is computed.
+The last line is one JSON object; a figure that was not measured is null.
 """
 
 from __future__ import annotations
@@ -14,281 +17,116 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
-import socket
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-import zmq
 
-import kvtransfer.digest
-import kvtransfer.receiver
-from benchmarks.transfer_sender import Blocks, layout_of, leave_digests_out
-from engine.kv_store import KVStore
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
-from kvtransfer.receiver import KVReceiver
-from kvtransfer.shm_transport import ShmUnitReceiver
-from kvtransfer.transport import Landing, TransferStats, UnitReceiver
-from kvtransfer.zmq_transport import ZmqUnitReceiver
-from wire.codec import Envelope
-from wire.messages import Grant, Prefill, UnitHeader
-from wire.sockets import Hub
-from wire.types import AttemptId, NodeId, SamplingParams
+from benchmarks.bench_serve import make_random_model
+from benchmarks.serve.overlap import Overlap, measure_overlap
+from benchmarks.transfer_receiver import FLOORS, Case, Rates, measure
 
-TRANSPORTS = ("shm", "zmq")
 BLOCK_KB = (16, 64, 96, 384, 1024)  # 384: of the 88 M model
-FLOOR = {"shm": "memcpy", "zmq": "tcp"}
 OFF_ON = ("off", "on")
+QUIET_LOAD = 0.5  # processes that want to run besides this one
+Figures = dict[str, float | None]
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is measured in one go."""
-
-    transport: str
-    block_bytes: int
-    digests: bool
-
-    @property
-    def num_blocks(self) -> int:
-        return min(2048, (64 << 20) // self.block_bytes)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
-
-
-@dataclass(frozen=True)
-class Rates:
-    """GB/s, medians over the rounds; the ratio as median over the rounds, and of the best ones.
-
-    On a busy machine the median says how two processes and one thread get along with the others,
-    and the best ones what the work itself costs.
-    """
-
-    transfer: float
-    floor: float
-    ratio: float
-    best_ratio: float
-
-
-class ReceiverNode:
-    """One decode node. It is the sink of its transport, to see when the first unit comes."""
-
-    def __init__(self, case: Case) -> None:
-        self.me = NodeId("receiver", secrets.randbits(64))
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.peer: asyncio.Future[NodeId] = asyncio.get_running_loop().create_future()
-        self.hub = Hub(self.me, "tcp://127.0.0.1:*", self._receive, self.context)
-        self.blocks = Blocks(KVStore(layout_of(case.block_bytes), case.num_blocks))
-        self.blocks.store.blocks.zero_()
-        stats = TransferStats()
-        self.receiver = KVReceiver(
-            memory=self.blocks,
-            table=LeaseTable(ttl_s=60.0),
-            send=self.hub.send,
-            on_ended=self._lease_ended,
-            model_fingerprint="model",
-            stats=stats,
+def measure_rates(cases: Iterable[Case], rounds: int) -> dict[Case, Rates]:
+    """A line per case."""
+    found: dict[Case, Rates] = {}
+    print("transport  block KB  blocks   units  digests   GB/s  floor  ratio  best")
+    for case in cases:
+        found[case] = rates = asyncio.run(measure(case, rounds))
+        print(
+            f"{case.transport:9}  {case.block_bytes >> 10:8}  {case.num_blocks:6}"
+            f"  {case.num_units:6}  {OFF_ON[case.digests]:7}  {rates.transfer:5.2f}"
+            f"  {rates.floor:5.2f}  {rates.ratio:5.2f}  {rates.best_ratio:4.2f}",
+            flush=True,
         )
-        self.units: UnitReceiver = (
-            ShmUnitReceiver(self.me, self, stats)
-            if case.transport == "shm"
-            else ZmqUnitReceiver(self.me, "tcp://127.0.0.1:*", self, stats, self.context)
-        )
-        self.started = 0.0
-        self.ended: asyncio.Future[Lease]
-
-    def begin(self, sender: NodeId, header: UnitHeader) -> Landing | None:
-        """See UnitSink."""
-        if not self.started:
-            self.started = time.perf_counter()
-        return self.receiver.begin(sender, header)
-
-    async def take_over(self, number: int) -> float:
-        """One handoff of all blocks; returns its seconds."""
-        sender = await self.peer
-        prefill = self._prefill(AttemptId(f"request-{number}", 1), sender)
-        self.started = 0.0
-        self.ended = asyncio.get_running_loop().create_future()
-        self.hub.send(sender, prefill)
-        lease = await asyncio.wait_for(self.ended, 60)
-        seconds = time.perf_counter() - self.started
-        assert lease.state is LeaseState.COMMITTED, lease.cause
-        return seconds
-
-    def _prefill(self, id: AttemptId, sender: NodeId) -> Prefill:
-        tokens = tuple(range(len(self.blocks.handles) * self.blocks.layout.block_size))
-        lease = self.receiver.grant(
-            id,
-            sender=sender,
-            tokens=tokens,
-            num_cached_tokens=0,
-            handles=self.blocks.handles,
-            cache_salt="",
-            deadline_s=60.0,
-        )
-        grant = Grant(
-            lease=lease.number,
-            capability=lease.capability,
-            digest_key=lease.digest_key,
-            decode=self.me,
-            peer_url=self.hub.url,
-            transports=(self.units.address,),
-            layout=self.blocks.layout,
-            handles=self.blocks.handles,
-            num_cached_tokens=0,
-            ttl_s=60.0,
-        )
-        return Prefill(
-            id=id,
-            tokens=tokens,
-            num_prompt_tokens=len(tokens),
-            sampling=SamplingParams(),
-            cache_salt="",
-            deadline_s=60.0,
-            grant=grant,
-        )
-
-    def close(self) -> None:
-        self.units.close()
-        self.hub.close()
-        self.context.destroy(0)
-
-    def _receive(self, envelope: Envelope) -> None:
-        if not self.peer.done():
-            self.peer.set_result(envelope.sender)
-        self.receiver.handle(envelope.sender, envelope.message)
-
-    def _lease_ended(self, lease: Lease) -> None:
-        self.ended.set_result(lease)
+    return found
 
 
-def seconds_of_memcpy(source: Blocks, target: Blocks) -> float:
-    """One thread, block by block, as the transport does it."""
-    pairs = [
-        (source.block_bytes(h.block_id), target.block_bytes(h.block_id)) for h in target.handles
-    ]
-    started = time.perf_counter()
-    for theirs, ours in pairs:
-        ours[:] = theirs
-    return time.perf_counter() - started
-
-
-def seconds_of_tcp(peer: socket.socket, target: Blocks) -> float:
-    """A bare socket, every block received where it belongs; from the first byte on."""
-    views = [target.block_bytes(handle.block_id) for handle in target.handles]
-    peer.send(b"x")
-    peer.recv(1, socket.MSG_PEEK)
-    started = time.perf_counter()
-    for view in views:
-        received = 0
-        while received < len(view):
-            received += peer.recv_into(view[received:])
-    return time.perf_counter() - started
-
-
-@contextmanager
-def sender_process(case: Case, url: str) -> Iterator[socket.socket]:
-    """The other process, and a bare connection to it."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.transfer_sender"),
-                *("--url", url, "--transport", case.transport),
-                *("--tcp-port", str(server.getsockname()[1])),
-                *("--block-bytes", str(case.block_bytes), "--num-blocks", str(case.num_blocks)),
-                *([] if case.digests else ["--no-digests"]),
-            ]
-        )
-        try:
-            server.settimeout(60)
-            peer, _ = server.accept()
-            with peer:
-                yield peer
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-async def measure(case: Case, rounds: int) -> Rates:
-    """Handoff and floor in turns; the first round warms both up."""
-    vars(kvtransfer.receiver)["UnitSealer"] = kvtransfer.digest.UnitSealer
-    if not case.digests:
-        leave_digests_out()
-    node = ReceiverNode(case)
-    other = Blocks(KVStore(node.blocks.layout, case.num_blocks))
-    other.store.blocks.normal_()
-    times = []
-    with sender_process(case, node.hub.url) as peer:
-        for number in range(rounds + 1):
-            transfer = await node.take_over(number)
-            floor = (
-                seconds_of_memcpy(other, node.blocks)
-                if case.transport == "shm"
-                else await asyncio.to_thread(seconds_of_tcp, peer, node.blocks)
-            )
-            times.append((transfer, floor))
-    node.close()
-    gigabytes = case.num_bytes / 1e9
-    transfers, floors = zip(*times[1:], strict=True)
-    return Rates(
-        gigabytes / statistics.median(transfers),
-        gigabytes / statistics.median(floors),
-        statistics.median(floor / transfer for transfer, floor in times[1:]),
-        min(floors) / min(transfers),
-    )
-
-
-def summary(found: dict[Case, Rates], block_bytes: int) -> dict[str, float]:
+def rate_figures(found: dict[Case, Rates], block_bytes: int) -> Figures:
     """The figures of one block size."""
-
-    def of(transport: str, digests: bool) -> Rates | None:
-        return found.get(Case(transport, block_bytes, digests))
-
-    figures: dict[str, float] = {}
-    for transport, name in FLOOR.items():
+    figures: Figures = {}
+    for transport, floor in {**FLOORS, "ucx": "bare"}.items():
         for digests, suffix in ((False, ""), (True, "_digests")):
-            if rates := of(transport, digests):
-                figures[f"{transport}_vs_{name}{suffix}"] = round(rates.ratio, 3)
-                figures[f"{transport}_vs_{name}{suffix}_best"] = round(rates.best_ratio, 3)
-    bare, sealed = of("shm", False), of("shm", True)
-    if bare and sealed:
-        figures["digest_cost_shm"] = round(1 - sealed.ratio / bare.ratio, 3)
-        figures["digest_cost_shm_best"] = round(1 - sealed.best_ratio / bare.best_ratio, 3)
+            rates = found.get(Case(transport, block_bytes, digests))
+            name = f"{transport}_vs_{floor}{suffix}"
+            figures[name] = round(rates.ratio, 3) if rates else None
+            figures[f"{name}_best"] = round(rates.best_ratio, 3) if rates else None
+    for way in ("", "_best"):
+        bare, sealed = (figures[f"shm_vs_memcpy{kind}{way}"] for kind in ("", "_digests"))
+        figures[f"digest_cost_shm{way}"] = round(1 - sealed / bare, 3) if bare and sealed else None
     return figures
 
 
+def measure_overlaps(transports: Iterable[str], num_requests: int) -> dict[str, Overlap]:
+    """A line per transport."""
+    found: dict[str, Overlap] = {}
+    print("transport  left before the end  tail ms  second token ms  steps  step ms")
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        model = Path(folder) / "m88"
+        make_random_model(model)
+        for transport in transports:
+            overlap = measure_overlap(Path(folder), model, transport, num_requests)
+            found[transport], second = overlap, overlap.second
+            print(
+                f"{transport:9}  {overlap.early:19.1%}  {overlap.tail_ms:7.1f}"
+                f"  {second.second_ms:15.1f}  {second.steps:5.2f}  {second.step_ms:7.1f}",
+                flush=True,
+            )
+    return found
+
+
+def overlap_figures(found: dict[str, Overlap]) -> Figures:
+    """Those of the worst transport, and each one's."""
+    figures: Figures = {
+        "bytes_before_last_chunk_end": min((o.early for o in found.values()), default=None),
+        "first_to_second_token_steps": max((o.second.steps for o in found.values()), default=None),
+    }
+    for transport, overlap in found.items():
+        figures[f"bytes_before_last_chunk_end_{transport}"] = overlap.early
+        figures[f"first_to_second_token_steps_{transport}"] = overlap.second.steps
+        figures[f"tail_ms_{transport}"] = overlap.tail_ms
+    return {name: value and round(value, 3) for name, value in figures.items()}
+
+
+def is_quiet() -> bool:
+    """Whether this machine had next to nothing to do in the last minute."""
+    load = os.getloadavg()[0]
+    if load > QUIET_LOAD:
+        print(f"the machine is busy (load {load:.1f}): the figures say little")
+    return load <= QUIET_LOAD
+
+
 def main() -> None:
-    """Measure, print a line per case and one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--transports", nargs="+", default=list(FLOORS), choices=FLOORS)
     parser.add_argument("--block-kb", nargs="+", type=int, default=BLOCK_KB)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=40, help="handoffs per case")
+    parser.add_argument(
+        "--requests", type=int, default=9, help="prompts per transport; 0: no fleet"
+    )
     args = parser.parse_args()
+    quiet = is_quiet()
     torch.set_num_threads(1)
-    found: dict[Case, Rates] = {}
-    print("transport  block KB  blocks  digests   GB/s  floor  ratio  best")
-    for transport in args.transports:
-        for block_kb in args.block_kb:
-            for digests in (False, True):
-                case = Case(transport, block_kb << 10, digests)
-                found[case] = rates = asyncio.run(measure(case, args.rounds))
-                print(
-                    f"{transport:9}  {block_kb:8}  {case.num_blocks:6}  {OFF_ON[digests]:7}"
-                    f"  {rates.transfer:5.2f}  {rates.floor:5.2f}"
-                    f"  {rates.ratio:5.2f}  {rates.best_ratio:4.2f}",
-                    flush=True,
-                )
-    sizes = {f"{kb} KB": summary(found, kb << 10) for kb in args.block_kb}
-    print(json.dumps({**sizes[f"{max(args.block_kb)} KB"], "by_block": sizes}))
+    cases = [
+        Case(transport, block_kb << 10, digests)
+        for transport in args.transports
+        for block_kb in args.block_kb
+        for digests in (False, True)
+    ]
+    rates = measure_rates(cases, args.rounds)
+    overlaps = measure_overlaps(args.transports, args.requests) if args.requests else {}
+    by_block = {f"{kb} KB": rate_figures(rates, kb << 10) for kb in args.block_kb}
+    figures = by_block[f"{max(args.block_kb)} KB"] | overlap_figures(overlaps)
+    print(json.dumps({**figures, "quiet": quiet, "by_block": by_block}))
 
 
 if __name__ == "__main__":

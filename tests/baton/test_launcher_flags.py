@@ -38,7 +38,7 @@ def other_value(action: argparse.Action) -> list[str]:
         return ["one", "two words"]
     if action.type in (int, float) or (callable(action.type) and action.metavar == "SIZE"):
         return [str((action.default or 0) + 3)]
-    return ["something else"]
+    return ["zmq,shm"] if action.dest == "transport" else ["something else"]
 
 
 @pytest.mark.parametrize("add_arguments", [add_engine_arguments, add_router_arguments])

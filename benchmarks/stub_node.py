@@ -38,6 +38,7 @@ from wire.messages import (
     Message,
     ModelInfo,
     Prefill,
+    PrefillTiming,
     Refused,
     Register,
     Resend,
@@ -230,6 +231,7 @@ class StubPair:
         self.running: dict[AttemptId, _Running] = {}
         self.num_cached_tokens = 0
         self.refuse_with: str | None = None  # refuse reservations for this cause
+        self.timing: PrefillTiming | None = None  # what the prefill node says of its time
         self.prefill_hangs = False  # no first token ever comes
         self.silent_after: int | None = None  # the decode node stops after so many output tokens
         self._script = script
@@ -276,7 +278,13 @@ class StubPair:
         token, finish = self._script(request, len(known))
         logprobs = stub_logprobs(request, len(known), (token,))
         update = TokenUpdate(
-            request.id, len(known), (token,), finish, self.num_cached_tokens, logprobs
+            request.id,
+            len(known),
+            (token,),
+            finish,
+            self.num_cached_tokens,
+            logprobs,
+            self.timing,
         )
         self.prefill.send(Tokens((update,)))
         if finish is None and request.grant is not None:

@@ -29,7 +29,7 @@ from prefill_node.attempt_clock import AttemptClock
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import Abort, Ack, AttemptFailed, Message, Prefill, Resend
+from wire.messages import Abort, Ack, AttemptFailed, HandoffDone, Message, Prefill, Resend
 from wire.types import AttemptId, NodeId, Role, TransportAddress
 
 log = logging.getLogger(__name__)
@@ -239,6 +239,8 @@ class PrefillRole:
         if work is None or work.id != handoff.id:
             return
         if handoff.state is HandoffState.DONE:
+            if handoff.transfer is not None:
+                work.link.send(HandoffDone(work.id, handoff.transfer))
             self._drop(work, "committed")
             self._outbox.forget(work.id)  # the decode node repeats all tokens
         else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from importlib import metadata
 from typing import Any
 
 from aiohttp import web
 
 from router.control import Control
+from router.debug_pages import DebugPages
 from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
 from router.serving import Serving
@@ -27,9 +29,13 @@ _HTTP_ERRORS = {
 
 
 def make_app(
-    serving: Serving, control: Control, metrics: RouterMetrics, max_body_bytes: int
+    serving: Serving,
+    control: Control,
+    metrics: RouterMetrics,
+    max_body_bytes: int,
+    debug: DebugPages | None = None,
 ) -> web.Application:
-    """The router's HTTP application."""
+    """The router's HTTP application; with `debug`, its debug routes too."""
     pages = _Pages(serving, control, metrics)
     app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors(metrics)])
     app.add_routes(
@@ -41,6 +47,11 @@ def make_app(
             web.get("/health", pages.health),
             web.get("/ready", pages.ready),
             web.get("/metrics", pages.metrics),
+            web.get("/version", pages.version),
+            web.get("/ping", pages.ping),
+            web.post("/ping", pages.ping),
+            web.get("/load", pages.load),
+            *([] if debug is None else debug.routes()),
         ]
     )
     return app
@@ -57,6 +68,17 @@ class _Pages:
     async def health(self, request: web.Request) -> web.Response:
         """The process lives."""
         return web.json_response({"status": "ok"})
+
+    async def ping(self, request: web.Request) -> web.Response:
+        """The same, as SageMaker and vLLM's users ask it."""
+        return web.Response()
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": _version()})
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Requests that are being answered, in vLLM's shape."""
+        return web.json_response({"server_load": self._serving.num_requests})
 
     async def ready(self, request: web.Request) -> web.Response:
         """A request could be served now."""
@@ -109,6 +131,13 @@ class _Pages:
             self._metrics.nodes.labels(role.value, "serving").set(serving)
             self._metrics.nodes.labels(role.value, "not_serving").set(len(known) - serving)
         self._metrics.malformed.set(self._control.num_malformed)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("baton-serve")
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
 
 
 def _errors(metrics: RouterMetrics) -> Any:

@@ -1,4 +1,4 @@
-"""One choice of a request: its dispatch, its text and its timeline, and who listens."""
+"""One choice of a request: its dispatch, its text and its trace, and who listens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from router.dispatch import Dispatch
 from router.echo import Echo
 from router.errors import ApiError
 from router.metrics import ModelMetrics
+from router.trace import ChoiceTrace
 from router.work import Work
-from telemetry.timeline import Timeline
 from wire.types import NodeId
 
 
@@ -35,7 +35,7 @@ class Choice:
     work: Work
     dispatch: Dispatch
     text: ChoiceText
-    timeline: Timeline
+    trace: ChoiceTrace
     listener: Listener
     metrics: ModelMetrics
     followers: list[Choice] = field(default_factory=list)

@@ -35,6 +35,8 @@ class RouterConfig:
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
     stream_buffer_bytes: int = 256 << 10
+    hold_headers_s: float = 10.0
+    debug_requests: int = 1000
     shutdown_timeout_s: float = 5.0
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
@@ -53,6 +55,9 @@ class RouterConfig:
                 raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
         if not 0 <= self.max_logprobs <= MAX_TOP_LOGPROBS:
             raise ConfigError(f"--max-logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
+        for limit in ("hold_headers_s", "debug_requests"):
+            if getattr(self, limit) < 0:
+                raise ConfigError(f"--{limit.replace('_', '-')} must not be negative")
         if self.node_timeout_s <= self.heartbeat_s:
             raise ConfigError("--node-timeout-s must be longer than --heartbeat-s")
 
@@ -104,6 +109,9 @@ _HELP: dict[str, str] = {
     "body_timeout_s": "how long a client may take to send a body",
     "stream_buffer_bytes": "what may wait for a client that does not read its stream",
     "max_logprobs": "most alternatives per token that a client may ask for",
+    "hold_headers_s": "how long a stream's status waits for the first token, so that an earlier "
+    "error has a status of its own and Server-Timing is known (0: not at all)",
+    "debug_requests": "finished choices that /debug/requests remembers (0: no such route)",
     "shutdown_timeout_s": "how long running requests may take to finish at shutdown",
 }
 

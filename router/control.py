@@ -28,6 +28,7 @@ from wire.messages import (
     Gone,
     Goodbye,
     Granted,
+    HandoffDone,
     Heartbeat,
     Message,
     Refused,
@@ -174,6 +175,8 @@ class Control:
             self.requests.refused(sender, message)
         elif isinstance(message, AttemptFailed):
             self.requests.attempt_failed(sender, message)
+        elif isinstance(message, HandoffDone):
+            self.requests.handoff_done(message)
         else:
             self._about_node(self.fleet[sender], message)
 

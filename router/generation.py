@@ -192,6 +192,10 @@ class Streamed(Generation):
         self._buffer.end(error)
         self.cancel()
 
+    def status_sent(self) -> None:
+        """From now on an error is an event, even before the first token."""
+        self._buffer.begin()
+
     async def next_events(self) -> bytes:
         """Events that are ready, at least one; empty after the last. ApiError before the first."""
         return await self._buffer.take()
@@ -209,6 +213,13 @@ class EventBuffer:
         self._began = False
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    def begin(self) -> None:
+        """The status has left: nothing can be raised any more."""
+        self._began = True
+        if self._error is not None:
+            self._parts.append(error_event(self._error))
+            self._error = None
 
     def put(self, data: bytes) -> None:
         if self._ended or not data:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from router.trace import ChoiceTrace
 from router.work import Work
 from telemetry import metrics as names
 from telemetry.metrics import Metric
-from telemetry.timeline import Timeline
 
 
 class RouterMetrics:
@@ -20,6 +20,7 @@ class RouterMetrics:
         self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
         self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
         self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
+        self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
         self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)
         self.slow_clients = names.ROUTER_SLOW_CLIENTS.counter(registry)
         self.responses = names.ROUTER_RESPONSES.counter(registry)
@@ -101,11 +102,10 @@ class ModelMetrics:
         if value is not None:
             self._histograms[metric].observe(value)
 
-    def finished(
-        self, work: Work, timeline: Timeline, num_tokens: int, num_cached: int, reason: str
-    ) -> None:
-        """A choice has ended with a result (or, reason `abort`, because its client left)."""
-        self.count(names.REQUEST_SUCCESS, 1, reason)
+    def finished(self, work: Work, trace: ChoiceTrace, num_cached: int) -> None:
+        """A choice has ended with a result (or, `abort`, because its client left)."""
+        timeline, num_tokens = trace.timeline, trace.num_output_tokens
+        self.count(names.REQUEST_SUCCESS, 1, trace.end)
         self.count(names.PROMPT_TOKENS, work.num_tokens)
         self.count(names.PROMPT_TOKENS_CACHED, num_cached)
         self.count(names.GENERATION_TOKENS, num_tokens)

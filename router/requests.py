@@ -17,13 +17,16 @@ from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, 
 from router.errors import ApiError, server_error
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
+from router.request_log import RequestLog
 from telemetry import metrics as names
+from telemetry.causes import known_cause
 from wire.errors import WireError
 from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
     Granted,
+    HandoffDone,
     Message,
     Prefill,
     Refused,
@@ -49,12 +52,14 @@ class Requests:
         fleet: Fleet,
         admission: Admission[Choice],
         metrics: RouterMetrics,
+        log: RequestLog,
         send: Callable[[NodeId, Message], None],
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._admission = admission
         self._metrics = metrics
+        self._log = log
         self._send = send
         self._clock = clock
         self._choices: dict[str, Choice] = {}
@@ -83,10 +88,8 @@ class Requests:
         """Nobody waits for it any more; both nodes are told at once."""
         if choice.work.request in self._choices:
             self._perform(choice, choice.dispatch.cancel())
-            choice.metrics.finished(
-                choice.work, choice.timeline, choice.text.num_tokens, 0, "abort"
-            )
-            self._end(choice)
+            self._forget(choice, "abort")
+            choice.metrics.finished(choice.work, choice.trace, 0)
 
     def fail_all(self, error: ApiError) -> None:
         """End everything (the router stops)."""
@@ -115,6 +118,8 @@ class Requests:
     def _take(self, choice: Choice, sender: NodeId, update: TokenUpdate, now: float) -> None:
         if update.num_cached_tokens is not None and not choice.num_cached_tokens:
             choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
+        if update.id == choice.dispatch.id:
+            choice.trace.heard(update, sender == choice.dispatch.decode, now)
         self._perform(choice, choice.dispatch.tokens(sender, update, now))
 
     def _answer_unknown(self, sender: NodeId, update: TokenUpdate) -> None:
@@ -127,11 +132,15 @@ class Requests:
         if choice is None:
             self._try_send(sender, Abort(message.id))
             return
-        self._perform(choice, choice.dispatch.granted(sender, message, self._clock()))
+        now = self._clock()
+        effects = choice.dispatch.granted(sender, message, now)
+        if effects:
+            self._metrics.grant_wait.observe(now - choice.trace.asked_at)
+        self._perform(choice, effects)
         self.pump()
 
     def refused(self, sender: NodeId, message: Refused) -> None:
-        self._metrics.reserve_refusals.labels(message.cause).inc()
+        self._metrics.reserve_refusals.labels(known_cause(message.cause)).inc()
         choice = self._choices.get(message.id.request)
         if choice is not None:
             self._perform(choice, choice.dispatch.refused(sender, message, self._clock()))
@@ -141,6 +150,9 @@ class Requests:
         if choice is not None:
             log.info("%s failed on %s: %s", message.id, sender, message.message)
             self._perform(choice, choice.dispatch.attempt_failed(sender, message, self._clock()))
+
+    def handoff_done(self, message: HandoffDone) -> None:
+        self._log.handoff_done(message)
 
     def node_lost(self, node: NodeId, alive: bool = False) -> None:
         """Move everything that this node held."""
@@ -180,18 +192,20 @@ class Requests:
                     self._deliver(choice, effect)
                 case NeedsCapacity():
                     self._unassign(choice)
+                    choice.trace.waiting(self._clock())
                     self._admission.wait(choice, self._clock(), effect.retry_after_s)
                 case AttemptEnded():
                     self._unassign(choice)
-                    self._metrics.attempts_ended.labels(effect.cause).inc()
+                    choice.trace.attempt_over(known_cause(effect.cause), self._clock())
+                    self._metrics.attempts_ended.labels(known_cause(effect.cause)).inc()
                 case Failed():
-                    self._end(choice)
+                    self._forget(choice, effect.error.code or "error")
                     choice.listener.failed(effect.error)
         if choice.followers and choice.dispatch.phase is Phase.DECODING:
             self._start_followers(choice)
 
     def _output(self, choice: Choice, output: Output) -> None:
-        gap = choice.timeline.mark_tokens(self._clock())
+        gap = choice.trace.output(len(output.tokens), self._clock())
         choice.metrics.observe(names.INTER_TOKEN_LATENCY, gap)
         if choice.assigned_prefill is not None:
             self._fleet.unassign(choice.assigned_prefill, choice.work.request)
@@ -200,14 +214,8 @@ class Requests:
         finish = choice.text.finish
         if finish is not None:
             self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node
-            self._end(choice)
-            choice.metrics.finished(
-                choice.work,
-                choice.timeline,
-                choice.text.num_tokens,
-                choice.num_cached_tokens,
-                finish.value,
-            )
+            self._forget(choice, finish.value)
+            choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
         choice.listener.produced(choice, text)
         if finish is not None:
             self._start_followers(choice)
@@ -235,13 +243,13 @@ class Requests:
         """Remember who works on it, because heartbeats tell it only later."""
         request, message = choice.work.request, send.message
         if isinstance(message, Reserve):
-            choice.timeline.mark_dispatched(self._clock())
+            choice.trace.reserving(message.id.attempt, message.prefill, send.to, self._clock())
             choice.assigned_decode = send.to
             self._metrics.attempts.inc()
             self._fleet.assign(send.to, request, 0, self._num_blocks(send.to, choice))
             self._note_prefill(choice, message.prefill, len(message.tokens))
         elif isinstance(message, Prefill):
-            choice.timeline.mark_dispatched(self._clock())
+            choice.trace.prefilling(message.id.attempt, send.to, self._clock())
             self._admission.settle(choice)
             self._note_prefill(choice, send.to, len(message.tokens))
 
@@ -261,8 +269,10 @@ class Requests:
                 self._fleet.unassign(node, choice.work.request)
         choice.assigned_prefill = choice.assigned_decode = None
 
-    def _end(self, choice: Choice) -> None:
+    def _forget(self, choice: Choice, end: str) -> None:
         """Forget it; somebody else may have room now."""
+        choice.trace.num_output_tokens = choice.text.num_tokens  # a stop string drops some
+        choice.trace.ended(end, self._clock())
         if self._choices.pop(choice.work.request, None) is not None:
             self._unassign(choice)
             self._admission.leave(choice)

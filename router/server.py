@@ -13,11 +13,13 @@ from aiohttp import web
 from router.admission import Admission
 from router.app import make_app
 from router.choice import Choice
-from router.config import RouterConfig
+from router.config import RouterConfig, is_loopback
 from router.control import Control
+from router.debug_pages import DebugPages
 from router.errors import unavailable
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
+from router.request_log import RequestLog
 from router.requests import Requests
 from router.serving import Serving
 from router.tokenizer import load_tokenizer
@@ -36,6 +38,7 @@ class RouterServer:
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._metrics = RouterMetrics()
+        self._log = RequestLog(config.debug_requests)
         self._clock = clock
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
@@ -48,17 +51,19 @@ class RouterServer:
             tokenizer=tokenizer,
             clock=clock,
         )
-        self.serving = Serving(config, self.control, self._metrics, clock)
+        self.serving = Serving(config, self.control, self._metrics, self._log, clock)
         self.http_url = ""
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
         admission: Admission[Choice] = Admission(self._config.max_streams, self._config.max_queue)
-        return Requests(fleet, admission, self._metrics, send, self._clock)
+        return Requests(fleet, admission, self._metrics, self._log, send, self._clock)
 
     async def start(self) -> None:
         """Bind HTTP and begin to serve. Raises ConfigError."""
         config = self._config
-        app = make_app(self.serving, self.control, self._metrics, config.max_body_bytes)
+        app = make_app(
+            self.serving, self.control, self._metrics, config.max_body_bytes, self._debug_pages()
+        )
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
@@ -73,6 +78,12 @@ class RouterServer:
         host, port = self._runner.addresses[0][:2]
         self.http_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.control.start()
+
+    def _debug_pages(self) -> DebugPages | None:
+        """They are for whoever runs the router: nobody else must reach them."""
+        if not self._log.enabled or not is_loopback(self._config.host):
+            return None
+        return DebugPages(self._log, self._clock)
 
     async def close(self) -> None:
         """Stop accepting, let requests finish for a while, end the others, close."""

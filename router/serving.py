@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -26,21 +26,19 @@ from router.control import Control
 from router.dispatch import Dispatch
 from router.echo import Echo, echo_of
 from router.errors import ApiError, bad_request, context_too_long, model_not_found, unavailable
+from router.event_stream import EventStream
 from router.generation import Collected, Streamed
 from router.logprobs import TokenNames
 from router.metrics import RouterMetrics
 from router.params import GenerationParams, check_tokens, generation_params
+from router.request_log import RequestLog, RequestRecord
+from router.server_timing import timing_headers
 from router.tokenizer import Encoded, Tokenizer
+from router.trace import ChoiceTrace
 from router.work import Prompt, Work
 from telemetry import metrics as names
 from telemetry.timeline import Timeline
 from wire.messages import ModelInfo
-
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # else proxies collect events before they pass them on
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class _Asked:
     prompts: list[Encoded]
     params: GenerationParams
     served: _Served
-    arrived: float
+    timeline: Timeline
 
 
 class Serving:
@@ -71,13 +69,16 @@ class Serving:
         config: RouterConfig,
         control: Control,
         metrics: RouterMetrics,
+        log: RequestLog,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._control = control
         self._metrics = metrics
+        self._log = log
         self._clock = clock
         self.closing = False
+        self.num_requests = 0  # that are being answered
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -89,19 +90,19 @@ class Serving:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions"""
-        arrived = self._clock()
-        body = parse_completion(await self._read(request))
+        timeline = Timeline(self._clock())
+        body = parse_completion(await self._read(request, timeline))
         served = self._served(body)
         params = generation_params(body, served.info, self._config.server_limits)
         with self._metrics.tokenize.time():
             prompts = [await _tokens(prompt, params, served) for prompt in body.prompt]
-        asked = _Asked(uuid.uuid4().hex, prompts, params, served, arrived)
+        asked = _Asked(uuid.uuid4().hex, prompts, params, served, timeline)
         return await self._generate(request, asked, CompletionFormat)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
-        arrived = self._clock()
-        body = parse_chat(await self._read(request))
+        timeline = Timeline(self._clock())
+        body = parse_chat(await self._read(request, timeline))
         served = self._served(body)
         params = generation_params(body, served.info, self._config.server_limits)
         with self._metrics.tokenize.time():
@@ -109,15 +110,17 @@ class Serving:
         if not tokens:
             raise bad_request("The chat template gives an empty prompt.", "messages")
         prompt = _truncated(Encoded(tokens, []), params, served.info)
-        asked = _Asked(uuid.uuid4().hex, [prompt], params, served, arrived)
+        asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
         return await self._generate(request, asked, ChatFormat)
 
-    async def _read(self, request: web.Request) -> bytes:
+    async def _read(self, request: web.Request, timeline: Timeline) -> bytes:
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
-                return await request.read()
+                body = await request.read()
         except TimeoutError as error:
             raise ApiError(408, "The body did not arrive in time.") from error
+        timeline.body_read(self._clock())
+        return body
 
     def _served(self, body: CompletionBody | ChatBody) -> _Served:
         """What serves this request. Raises ApiError."""
@@ -138,7 +141,20 @@ class Serving:
         asked: _Asked,
         make_format: type[CompletionFormat | ChatFormat],
     ) -> web.StreamResponse:
+        self.num_requests += 1
+        try:
+            return await self._answer(request, asked, make_format)
+        finally:
+            self.num_requests -= 1
+
+    async def _answer(
+        self,
+        request: web.Request,
+        asked: _Asked,
+        make_format: type[CompletionFormat | ChatFormat],
+    ) -> web.StreamResponse:
         params = asked.params
+        asked.timeline.tokenized(self._clock())
         self._check_room(asked)
         format = make_format(
             asked.id,
@@ -152,11 +168,14 @@ class Serving:
         num_best = None if params.best_of is None else params.n
         generation = Collected(self._control.requests, format, num_best=num_best)
         choices = self._choices(asked, generation)
+        record = self._begin_record(asked, format, choices)
         try:
             generation.start(choices, params.num_choices)
-            return web.json_response(await generation.answer())
+            answer = await generation.answer()
+            return web.json_response(answer, headers=timing_headers(record))
         finally:
             generation.cancel()
+            self._log.finish(record, self._clock())
 
     async def _stream(
         self, request: web.Request, asked: _Asked, format: AnswerFormat
@@ -171,18 +190,32 @@ class Serving:
             on_overflow=lambda: self._give_up(request),
         )
         choices = self._choices(asked, generation)
+        record = self._begin_record(asked, format, choices)
         try:
             generation.start(choices, params.num_choices)
-            return await self._write_events(request, generation)
+            return await self._write_events(request, generation, record)
         finally:
             generation.cancel()
+            self._log.finish(record, self._clock())
 
-    async def _write_events(self, request: web.Request, generation: Streamed) -> web.StreamResponse:
-        """The status is sent with the first event, so that an earlier error has its own."""
-        events = await generation.next_events()
-        response = web.StreamResponse(headers=STREAM_HEADERS)
+    async def _write_events(
+        self, request: web.Request, generation: Streamed, record: RequestRecord
+    ) -> web.StreamResponse:
+        """The status is sent with the first event, so that an earlier error has its own.
+
+        It does not wait for ever: a proxy may give up a connection on which nothing moves.
+        """
+        try:
+            async with asyncio.timeout(self._config.hold_headers_s):
+                events = await generation.next_events()
+        except TimeoutError:
+            events = b""
+        response = EventStream(timing_headers(record), with_event=bool(events))
         with self._metrics.streams.track_inprogress():
             await response.prepare(request)
+            if not events:
+                generation.status_sent()
+                events = await generation.next_events()
             while events:
                 await response.write(events)
                 events = await generation.next_events()
@@ -201,6 +234,20 @@ class Serving:
         except ApiError:
             self._metrics.for_model(asked.served.info.name).count(names.ADMISSION_REJECTIONS)
             raise
+
+    def _begin_record(
+        self, asked: _Asked, format: AnswerFormat, choices: Sequence[Choice]
+    ) -> RequestRecord:
+        record = RequestRecord(
+            id=asked.id,
+            response_id=format.id,
+            model=asked.served.name,
+            stream=asked.params.stream,
+            arrived_at=time.time() - (self._clock() - asked.timeline.arrived),
+            choices=[choice.trace for choice in choices],
+        )
+        self._log.begin(record)
+        return record
 
     def _choices(self, asked: _Asked, listener: Listener) -> list[Choice]:
         """All choices of each prompt, in the order of their indices. Raises ApiError."""
@@ -230,7 +277,7 @@ class Serving:
             work=work,
             dispatch=Dispatch(work, self._control.fleet, self._config.limits, self._clock()),
             text=ChoiceText(detokenizer, params.text_rules),
-            timeline=Timeline(asked.arrived),
+            trace=ChoiceTrace(work.request, index, work.num_tokens, asked.timeline.copy()),
             listener=listener,
             metrics=self._metrics.for_model(asked.served.info.name),
             echo=echo,

@@ -99,6 +99,9 @@ ROUTER_ATTEMPTS_ENDED = Metric(
 ROUTER_RESERVE_REFUSALS = Metric(
     "baton_router_reserve_refusals", "Reservations that a decode node refused", ("cause",)
 )
+ROUTER_GRANT_WAIT = Metric(
+    "baton_router_grant_wait_seconds", "From a Reserve to its grant", (), HANDOFF_SECONDS
+)
 ROUTER_DISCONNECTS = Metric("baton_router_client_disconnects", "Clients that left early")
 ROUTER_SLOW_CLIENTS = Metric("baton_router_slow_clients", "Streams ended because nobody read")
 ROUTER_RESPONSES = Metric("baton_router_http_responses", "Answers", ("route", "status"))

@@ -249,6 +249,14 @@ class TransferRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoffDone:
+    """prefill node → router: the decode node has committed. For people only; it may get lost."""
+
+    id: AttemptId
+    transfer: TransferRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """node → router: everything that one step produced for this router."""
 
@@ -407,6 +415,7 @@ Message: TypeAlias = (
     | Abort
     | Ack
     | Resend
+    | HandoffDone
     | UnitHeader
     | UnitsReceived
     | Commit
@@ -438,6 +447,7 @@ TAGS: dict[int, type[Message]] = {
     26: Abort,
     27: Ack,
     28: Resend,
+    30: HandoffDone,
     40: UnitHeader,
     41: UnitsReceived,
     42: Commit,

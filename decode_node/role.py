@@ -25,7 +25,7 @@ from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
 from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
-from wire.geometry import geometry_for
+from wire.geometry import Geometry, geometry_for
 from wire.messages import (
     Abort,
     Ack,
@@ -91,7 +91,6 @@ class DecodeRole:
         )
         self._pending: dict[str, _Pending] = {}  # by request: at most one attempt of each
         self._running: dict[str, _Running] = {}
-        self._geometry = geometry_for(shell.built.layout)
         self._draining = False
 
     @property
@@ -168,6 +167,7 @@ class DecodeRole:
             list(message.tokens), self._max_num_tokens(message), message.cache_salt
         )
         self._shell.stats.count_lookup(len(message.tokens), reservation.num_cached_tokens)
+        geometry = self._geometry(message)
         lease = self._receiver.grant(
             message.id,
             sender=message.prefill,
@@ -176,13 +176,13 @@ class DecodeRole:
             handles=reservation.handles,
             cache_salt=message.cache_salt,
             deadline_s=message.deadline_s,
-            geometry=self._geometry,
+            geometry=geometry,
         )
-        grant = self._grant_message(lease, reservation)
+        grant = self._grant_message(lease, reservation, geometry)
         self._pending[message.id.request] = _Pending(link, message, reservation, grant)
         return Granted(message.id, grant)
 
-    def _grant_message(self, lease: Lease, reservation: Reservation) -> Grant:
+    def _grant_message(self, lease: Lease, reservation: Reservation, geometry: Geometry) -> Grant:
         return Grant(
             lease=lease.number,
             capability=lease.capability,
@@ -194,8 +194,11 @@ class DecodeRole:
             handles=reservation.handles,
             num_cached_tokens=reservation.num_cached_tokens,
             ttl_s=self._shell.config.lease_ttl_s,
-            geometry=self._geometry,
+            geometry=geometry,
         )
+
+    def _geometry(self, message: Reserve) -> Geometry:
+        return geometry_for(self._shell.built.layout, message.prefill_layout)
 
     def _max_num_tokens(self, message: Reserve) -> int:
         limit = message.num_prompt_tokens + message.sampling.max_tokens

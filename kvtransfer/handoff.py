@@ -14,10 +14,11 @@ Pure: time is an argument, sends are taken out by the caller.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvtransfer.units import Unit, unit_bytes, units_of
+from kvtransfer.units import Unit, unit_bytes
 from wire.logprobs import Logprobs
 from wire.messages import Commit, Grant, TransferRecord, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle
@@ -48,17 +49,17 @@ OPEN = (HandoffState.COMPUTING, HandoffState.SENDING, HandoffState.AWAITING_COMM
 
 @dataclass(frozen=True, slots=True)
 class ReadyUnit:
-    """A sealed unit that waits for the window, and the local block that holds it."""
+    """A sealed unit that waits for the window, and the local blocks that hold it."""
 
     unit: Unit
-    source: BlockHandle
+    sources: tuple[BlockHandle, ...]
 
 
 class Handoff:
     """One request's way from this node to the decode node that granted it.
 
     Args:
-        num_tokens: tokens whose KV is handed over.
+        units: what this node sends: of the grant's units those whose heads it has.
         window_bytes: unacknowledged bytes that may be on the way; one unit always may.
     """
 
@@ -67,7 +68,7 @@ class Handoff:
         id: AttemptId,
         grant: Grant,
         *,
-        num_tokens: int,
+        units: Iterable[Unit],
         window_bytes: int,
         deadline: float,
         ask_again_s: float = 0.5,
@@ -78,10 +79,7 @@ class Handoff:
         self.state = HandoffState.COMPUTING
         self.cause = ""
         self.transfer: TransferRecord | None = None  # once it is DONE, for metrics
-        self.units = {
-            unit.index: unit
-            for unit in units_of(num_tokens, grant.num_cached_tokens, grant.layout, grant.geometry)
-        }
+        self.units = {unit.index: unit for unit in units}
         self.bytes_sent = 0
         self._window_bytes = window_bytes
         self._ask_again_s = ask_again_s
@@ -100,18 +98,18 @@ class Handoff:
         """Whether the unit at this index must be sent and was not offered yet."""
         return not self.ended and index in self.units and index not in self._seals
 
-    def offer(self, index: int, source: BlockHandle, digest: bytes) -> None:
-        """A unit is computed and sealed; `source` is the local block that holds it."""
+    def offer(self, index: int, sources: tuple[BlockHandle, ...], digest: bytes) -> None:
+        """A unit is computed and sealed; `sources` are the local blocks that hold it."""
         assert self.wants(index), f"unit {index} is offered twice or not wanted"
         unit = self.units[index]
         self._seals[index] = UnitSeal(index, unit.token_start, unit.token_end, digest)
-        self._ready.append(ReadyUnit(unit, source))
+        self._ready.append(ReadyUnit(unit, sources))
 
     def next_send(self) -> tuple[UnitHeader, ReadyUnit] | None:
         """The next unit that the window admits; the caller sends it now."""
         if self.ended or not self._ready:
             return None
-        size = unit_bytes(self._ready[0].unit, self.grant.layout)
+        size = unit_bytes(self._ready[0].unit, self.grant.layout, self.grant.geometry)
         full = self._unacked_bytes + size > self._window_bytes
         if full and self._unacked_bytes >= CREDIT_BYTES:
             return None

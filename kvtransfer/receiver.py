@@ -42,6 +42,7 @@ class _Incoming:
 
     lease: Lease
     sealer: UnitSealer
+    geometry: Geometry
     credit: int = 0  # bytes that arrived and were not acknowledged yet
 
 
@@ -108,7 +109,7 @@ class KVReceiver:
             model_fingerprint=self._fingerprint,
             cache_salt=cache_salt,
         )
-        self._incoming[lease.number] = _Incoming(lease, sealer)
+        self._incoming[lease.number] = _Incoming(lease, sealer, geometry)
         self._settle()
         return lease
 
@@ -196,17 +197,19 @@ class KVReceiver:
         incoming = self._incoming.get(landing.lease.number)
         if num_bytes != len(landing.view) or incoming is None:
             return None
-        if place_of(landing.unit, self._memory.layout) is None:
+        layout = self._memory.layout
+        dtype = incoming.geometry.dtype_for(layout)
+        if place_of(landing.unit, layout, dtype) is None:
             block = self._memory.block_bytes(landing.header.handle.block_id)
-            scatter(landing.unit, landing.view, block, self._memory.layout)
+            scatter(landing.unit, landing.view, block, layout, dtype)
         return incoming.sealer.digest(landing.unit, landing.view, landing.content)
 
     def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
         """The unit's part of the block, or a buffer that `scatter` spreads over the slots."""
-        layout = self._memory.layout
-        place = place_of(unit, layout)
+        layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
+        place = place_of(unit, layout, geometry.dtype_for(layout))
         if place is None:
-            return memoryview(bytearray(unit_bytes(unit, layout)))
+            return memoryview(bytearray(unit_bytes(unit, layout, geometry)))
         return self._memory.block_bytes(header.handle.block_id)[place]
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:

@@ -1,52 +1,75 @@
-"""How a unit's bytes lie in a block, and how they get out of it and into it.
+"""How a unit's numbers lie in blocks, and how they get out of them and into them.
 
-A unit travels in the canonical order [layer, K/V, token, head, dim]. Where a block has the unit's
-bytes in one piece and in that order, nothing is copied but by the transport:
+A unit travels in the canonical order [layer, K/V, token, head, dim]. Where a block has all of it in
+one piece, in that order and in the wire's type, nothing is copied but by the transport:
 
     block  [layer | K/V | slot | head | dim]        a layer group of a full block lies in one piece
     unit   [layer | K/V | token | head | dim]
 
-Otherwise the sender gathers (filled slots of a last block) and the receiver scatters.
+Otherwise the sender gathers (filled slots of a last block, blocks of another size, some of its
+heads, another type) and the receiver scatters. Each side knows its own layout and the unit only.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from kvtransfer.numbers import STORES, Numbers, decode, encode
 from kvtransfer.units import Unit
 from wire.layout import KVLayout
 
-Slots: TypeAlias = npt.NDArray[Any]
-"""A block as [layer, K/V, slot, head, bytes of one head]."""
+
+def blocks_of(unit: Unit, layout: KVLayout) -> range:
+    """Which blocks of a block table hold the unit's tokens."""
+    return range(unit.token_start // layout.block_size, layout.num_blocks(unit.token_end))
 
 
-def place_of(unit: Unit, layout: KVLayout) -> slice | None:
-    """Where the unit's bytes lie in their block, if they do in one piece and in wire order."""
-    if unit.num_tokens != layout.block_size:
+def place_of(unit: Unit, layout: KVLayout, dtype: str) -> slice | None:
+    """Where the unit's bytes lie in its block as they travel; None if not in one piece."""
+    whole_block = unit.num_tokens == layout.block_size and len(blocks_of(unit, layout)) == 1
+    all_heads = (unit.head_start, unit.head_end) == layout.head_range
+    if not whole_block or not all_heads or dtype != layout.dtype:
         return None
     per_layer = layout.block_bytes // layout.num_layers
     return slice(unit.layer_start * per_layer, unit.layer_end * per_layer)
 
 
-def gather(unit: Unit, block: memoryview, layout: KVLayout) -> memoryview:
-    """The unit's bytes: a part of the block itself where they lie in one piece, else a copy."""
-    place = place_of(unit, layout)
+def gather(unit: Unit, blocks: Sequence[memoryview], layout: KVLayout, dtype: str) -> memoryview:
+    """The unit as it travels: a part of the block itself where it lies in one piece, else a copy.
+
+    Args:
+        blocks: the ones that `blocks_of` names.
+        layout: the one of `blocks`.
+        dtype: the wire's.
+    """
+    place = place_of(unit, layout, dtype)
     if place is not None:
-        return block[place]
-    return np.ascontiguousarray(_part(unit, block, layout)).reshape(-1).data
+        return blocks[0][place]
+    first = blocks_of(unit, layout).start
+    parts = [
+        _part(unit, block, layout, (first + number) * layout.block_size)
+        for number, block in enumerate(blocks)
+    ]
+    return encode(np.concatenate(parts, axis=2), dtype)
 
 
-def scatter(unit: Unit, data: memoryview, block: memoryview, layout: KVLayout) -> None:
-    """Put the bytes of a unit into its slots of `block`."""
-    part = _part(unit, block, layout)
-    part[...] = np.frombuffer(data, np.uint8).reshape(part.shape)
+def scatter(unit: Unit, data: memoryview, block: memoryview, layout: KVLayout, dtype: str) -> None:
+    """Put a unit that has travelled into its slots of `block`."""
+    part = _part(unit, block, layout, unit.token_start)
+    part[...] = decode(data, part.shape, dtype, layout.dtype)
 
 
-def _part(unit: Unit, block: memoryview, layout: KVLayout) -> Slots:
-    slots = np.frombuffer(block, np.uint8).reshape(
-        layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.bytes_per_head
+def _part(unit: Unit, block: memoryview, layout: KVLayout, block_start: int) -> Numbers:
+    """The view of what `block`, whose first slot holds token `block_start`, has of the unit."""
+    numbers = np.frombuffer(block, STORES[layout.dtype]).reshape(
+        layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim
     )
-    return slots[unit.layer_start : unit.layer_end, :, : unit.num_tokens]
+    first_head = layout.head_range[0]
+    return numbers[
+        unit.layer_start : unit.layer_end,
+        :,
+        max(0, unit.token_start - block_start) : unit.token_end - block_start,
+        unit.head_start - first_head : unit.head_end - first_head,
+    ]

@@ -9,14 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
-from kvtransfer.relay import gather
-from kvtransfer.transfer_meter import TransferMeter
+from kvtransfer.outgoing import Outgoing, own_units
 from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
 from kvtransfer.units import Unit, bounds
 from telemetry.causes import known_cause
@@ -34,20 +32,7 @@ from wire.messages import (
     UnitHeader,
     UnitsReceived,
 )
-from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    handoff: Handoff
-    sealer: UnitSealer
-    address: TransportAddress
-    meter: TransferMeter = field(default_factory=TransferMeter)
-    units: dict[int, list[Unit]] = field(default_factory=dict)  # by the block that holds them
-
-    def __post_init__(self) -> None:
-        for unit in self.handoff.units.values():
-            self.units.setdefault(unit.block, []).append(unit)
+from wire.types import AttemptId, BlockHandle, NodeId
 
 
 class KVSender:
@@ -82,7 +67,7 @@ class KVSender:
         self._window_bytes = window_bytes
         self._clock = clock
         self._choice = TransportChoice(transports, stats, clock=clock)
-        self._outgoing: dict[AttemptId, _Outgoing] = {}
+        self._outgoing: dict[AttemptId, Outgoing] = {}
 
     def __len__(self) -> int:
         return len(self._outgoing)
@@ -110,17 +95,11 @@ class KVSender:
         """
         assert id not in self._outgoing, f"{id} is handed over already"
         layout = self._memory.layout
-        if grant.layout != layout:
-            raise TransferError("layout", f"layouts differ: {layout} here, {grant.layout} there")
-        fits = len(grant.handles) == layout.num_blocks(len(tokens))
-        possible = grant.geometry.num_layer_groups <= layout.num_layers
-        if not fits or not possible or grant.num_cached_tokens % layout.block_size:
-            raise TransferError("refused", "the grant does not fit the request")
-        self._outgoing[id] = _Outgoing(
+        self._outgoing[id] = Outgoing(
             Handoff(
                 id,
                 grant,
-                num_tokens=len(tokens),
+                units=own_units(grant, len(tokens), layout),
                 window_bytes=self._window_bytes,
                 deadline=self._clock() + deadline_s,
             ),
@@ -129,11 +108,12 @@ class KVSender:
                 id=id,
                 lease=grant.lease,
                 tokens=tokens,
-                block_size=layout.block_size,
+                block_size=grant.layout.block_size,
                 model_fingerprint=self._fingerprint,
                 cache_salt=cache_salt,
             ),
             self._choice.choose(grant),
+            layout,
         )
 
     @property
@@ -160,17 +140,27 @@ class KVSender:
         if num_layers is None:
             out.meter.pass_over(self._clock())
             num_layers = self._memory.layout.num_layers
-        for index, source in blocks:
-            for unit in out.units.get(index, ()):
-                if unit.layer_end <= num_layers and out.handoff.wants(unit.index):
-                    self._seal(out, unit, source)
-        self._pump(out)
+        for unit, sources in out.ready_units(blocks, num_layers):
+            # A stale source belongs to a preempted run; the block comes again when recomputed.
+            if self._begin_io(sources):
+                self._seal(out, unit, sources)
 
-    def _seal(self, out: _Outgoing, unit: Unit, source: BlockHandle) -> None:
-        # A stale source belongs to a preempted run; the block comes again when recomputed.
-        if self._memory.begin_io(source):
-            digest = out.sealer.digest(unit, self._payload(unit, source))
-            out.handoff.offer(unit.index, source, digest)
+    def _seal(self, out: Outgoing, unit: Unit, sources: tuple[BlockHandle, ...]) -> None:
+        payload = out.payload(unit, sources, self._memory)
+        out.handoff.offer(unit.index, sources, out.sealer.digest(unit, payload))
+        self._pump(out, {unit.index: payload})
+
+    def _begin_io(self, sources: Sequence[BlockHandle]) -> bool:
+        """Keep all of them from being reused; False, and none is kept, if one was already."""
+        for number, handle in enumerate(sources):
+            if not self._memory.begin_io(handle):
+                self._end_io(sources[:number])
+                return False
+        return True
+
+    def _end_io(self, sources: Iterable[BlockHandle]) -> None:
+        for handle in sources:
+            self._memory.end_io(handle)
 
     def first_token(
         self, id: AttemptId, output_tokens: Sequence[int], logprobs: Logprobs | None = None
@@ -234,7 +224,7 @@ class KVSender:
             if out is not None:
                 self._advance(out, message)
 
-    def _advance(self, out: _Outgoing, message: UnitsReceived | Committed | LeaseEnded) -> None:
+    def _advance(self, out: Outgoing, message: UnitsReceived | Committed | LeaseEnded) -> None:
         if isinstance(message, UnitsReceived):
             out.handoff.acknowledged(message.num_bytes)
             self._pump(out)
@@ -246,7 +236,7 @@ class KVSender:
             # A late unit's answer must not overrule the commit's.
             self._end(out, known_cause(message.cause))
 
-    def _find(self, decode: NodeId, lease: int) -> _Outgoing | None:
+    def _find(self, decode: NodeId, lease: int) -> Outgoing | None:
         for out in self._outgoing.values():
             if out.handoff.grant.lease == lease and out.handoff.grant.decode == decode:
                 return out
@@ -259,42 +249,44 @@ class KVSender:
 
     # ------------------------------------------------------------ inside
 
-    def _pump(self, out: _Outgoing) -> None:
-        """Send what the window admits."""
-        while (ready := out.handoff.next_send()) is not None:
-            header, unit = ready
+    def _pump(self, out: Outgoing, made: dict[int, memoryview] | None = None) -> None:
+        """Send what the window admits; payloads that exist already are in `made`."""
+        while (sendable := out.handoff.next_send()) is not None:
+            header, ready = sendable
+            payload = (made or {}).get(header.unit)
+            if payload is None:
+                payload = out.payload(ready.unit, ready.sources, self._memory)
             try:
-                self._send_unit(out, header, unit)
+                self._send_unit(out, header, ready, payload)
             except TransferError as error:
-                self._memory.end_io(unit.source)
+                self._end_io(ready.sources)
                 self._choice.failed(out.address, error)
                 self.abort(out.handoff.id, error.cause)
 
-    def _send_unit(self, out: _Outgoing, header: UnitHeader, ready: ReadyUnit) -> None:
+    def _send_unit(
+        self, out: Outgoing, header: UnitHeader, ready: ReadyUnit, payload: memoryview
+    ) -> None:
         self._transports[out.address.transport].send(
             out.address.url,
             out.handoff.grant.decode,
             header,
-            self._payload(ready.unit, ready.source),
-            partial(self._memory.end_io, ready.source),
+            payload,
+            partial(self._end_io, ready.sources),
         )
         self._stats.bytes_sent += header.num_bytes
         out.meter.sent(header.num_bytes, out.address.transport, self._clock())
-
-    def _payload(self, unit: Unit, source: BlockHandle) -> memoryview:
-        return gather(unit, self._memory.block_bytes(source.block_id), self._memory.layout)
 
     def _ask_commit(self, handoff: Handoff) -> None:
         commit = handoff.next_commit(self._clock())
         if commit is not None:
             self._try_send(handoff.grant, commit)
 
-    def _end(self, out: _Outgoing, cause: str) -> None:
+    def _end(self, out: Outgoing, cause: str) -> None:
         for unsent in out.handoff.abort(cause):
-            self._memory.end_io(unsent.source)
+            self._end_io(unsent.sources)
         self._finish(out)
 
-    def _finish(self, out: _Outgoing) -> None:
+    def _finish(self, out: Outgoing) -> None:
         handoff = out.handoff
         if self._outgoing.pop(handoff.id, None) is not None:
             done = handoff.state is HandoffState.DONE

@@ -81,6 +81,7 @@ def _blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield first // size, first, min(first + size, end)
 
 
-def unit_bytes(unit: Unit, layout: KVLayout) -> int:
+def unit_bytes(unit: Unit, layout: KVLayout, geometry: Geometry = WHOLE_BLOCKS) -> int:
     """Bytes of a unit as it travels; `layout` is the receiver's."""
-    return unit.num_tokens * unit.num_layers * 2 * unit.num_heads * layout.bytes_per_head
+    vectors = unit.num_layers * 2 * unit.num_tokens * unit.num_heads
+    return vectors * geometry.vector_bytes(layout)

@@ -89,9 +89,9 @@ class Fleet:
                     f"this fleet serves model {ours.name!r} ({ours.fingerprint}, on {other.id}), "
                     f"this node has {theirs.name!r} ({theirs.fingerprint})"
                 )
-            if message.layout != other.info.layout:
+            if not message.layout.can_exchange(other.info.layout):
                 return (
-                    f"KV layouts differ: this node has {message.layout}; "
+                    f"KV layouts do not fit: this node has {message.layout}; "
                     f"{other.id} has {other.info.layout}"
                 )
         return None

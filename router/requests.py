@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from router.admission import Admission
 from router.choice import Choice
@@ -227,9 +228,15 @@ class Requests:
 
     def _deliver(self, choice: Choice, send: Send) -> None:
         self._note_assignment(choice, send)
-        if not self._try_send(send.to, send.message):
+        if not self._try_send(send.to, self._with_layout(send.message)):
             self._fleet.mark_unreachable(send.to)
             self._perform(choice, choice.dispatch.cannot_send(send.to, self._clock()))
+
+    def _with_layout(self, message: Message) -> Message:
+        """A reservation tells how the blocks will come."""
+        if not isinstance(message, Reserve) or message.prefill not in self._fleet:
+            return message
+        return replace(message, prefill_layout=self._fleet[message.prefill].info.layout)
 
     def _try_send(self, to: NodeId, message: Message) -> bool:
         try:

@@ -17,7 +17,11 @@ from wire.types import Positive
 STORED = "stored"
 """The numbers travel as the decode node stores them."""
 
-WIRE_DTYPES = (STORED, *DTYPE_BYTES)
+SCALED_DTYPES = ("int8", "fp8")
+"""One byte per number, and a float32 scale per key or value of one head and token."""
+
+SCALE_BYTES = 4
+WIRE_DTYPES = (STORED, *DTYPE_BYTES, *SCALED_DTYPES)
 WireDType = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(WIRE_DTYPES)})$")]
 
 MAX_LAYER_GROUPS = 6
@@ -34,11 +38,40 @@ class Geometry:
     num_head_groups: Positive = 1  # the ranks of the prefill node that fill one block
     dtype: WireDType = STORED
 
+    def dtype_for(self, layout: KVLayout) -> str:
+        """The type on the wire; `layout` is the decode node's."""
+        return layout.dtype if self.dtype == STORED else self.dtype
+
+    def vector_bytes(self, layout: KVLayout) -> int:
+        """Of one head's key or value of one token on the wire; `layout` is the decode node's."""
+        dtype = self.dtype_for(layout)
+        if dtype in SCALED_DTYPES:
+            return layout.head_dim + SCALE_BYTES
+        return layout.head_dim * DTYPE_BYTES[dtype]
+
 
 WHOLE_BLOCKS = Geometry()
 
 
-def geometry_for(layout: KVLayout) -> Geometry:
-    """The cut of a decode node's blocks."""
-    most = min(layout.num_layers, MAX_LAYER_GROUPS, layout.block_bytes // MIN_UNIT_BYTES)
-    return Geometry(num_layer_groups=max(1, most))
+def geometry_for(
+    layout: KVLayout, prefill: KVLayout | None = None, transfer_dtype: str = "auto"
+) -> Geometry:
+    """The cut of a decode node's blocks.
+
+    Args:
+        layout: the decode node's.
+        prefill: the layout of the node that will fill them; None: the same.
+        transfer_dtype: one of SCALED_DTYPES, or auto: the narrower one of what the two store.
+    """
+    num_ranks = head_groups(prefill or layout, layout)
+    slices = layout.block_bytes // num_ranks // MIN_UNIT_BYTES
+    groups = max(1, min(layout.num_layers, MAX_LAYER_GROUPS, slices))
+    if transfer_dtype == "auto":
+        narrower = prefill is not None and DTYPE_BYTES[prefill.dtype] < DTYPE_BYTES[layout.dtype]
+        transfer_dtype = prefill.dtype if prefill is not None and narrower else STORED
+    return Geometry(groups, num_ranks, transfer_dtype)
+
+
+def head_groups(prefill: KVLayout, decode: KVLayout) -> int:
+    """How many ranks of the prefill node fill one block of this rank of the decode node."""
+    return max(1, prefill.tp_size // decode.tp_size)

@@ -37,13 +37,8 @@ class KVLayout:
         return first, first + self.num_kv_heads
 
     @property
-    def bytes_per_head(self) -> int:
-        """Of one head's key or value in one slot."""
-        return self.head_dim * DTYPE_BYTES[self.dtype]
-
-    @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.bytes_per_head
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
@@ -52,6 +47,19 @@ class KVLayout:
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks needed to hold `num_tokens` slots."""
         return -(-num_tokens // self.block_size)
+
+    def can_exchange(self, other: KVLayout) -> bool:
+        """Whether blocks can be re-laid from one to the other: the same model, in parts that fit.
+
+        Block size and type may differ, and so may the sharding if one is a multiple of the other.
+        """
+        many, few = sorted((self.tp_size, other.tp_size), reverse=True)
+        return self._model == other._model and many % few == 0
+
+    @property
+    def _model(self) -> tuple[int, int, int]:
+        """What all ranks of all nodes of a model have in common."""
+        return self.num_layers, self.num_kv_heads * self.tp_size, self.head_dim
 
     def __str__(self) -> str:
         return (

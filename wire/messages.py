@@ -160,6 +160,7 @@ class Reserve:
     prefill: NodeId  # the only node that may fill the blocks
     cache_salt: Text = ""
     deadline_s: Seconds = 600.0
+    prefill_layout: KVLayout | None = None  # None: the same as the decode node's
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from tests.e2e.conftest import MakeFleet
 NUM_PROMPTS = 100
 NUM_OUTPUT = 24
 NEAR_TIE = 1e-4
+NUM_LAYERS, NUM_KV_NUMBERS = 8, 2 * 64  # of the bundled model
 
 
 def make_prompts(model: Path) -> list[list[int]]:
@@ -90,6 +91,26 @@ class Reference:
         return decoded
 
 
+def check_answers(prompts: list[list[int]], answers: list[Answer]) -> None:
+    """Every answer is transformers' own, up to near-ties."""
+    reference = Reference()
+    near_ties = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.status == 200
+        assert answer.error is None
+        assert answer.finish_reason == "length"
+        assert answer.usage["completion_tokens"] == len(answer.token_ids) == NUM_OUTPUT
+        tokens, gaps = reference.generate(prompt)
+        differing = [i for i in range(NUM_OUTPUT) if tokens[i] != answer.token_ids[i]]
+        if differing:
+            first = differing[0]
+            assert gaps[first] < NEAR_TIE, (prompt[:20], first, tokens, answer.token_ids)
+            near_ties += 1
+        else:
+            assert answer.text == reference.text(tokens)
+    print(f"{near_ties} of {len(prompts)} prompts differ at a near-tie")
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_100_prompts_served_at_once_equal_transformers(make_fleet: MakeFleet) -> None:
@@ -106,23 +127,7 @@ def test_100_prompts_served_at_once_equal_transformers(make_fleet: MakeFleet) ->
     prompts = make_prompts(DEFAULT_MODEL)
     answers = asyncio.run(serve_all(fleet.url, prompts))
 
-    reference = Reference()
-    near_ties = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.status == 200
-        assert answer.error is None
-        assert answer.finish_reason == "length"
-        assert answer.usage["completion_tokens"] == len(answer.token_ids) == NUM_OUTPUT
-        tokens, gaps = reference.generate(prompt)
-        differing = [i for i in range(NUM_OUTPUT) if tokens[i] != answer.token_ids[i]]
-        if differing:
-            first = differing[0]
-            assert gaps[first] < NEAR_TIE, (prompt[:20], first, tokens, answer.token_ids)
-            near_ties += 1
-        else:
-            assert answer.text == reference.text(tokens)
-    print(f"{near_ties} of {NUM_PROMPTS} prompts differ at a near-tie")
-
+    check_answers(prompts, answers)
     fleet.assert_balanced()
     prefill = fleet.nodes["prefill-0"].metrics()
     decode = fleet.nodes["decode-0"].metrics()
@@ -131,3 +136,51 @@ def test_100_prompts_served_at_once_equal_transformers(make_fleet: MakeFleet) ->
     assert prefill["baton_unfinished_chunks_total"] > 0, "no prompt was computed in chunks"
     assert decode[f"vllm:num_preemptions_total{label}"] > 0, "nothing was preempted"
     assert decode['baton_handoffs_total{outcome="committed"}'] >= NUM_PROMPTS
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("prefill", "decode"), [(16, 32), (32, 16)])
+def test_nodes_with_blocks_of_different_sizes_equal_transformers(
+    prefill: int, decode: int, make_fleet: MakeFleet
+) -> None:
+    fleet = make_fleet()
+    fleet.start_router()
+    flags = ("--max-num-batched-tokens", "128", "--dtype", "float32")
+    fleet.start_node("prefill", "prefill-0", "--block-size", str(prefill), *flags)
+    fleet.start_node("decode", "decode-0", "--block-size", str(decode), *flags)
+    for node in fleet.nodes.values():
+        node.wait_ready()
+    fleet.wait_serving()
+    prompts = make_prompts(DEFAULT_MODEL)[:30]
+    answers = asyncio.run(serve_all(fleet.url, prompts))
+    check_answers(prompts, answers)
+    fleet.assert_balanced()
+    metrics = fleet.nodes["decode-0"].metrics()
+    label = f'{{model_name="{DEFAULT_MODEL.name}"}}'
+    assert metrics[f"vllm:prefix_cache_hits_total{label}"] > 0, "no unit began behind the start"
+    assert metrics['baton_handoffs_total{outcome="committed"}'] >= len(prompts)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("prefill", "decode"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_nodes_that_store_different_types_exchange_the_narrower_one(
+    prefill: str, decode: str, make_fleet: MakeFleet
+) -> None:
+    fleet = make_fleet()
+    fleet.start_router()
+    fleet.start_node("prefill", "prefill-0", "--dtype", prefill)
+    fleet.start_node("decode", "decode-0", "--dtype", decode)
+    for node in fleet.nodes.values():
+        node.wait_ready()
+    fleet.wait_serving()
+    prompt = make_prompts(DEFAULT_MODEL)[6][:64]
+    (answer,) = asyncio.run(serve_all(fleet.url, [prompt]))
+    assert answer.status == 200
+    tokens, gaps = Reference().generate(prompt)
+    agreeing = next((i for i in range(NUM_OUTPUT) if tokens[i] != answer.token_ids[i]), NUM_OUTPUT)
+    assert agreeing >= 4 or min(gaps[: agreeing + 1]) < 0.1, (tokens, answer.token_ids)
+    fleet.assert_balanced()
+    received = fleet.nodes["decode-0"].metrics()["baton_transfer_bytes_received_total"]
+    assert received == 64 * NUM_LAYERS * 2 * NUM_KV_NUMBERS * 2, "two bytes per number"

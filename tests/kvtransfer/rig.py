@@ -55,6 +55,7 @@ class Rig:
 
     layout: KVLayout = LAYOUT
     geometry: Geometry = WHOLE_BLOCKS
+    source_layout: KVLayout | None = None  # None: the same
     faults: Faults = no_faults
     window_bytes: int = 32 << 20
     now: float = 0.0
@@ -66,7 +67,7 @@ class Rig:
     heard_by_prefill: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.source = Pool(self.layout, epoch=11)
+        self.source = Pool(self.source_layout or self.layout, epoch=11)
         self.target = Pool(self.layout, epoch=22)
         self.sent, self.received = TransferStats(), TransferStats()
         self.receiver = KVReceiver(
@@ -151,6 +152,7 @@ class Rig:
             ttl_s=TTL,
             geometry=self.geometry,
         )
+        count = self.source.layout.num_blocks(num_tokens)
         source = self.source.filled(count, seed=lease.number + 100)
         return Job(id, tokens, num_cached_tokens, grant, lease, source, target)
 

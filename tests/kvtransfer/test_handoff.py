@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.handoff import CREDIT_BYTES, MAX_ASK_S, Handoff, HandoffState
+from kvtransfer.units import units_of
 from wire.layout import KVLayout
 from wire.messages import Commit, Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
@@ -43,7 +44,8 @@ def handoff(
         num_cached_tokens=num_cached_tokens,
         ttl_s=10.0,
     )
-    return Handoff(ID, grant, num_tokens=num_tokens, window_bytes=window_bytes, deadline=99.0)
+    units = units_of(num_tokens, num_cached_tokens, layout)
+    return Handoff(ID, grant, units=units, window_bytes=window_bytes, deadline=99.0)
 
 
 def state(machine: Handoff) -> HandoffState:
@@ -51,7 +53,7 @@ def state(machine: Handoff) -> HandoffState:
 
 
 def offer(machine: Handoff, index: int) -> None:
-    machine.offer(index, BlockHandle(8, index, 1), bytes([index]) * 16)
+    machine.offer(index, (BlockHandle(8, index, 1),), bytes([index]) * 16)
 
 
 def send_all(machine: Handoff) -> list[int]:
@@ -98,7 +100,7 @@ def test_a_header_names_what_the_grant_named() -> None:
     sent = machine.next_send()
     assert sent is not None
     header, ready = sent
-    assert ready.source == BlockHandle(8, 1, 1)
+    assert ready.sources == (BlockHandle(8, 1, 1),)
     assert (header.lease, header.capability, header.handle) == (
         3,
         b"c" * 16,

@@ -402,7 +402,7 @@ def test_grants_that_do_not_fit_are_refused() -> None:
     async def body() -> None:
         rig = Rig()
         job = rig.reserve(9)
-        other_layout = replace(LAYOUT, dtype="bfloat16")
+        other_layout = replace(LAYOUT, num_layers=3)
         elsewhere = (TransportAddress("pigeon", "roof"),)
         for cause, grant in [
             ("layout", replace(job.grant, layout=other_layout)),

@@ -89,7 +89,7 @@ def test_a_prefill_node_that_is_short_of_blocks() -> None:
 
 def in_two_groups(p: Pair) -> None:
     """The layers of a block travel as two units."""
-    p.decode.role._geometry = Geometry(num_layer_groups=2)
+    cast(Any, p.decode.role)._geometry = lambda message: Geometry(num_layer_groups=2)
 
 
 def test_a_layer_group_leaves_while_the_next_one_computes() -> None:
@@ -506,7 +506,7 @@ def test_too_many_wait() -> None:
 def test_a_grant_of_another_layout() -> None:
     async def scenario(p: Pair) -> None:
         grant = p.grant()
-        p.start(replace(grant, layout=replace(grant.layout, block_size=8)))
+        p.start(replace(grant, layout=replace(grant.layout, num_layers=9)))
         (failure,) = p.prefill.link.failures()
         assert (failure.cause, failure.retryable) == ("layout", False)
         p.decode.tell(Abort(ID))

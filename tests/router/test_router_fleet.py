@@ -93,7 +93,7 @@ def test_nodes_that_do_not_fit_are_refused_with_both_sides_named() -> None:
     refusal = fleet.register(C, register(Role.DECODE, model=other), 0).refusal
     assert "other-print" in str(refusal)
     assert MODEL.fingerprint in str(refusal)
-    layout = replace(LAYOUT, block_size=32)
+    layout = replace(LAYOUT, num_layers=LAYOUT.num_layers + 1)
     refusal = fleet.register(C, register(Role.DECODE, layout=layout), 0).refusal
     assert str(layout) in str(refusal)
     assert str(LAYOUT) in str(refusal)

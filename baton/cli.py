@@ -27,6 +27,7 @@ COMMANDS = {
     "router": Command("router.__main__", "start a router: the HTTP API, in front of the nodes"),
     "prefill": Command("prefill_node.__main__", "start a prefill node"),
     "decode": Command("decode_node.__main__", "start a decode node"),
+    "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
     "bench": Command("tuner.bench", "measure any OpenAI-compatible server"),
     "doctor": Command("baton.doctor", "tell what this machine has and what Baton would choose"),
 }

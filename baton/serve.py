@@ -229,6 +229,8 @@ class Launcher:
             *("--router", control, "--name", spec.name, "--log-level", "warning"),
             *given_flags(add_engine_arguments, self._args),
         ]
+        if self._args.key_file is not None:
+            argv += ["--key-file", str(self._args.key_file)]
         child = self._nodes[spec.name] = Child(spec.name, argv, self._env)
         await child.start()
 

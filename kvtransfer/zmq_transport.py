@@ -24,7 +24,8 @@ from kvtransfer.transport import TransferStats, UnitSink
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
 from wire.errors import ConfigError, MalformedMessage, TransferError, VersionMismatch
 from wire.messages import UnitHeader
-from wire.sockets import PolledSocket, bind, connect
+from wire.polled import PolledSocket
+from wire.sockets import bind, connect
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)

@@ -30,6 +30,7 @@ class NodeConfig:
     host: str = "127.0.0.1"
     advertise_host: str = ""
     port: int = 0
+    key_file: Path | None = None
     insecure: bool = False
     transport: str = "auto"
     dtype: str = "auto"
@@ -52,10 +53,11 @@ class NodeConfig:
 
     def _check_connections(self) -> None:
         _check(len(self.host) > 0, "--host is empty")
-        if not is_loopback(self.host) and not self.insecure:
+        if not is_loopback(self.host) and self.key_file is None and not self.insecure:
             raise ConfigError(
-                f"--host {self.host} is reachable from other machines and node sockets are not "
-                "encrypted yet; add --insecure if the network is trusted"
+                f"--host {self.host} is reachable from other machines: make a fleet key with "
+                "`baton keygen` and give it to router and nodes with --key-file (or add "
+                "--insecure if the network is trusted)"
             )
         _check(0 <= self.port <= _MAX_PORT, f"--port must be between 0 and {_MAX_PORT}")
         good = len(self.name) <= _MAX_NAME and self.name.isprintable() and " " not in self.name
@@ -196,6 +198,12 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=0, help="port of /health and /metrics (0: any free one)"
     )
     group.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="PATH",
+        help="the fleet's key, made by `baton keygen`; encrypts all that nodes and routers say",
+    )
+    group.add_argument(
         "--insecure",
         action="store_true",
         help="allow a --host that other machines can reach, without encryption",
@@ -290,6 +298,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         host=args.host,
         advertise_host=args.advertise_host,
         port=args.port,
+        key_file=args.key_file,
         insecure=args.insecure,
         transport=args.transport,
         dtype=args.dtype,

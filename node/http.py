@@ -35,12 +35,14 @@ class NodeCollector(Collector):
         stats: NodeStats,
         role: Role,
         num_malformed: Callable[[], int],
+        num_refused: Callable[[], int],
     ) -> None:
         self._model_name = model_name
         self._engine = engine
         self._stats = stats
         self._role = role
         self._num_malformed = num_malformed
+        self._num_refused = num_refused
 
     def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
@@ -71,6 +73,7 @@ class NodeCollector(Collector):
         yield _counter(metrics.PREFIX_QUERIES, {model: stats.prefix_queries})
         yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
         yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})
+        yield _counter(metrics.NODE_REFUSED, {(): self._num_refused()})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
         stats = self._role.stats

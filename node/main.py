@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -12,10 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
+import zmq
+
 from node.config import NodeConfig, add_arguments, from_args, split_url
 from telemetry.logs import set_up_logging
 from telemetry.progress import ProgressLine
+from wire.curve import SILENCE, knock
 from wire.errors import BatonError, ConfigError
+from wire.fleet_key import FleetKey, load_key
 from wire.types import Role as RoleName
 from wire.types import new_node_id
 
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
     from node.shell import NodeShell  # loads torch: only once the flags are known to be right
 
 
+log = logging.getLogger(__name__)
+
+_KNOCK_S = 1.0
 MakeRole: TypeAlias = "Callable[[NodeShell], Role]"
 
 
@@ -55,7 +63,7 @@ def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
     if not config.model.is_dir():
         raise ConfigError(f"there is no model folder {str(config.model)!r}")
     tokenizer = read_tokenizer(config.model)
-    wait_for_routers(config.routers, config.router_timeout_s)
+    wait_for_routers(config.routers, load_key(config.key_file), config.router_timeout_s)
     with ProgressLine(f"{config.name}: loading {config.model.name}") as progress:
         built = build_engine(role, config, progress.update)
 
@@ -78,17 +86,35 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def wait_for_routers(urls: Sequence[str], timeout_s: float) -> None:
-    """Return when every router accepts connections. Raises ConfigError after the timeout."""
+def wait_for_routers(urls: Sequence[str], key: FleetKey | None, timeout_s: float) -> None:
+    """Return when every router has shaken hands. Raises ConfigError after the timeout."""
     deadline = time.monotonic() + timeout_s
     for url in urls:
-        while (error := _connection_error(url)) is not None:
+        told = None
+        while (obstacle := _obstacle(url, key)) is not None:
             if time.monotonic() >= deadline:
-                raise ConfigError(
-                    f"no router at {url} after {timeout_s:g} s ({error}); start `baton router` "
-                    "there or give its control address with --router"
-                )
+                raise ConfigError(f"{obstacle} (asked for {timeout_s:g} s)")
+            if obstacle != told:
+                log.info("%s; asking on", obstacle)
+            told = obstacle
             time.sleep(0.1)
+
+
+def _obstacle(url: str, key: FleetKey | None) -> str | None:
+    """Why there is no talking with the router; None if there is."""
+    try:
+        reason = knock(url, key, _KNOCK_S)
+    except zmq.ZMQError as error:
+        reason = error.strerror
+    else:
+        if reason is None:
+            return None
+        if reason != SILENCE:
+            return f"router {url} does not let this node in: {reason}"
+    return (
+        f"no router at {url} ({_connection_error(url) or reason}); start `baton router` there or "
+        "give its control address with --router"
+    )
 
 
 def _connection_error(url: str) -> str | None:

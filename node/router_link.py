@@ -63,7 +63,15 @@ class RouterLink:
         self._router: NodeId | None = None
         self._last_heard = self._last_beat = self._away_since = clock()
         self._absence_told = False
-        self._link = Link(me, url, self._receive, context, queue_while_away=False)
+        self._refusal_told = ""
+        self._link = Link(
+            me,
+            url,
+            self._receive,
+            context,
+            queue_while_away=False,
+            on_refused=self._refused,
+        )
 
     @property
     def registered(self) -> bool:
@@ -120,6 +128,12 @@ class RouterLink:
             if not self._absence_told:
                 self.heartbeat_s = _CONNECTING_S
 
+    def _refused(self, reason: str) -> None:
+        if reason != self._refusal_told:
+            self._refusal_told = reason
+            self._absence_told = True
+            log.warning("router %s does not let this node in: %s; asking on", self.url, reason)
+
     def _receive(self, envelope: Envelope) -> None:
         message = envelope.message
         if isinstance(message, Welcome):
@@ -141,6 +155,7 @@ class RouterLink:
         if self._router is not None:
             self._lose()
         self._router = router
+        self._refusal_told = ""
         self._last_heard = self._clock()
         self.heartbeat_s = max(0.05, message.heartbeat_s)
         self._on_welcome(self)

@@ -13,7 +13,6 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 import zmq
 
@@ -26,6 +25,8 @@ from node.role import Role
 from node.router_link import RouterLink
 from node.stats import NodeStats
 from wire.codec import Envelope
+from wire.curve import FleetContext
+from wire.fleet_key import load_key
 from wire.messages import (
     CacheEvents,
     Draining,
@@ -67,7 +68,7 @@ class NodeShell:
         self.built = built
         self.engine = built.engine
         self.me = me
-        self.context: zmq.Context[Any] = zmq.Context()
+        self.context = FleetContext(load_key(config.key_file))
         self.context.setsockopt(zmq.IPV6, config.ipv6)
         self.stats = NodeStats()
         self._tokenizer = tokenizer
@@ -146,7 +147,14 @@ class NodeShell:
 
     def _collector(self) -> NodeCollector:
         name = self.config.served_model_name
-        return NodeCollector(name, self.engine, self.stats, self._role, self._num_malformed)
+        return NodeCollector(
+            name,
+            self.engine,
+            self.stats,
+            self._role,
+            num_malformed=self._num_malformed,
+            num_refused=lambda: self.context.num_refused,
+        )
 
     def _num_malformed(self) -> int:
         return self._peers.num_malformed + sum(link.num_malformed for link in self._links)

@@ -131,6 +131,7 @@ class _Pages:
             self._metrics.nodes.labels(role.value, "serving").set(serving)
             self._metrics.nodes.labels(role.value, "not_serving").set(len(known) - serving)
         self._metrics.malformed.set(self._control.num_malformed)
+        self._metrics.refused.set(self._control.num_refused)
 
 
 def _version() -> str:

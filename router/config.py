@@ -40,16 +40,12 @@ class RouterConfig:
     shutdown_timeout_s: float = 5.0
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
+    key_file: Path | None = None
     insecure: bool = False
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        for name, host in (("--host", self.host), ("--control-host", self.control_host)):
-            if not self.insecure and not is_loopback(host):
-                raise ConfigError(
-                    f"{name} {host} is reachable from other machines and nothing protects it; "
-                    "bind a loopback address, or say --insecure to accept that"
-                )
+        self._check_exposure()
         for limit in ("max_streams", "max_body_bytes", "heartbeat_s", "node_timeout_s"):
             if getattr(self, limit) <= 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
@@ -60,6 +56,22 @@ class RouterConfig:
                 raise ConfigError(f"--{limit.replace('_', '-')} must not be negative")
         if self.node_timeout_s <= self.heartbeat_s:
             raise ConfigError("--node-timeout-s must be longer than --heartbeat-s")
+
+    def _check_exposure(self) -> None:
+        """What other machines reach must be protected, or be meant to be open."""
+        if self.insecure:
+            return
+        if not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} is reachable from other machines and nothing protects it; "
+                "bind a loopback address, or say --insecure to accept that"
+            )
+        if not is_loopback(self.control_host) and self.key_file is None:
+            raise ConfigError(
+                f"--control-host {self.control_host} is reachable from other machines: make a "
+                "fleet key with `baton keygen` and give it to router and nodes with --key-file "
+                "(or say --insecure to do without)"
+            )
 
     @property
     def control_url(self) -> str:
@@ -147,6 +159,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let clients send a `chat_template` of their own; it runs in a sandbox, which bounds "
         "what it may touch, not how long it takes",
+    )
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="PATH",
+        help="the fleet's key, made by `baton keygen`; nodes without it are not heard",
     )
     parser.add_argument(
         "--insecure",

@@ -12,13 +12,13 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-import zmq
-
 from router.fleet import Fleet, Node
 from router.requests import Requests
 from router.tokenizer import Tokenizer, tokenizer_from_files
 from wire.codec import Envelope
+from wire.curve import FleetContext
 from wire.errors import ConfigError, OutboxFull, WireError
+from wire.fleet_key import FleetKey
 from wire.messages import (
     AttemptFailed,
     CacheEvents,
@@ -55,6 +55,7 @@ class Control:
     Args:
         make_requests: builds the table of running choices once messages can be sent.
         tokenizer: the operator's; None: ask the first node.
+        key: the fleet's; None: hear every node.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Control:
         *,
         heartbeat_s: float,
         tokenizer: Tokenizer | None,
+        key: FleetKey | None,
         clock: Callable[[], float],
     ) -> None:
         self.fleet = fleet
@@ -76,7 +78,7 @@ class Control:
         self._fetching = ("", 0.0)  # fingerprint asked for, and when
         self._last_beat = clock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._context = FleetContext(key)
         self.me = NodeId("router", secrets.randbits(64))
         try:
             self._hub = Hub(self.me, url, self._receive, self._context)
@@ -88,6 +90,10 @@ class Control:
     @property
     def num_malformed(self) -> int:
         return self._hub.num_malformed
+
+    @property
+    def num_refused(self) -> int:
+        return self._context.num_refused
 
     @property
     def ready(self) -> bool:

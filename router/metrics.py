@@ -27,6 +27,7 @@ class RouterMetrics:
         self.added = names.ROUTER_ADDED.histogram(registry)
         self.tokenize = names.ROUTER_TOKENIZE.histogram(registry)
         self.malformed = names.ROUTER_MALFORMED.gauge(registry)
+        self.refused = names.ROUTER_REFUSED.gauge(registry)
         self._by_model = {metric: _make(metric, registry) for metric in _MODEL_METRICS}
         self._models: dict[str, ModelMetrics] = {}
 

@@ -24,6 +24,7 @@ from router.requests import Requests
 from router.serving import Serving
 from router.tokenizer import load_tokenizer
 from wire.errors import ConfigError
+from wire.fleet_key import load_key
 from wire.messages import Message
 from wire.types import NodeId
 
@@ -49,6 +50,7 @@ class RouterServer:
             self._make_requests,
             heartbeat_s=config.heartbeat_s,
             tokenizer=tokenizer,
+            key=load_key(config.key_file),
             clock=clock,
         )
         self.serving = Serving(config, self.control, self._metrics, self._log, clock)

@@ -115,6 +115,9 @@ ROUTER_TOKENIZE = Metric(
     "baton_router_tokenize_seconds", "Chat template and tokenization", (), SHORT_SECONDS
 )
 ROUTER_MALFORMED = Metric("baton_router_malformed_messages", "Messages dropped as malformed")
+ROUTER_REFUSED = Metric(
+    "baton_router_refused_connections", "Connections of nodes without the fleet's key"
+)
 
 # ---------------------------------------------------------------- nodes
 
@@ -143,6 +146,9 @@ PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "Prompt tokens looked up", 
 PREFIX_HITS = Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", _MODEL)
 NODE_MALFORMED = Metric(
     "baton_malformed_messages", "Messages of routers and nodes dropped as malformed"
+)
+NODE_REFUSED = Metric(
+    "baton_refused_connections", "Connections of other nodes without the fleet's key"
 )
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")

@@ -1,12 +1,10 @@
-"""ZMQ sockets in an asyncio loop: synchronous sends that never block, a callback per message.
+"""The two ends of a connection between processes, in an asyncio loop, a callback per message.
 
 `Hub` (ROUTER, bound) talks to many peers, `Link` (DEALER, connected) to one hub. Both check what
 they receive before anybody sees it: the codec checks the bytes, the routing id must name the
 sender, and a message that was meant for an earlier life of this process is answered `Gone`
-(messages that were queued for a dead process do reach its successor on the same port).
-
-Why not zmq.asyncio: its receive costs a future and two loop turns per message, and its send is a
-future as well; here a message costs one call, and a full outbox is an exception where it is sent.
+(messages that were queued for a dead process do reach its successor on the same port). In a
+`FleetContext` with a key both ends must prove it (see `wire.curve`).
 """
 
 from __future__ import annotations
@@ -14,14 +12,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
 
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
+from wire.curve import FleetContext, Watch, refusal
 from wire.errors import ConfigError, MalformedMessage, OutboxFull, VersionMismatch, WireError
 from wire.messages import Gone, Message
+from wire.polled import LINGER_MS, PolledSocket
 from wire.types import NodeId
 
 log = logging.getLogger(__name__)
@@ -29,65 +30,8 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Envelope], None]
 Answer = Callable[[NodeId, Message], None]
 
-_BURST = 64  # messages handled before the loop gets its turn again
 _OUTBOX_MESSAGES = 4096  # per peer; beyond it `send` raises OutboxFull
-_LINGER_MS = 300  # how long `close` may take to deliver a last word
-
-
-class PolledSocket:
-    """Calls `receive_one(socket)` from the running loop for every waiting message.
-
-    ZMQ's file descriptor is edge-triggered: it tells of a change, not of a state. So reading goes
-    on until the socket is empty, and every send looks again (a send may swallow the edge).
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes], receive_one: Callable[[zmq.Socket[bytes]], None]):
-        self._socket = socket
-        self._receive_one = receive_one
-        self._loop = asyncio.get_running_loop()
-        self._scheduled = False
-        self._fd = socket.fileno()  # kept, because a socket that its context closed has none
-        self._loop.add_reader(self._fd, self._drain)
-        self._schedule()
-
-    def send(self, frames: Sequence[Any], *, copy: bool = True, track: bool = False) -> Any:
-        """Queue one message. Raises zmq.Again where the outbox is full, and never blocks."""
-        try:
-            return self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy, track=track)
-        finally:
-            self._schedule()
-
-    def close(self, linger_ms: int = _LINGER_MS) -> None:
-        if not self._loop.is_closed():
-            self._loop.remove_reader(self._fd)
-        self._socket.close(linger_ms)
-
-    @property
-    def closed(self) -> bool:
-        return self._socket.closed
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._drain_scheduled)
-
-    def _drain_scheduled(self) -> None:
-        self._scheduled = False
-        self._drain()
-
-    def _drain(self) -> None:
-        for _ in range(_BURST):
-            if self._socket.closed:
-                return
-            try:
-                self._receive_one(self._socket)
-            except zmq.Again:
-                return
-            except zmq.ContextTerminated:
-                self.close(0)
-            except Exception:  # a bug in a handler must not end the process
-                log.exception("a message handler failed")
-        self._schedule()
+_CONNECT_AGAIN_S = 1.0  # libzmq does not try again where the other side wants other keys
 
 
 class Inbox:
@@ -175,6 +119,8 @@ class Link:
 
     Args:
         queue_while_away: keep messages for a hub that is not connected (yet); else `send` raises.
+        on_refused: called with the reason whenever the hub and this process do not accept each
+            other's key; the link tries again.
     """
 
     def __init__(
@@ -185,6 +131,7 @@ class Link:
         context: zmq.Context[Any],
         *,
         queue_while_away: bool = True,
+        on_refused: Callable[[str], None] | None = None,
     ):
         self._inbox = Inbox(me, on_message, lambda to, message: self.send(message, to))
         self.url = url
@@ -194,6 +141,11 @@ class Link:
         socket.reconnect_ivl_max = 1000
         socket.immediate = not queue_while_away
         _set_limits(socket)
+        self._socket = socket
+        self._keyed = isinstance(context, FleetContext) and context.key is not None
+        self._on_refused = on_refused
+        self._again: asyncio.TimerHandle | None = None
+        self._watch = None if on_refused is None else Watch(socket, self._refused)
         connect(socket, url)
         self._polled = PolledSocket(socket, self._receive_one)
 
@@ -217,7 +169,26 @@ class Link:
             raise WireError(f"the link to {self.url} is closed: {error}") from error
 
     def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+        if self._watch is not None:
+            self._watch.close()
         self._polled.close()
+
+    def _refused(self, event: int) -> None:
+        reason = refusal(event, keyed=self._keyed)
+        if reason is not None and self._on_refused is not None:
+            self._on_refused(reason)
+        if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._again is None:
+            loop = asyncio.get_running_loop()
+            self._again = loop.call_later(_CONNECT_AGAIN_S, self._connect_again)
+
+    def _connect_again(self) -> None:
+        self._again = None
+        if not self._socket.closed:
+            with suppress(zmq.ZMQError):  # libzmq has given the address up by itself
+                self._socket.disconnect(self.url)
+            self._socket.connect(self.url)
 
     def _receive_one(self, socket: zmq.Socket[bytes]) -> None:
         frames = socket.recv_multipart(zmq.NOBLOCK)
@@ -227,7 +198,9 @@ class Link:
 def bind(socket: zmq.Socket[bytes], url: str) -> None:
     """Bind, or close the socket and say in one line what is wrong with the address."""
     try:
-        _check_port(url)
+        _prepare(socket, url)
+        if isinstance(socket.context, FleetContext):
+            socket.context.guard_server(socket)
         socket.bind(url)
     except zmq.ZMQError as error:
         socket.close(0)
@@ -237,15 +210,19 @@ def bind(socket: zmq.Socket[bytes], url: str) -> None:
 def connect(socket: zmq.Socket[bytes], url: str) -> None:
     """Connect, or close the socket and say in one line what is wrong with the address."""
     try:
-        _check_port(url)
+        _prepare(socket, url)
+        if isinstance(socket.context, FleetContext):
+            socket.context.guard_client(socket)
         socket.connect(url)
     except zmq.ZMQError as error:
         socket.close(0)
         raise ConfigError(f"cannot connect to {url!r}: {error.strerror}") from error
 
 
-def _check_port(url: str) -> None:
-    """libzmq takes 99999 for 99999 mod 65536."""
+def _prepare(socket: zmq.Socket[bytes], url: str) -> None:
+    """libzmq takes 99999 for 99999 mod 65536, and must be told of IPv6."""
+    if "[" in url:
+        socket.ipv6 = True
     port = url.rpartition(":")[2]
     if port.isdigit() and int(port) > 0xFFFF:
         raise zmq.ZMQError(errno.EINVAL, "there is no such port")
@@ -255,7 +232,7 @@ def _set_limits(socket: zmq.Socket[bytes]) -> None:
     socket.sndhwm = _OUTBOX_MESSAGES
     socket.rcvhwm = _OUTBOX_MESSAGES
     socket.maxmsgsize = MAX_MESSAGE_BYTES
-    socket.linger = _LINGER_MS
+    socket.linger = LINGER_MS
 
 
 def _routing_id(node: NodeId) -> bytes:

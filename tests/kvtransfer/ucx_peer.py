@@ -26,7 +26,7 @@ from wire.codec import Envelope, decode, encode
 from wire.errors import TransferError, WireError
 from wire.layout import KVLayout
 from wire.messages import Grant, Granted, Message
-from wire.sockets import PolledSocket
+from wire.polled import PolledSocket
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 TTL = 3600.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from node.build import read_tokenizer
 from node.config import NodeConfig, add_arguments, from_args, is_loopback, parse_bytes, split_url
@@ -169,20 +170,28 @@ def test_urls_that_others_use() -> None:
 
 
 def test_a_router_that_listens_is_not_waited_for() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        wait_for_routers([f"tcp://127.0.0.1:{port}"], None, 0)
+
+
+def test_what_listens_but_is_no_router_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        wait_for_routers([f"tcp://127.0.0.1:{server.getsockname()[1]}"], 0)
+        url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"no router at {url} \(no answer\)"):
+            wait_for_routers([url], None, 0)
 
 
 def test_no_router_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(ConfigError, match=rf"no router at tcp://127.0.0.1:{port}.*refused"):
-        wait_for_routers([f"tcp://127.0.0.1:{port}"], 0)
+        wait_for_routers([f"tcp://127.0.0.1:{port}"], None, 0)
 
 
 def test_a_host_that_is_no_name_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match="no router at"):
-        wait_for_routers([f"tcp://{'x' * 70}:1"], 0)
+        wait_for_routers([f"tcp://{'x' * 70}:1"], None, 0)
 
 
 # ---------------------------------------------------------------- the tokenizer's files

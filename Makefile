@@ -6,7 +6,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-digest clean help
+.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ bench-transfer: $(VENV)/.dev  ## KV blocks between two processes, by each transp
 
 bench-digest: $(VENV)/.dev  ## what candidates for the units' digest cost beside the copy; the last line is JSON
 	$(BIN)/python -m benchmarks.bench_digest $(ARGS)
+
+bench-curve: $(VENV)/.dev  ## what the fleet's key costs: TCP with CURVE and without
+	$(BIN)/python -m benchmarks.bench_curve $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -15,7 +15,9 @@ from kvtransfer.lease import LeaseState
 from kvtransfer.zmq_transport import ZmqUnitReceiver, ZmqUnitSender
 from tests.kvtransfer.rig import DECODE, LAYOUT, PREFILL, Job, Rig, until
 from wire.codec import Envelope, encode
+from wire.curve import FleetContext
 from wire.errors import ConfigError, TransferError
+from wire.fleet_key import FleetKey, make_key
 from wire.layout import KVLayout
 from wire.messages import FetchTokenizer, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
@@ -84,6 +86,40 @@ def header(**other: Any) -> UnitHeader:
 
 def dropped(rig: Rig, cause: str) -> Callable[[], int]:
     return lambda: rig.received.units_dropped[cause]
+
+
+# ---------------------------------------------------------------- with and without the fleet's key
+
+
+def test_blocks_arrive_through_curve() -> None:
+    async def body() -> None:
+        context = FleetContext(make_key())
+        both = ZmqRig(context, LARGE)
+        await both.hand_over(250)
+        both.close()
+        context.destroy(0)
+
+    run(body())
+
+
+@pytest.mark.parametrize("key", [make_key(), None], ids=["another key", "no key"])
+def test_units_of_strangers_are_not_received(key: FleetKey | None) -> None:
+    async def body() -> None:
+        ours, theirs = FleetContext(make_key()), FleetContext(key)
+        rig = Rig()
+        receiver = ZmqUnitReceiver(DECODE, ANY_PORT, rig.receiver, rig.received, ours)
+        stranger = ZmqUnitSender(PREFILL, theirs)
+        job = rig.reserve(16, id=AttemptId("r", 1))
+        stranger.send(receiver.address.url, DECODE, header(), memoryview(b"8 bytes!"), lambda: None)
+        await until(lambda: ours.num_refused)
+        assert not sum(rig.received.units_dropped.values())
+        assert job.lease.state is LeaseState.GRANTED
+        stranger.close()
+        receiver.close()
+        theirs.destroy(0)
+        ours.destroy(0)
+
+    run(body())
 
 
 # ---------------------------------------------------------------- blocks arrive as they are

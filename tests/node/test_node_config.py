@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -14,7 +15,11 @@ import zmq
 from node.build import read_tokenizer
 from node.config import NodeConfig, add_arguments, from_args, is_loopback, parse_bytes, split_url
 from node.main import wait_for_routers
+from wire.curve import FleetContext
 from wire.errors import ConfigError
+from wire.fleet_key import make_key
+from wire.sockets import Hub
+from wire.types import NodeId
 
 
 def config(*flags: str, model: str = "some/model") -> NodeConfig:
@@ -39,6 +44,7 @@ def test_every_flag_arrives() -> None:
         "host": "0.0.0.0",
         "advertise-host": "box",
         "port": 9,
+        "key-file": "the.key",
         "router-timeout": 3.5,
         "drain-timeout": 4.5,
         "dtype": "bfloat16",
@@ -61,6 +67,7 @@ def test_every_flag_arrives() -> None:
         host="0.0.0.0",
         advertise_host="box",
         port=9,
+        key_file=Path("the.key"),
         insecure=True,
         dtype="bfloat16",
         threads=2,
@@ -80,7 +87,7 @@ def test_every_flag_arrives() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--host", "0.0.0.0"), "--insecure"),
+        (("--host", "0.0.0.0"), "baton keygen.*--key-file.*--insecure"),
         (("--host", "::"), "--insecure"),
         (("--host", "example.org"), "--insecure"),
         (("--host", ""), "--host"),
@@ -154,6 +161,10 @@ def test_the_host_that_others_use() -> None:
     assert config("--host", "10.1.1.1", "--insecure").public_host == "10.1.1.1"
 
 
+def test_a_key_allows_other_machines() -> None:
+    assert config("--host", "0.0.0.0", "--key-file", "k").key_file == Path("k")
+
+
 def test_urls_that_others_use() -> None:
     assert config().url("tcp", "tcp://127.0.0.1:5555") == "tcp://127.0.0.1:5555"
     six = config("--host", "::1")
@@ -180,6 +191,19 @@ def test_what_listens_but_is_no_router_is_one_clear_line() -> None:
         url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"no router at {url} \(no answer\)"):
             wait_for_routers([url], None, 0)
+
+
+def test_a_router_with_another_key_is_one_clear_line() -> None:
+    async def scenario() -> None:
+        context = FleetContext(make_key())
+        hub = Hub(NodeId("router", 1), "tcp://127.0.0.1:*", lambda _: None, context)
+        for key, reason in ((make_key(), "does not take"), (None, "wants a fleet key")):
+            with pytest.raises(ConfigError, match=f"does not let this node in: it {reason}"):
+                await asyncio.to_thread(wait_for_routers, [hub.url], key, 0)
+        hub.close()
+        context.destroy(0)
+
+    asyncio.run(scenario())
 
 
 def test_no_router_is_one_clear_line() -> None:

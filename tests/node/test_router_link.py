@@ -14,6 +14,8 @@ import zmq
 
 from node.router_link import RouterLink
 from wire.codec import Envelope
+from wire.curve import FleetContext
+from wire.fleet_key import make_key
 from wire.layout import KVLayout
 from wire.messages import (
     Abort,
@@ -67,13 +69,14 @@ class World:
     """A link and what it called."""
 
     context: zmq.Context[Any]
+    hub_context: zmq.Context[Any] | None = None
     now: float = 100.0
     got: list[Message] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     routers: list[Router] = field(default_factory=list)
 
     def router(self, incarnation: int = 1, url: str = "tcp://127.0.0.1:*") -> Router:
-        self.routers.append(Router(self.context, incarnation, url))
+        self.routers.append(Router(self.hub_context or self.context, incarnation, url))
         return self.routers[-1]
 
     def link_to(self, url: str) -> RouterLink:
@@ -357,3 +360,30 @@ def test_a_closed_link_is_silent(caplog: pytest.LogCaptureFixture) -> None:
             await until(lambda: router.num_heard(Goodbye))
 
     asyncio.run(scenario())
+
+
+def test_a_router_with_another_key_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def body() -> None:
+        keyed, naked = FleetContext(make_key()), FleetContext()
+        w = World(naked, hub_context=keyed)
+        try:
+            router = w.router()
+            link = w.link_to(router.hub.url)
+            await w.beat_until(lambda: keyed.num_refused >= 3)
+            w.now += 100
+            await w.beat_until(lambda: keyed.num_refused >= 5)
+            assert not link.registered
+            assert not router.heard
+        finally:
+            link.close()
+            router.hub.close()
+            keyed.destroy(0)
+            naked.destroy(0)
+
+    with caplog.at_level(logging.WARNING, logger="node"):
+        asyncio.run(body())
+    told = [record.getMessage() for record in caplog.records if record.name == "node.router_link"]
+    assert len(told) == 1
+    assert "does not let this node in: it wants a fleet key (--key-file)" in told[0]

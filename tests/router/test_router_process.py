@@ -16,8 +16,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from router.__main__ import main
 from router.config import RouterConfig, is_loopback
+from router.server import RouterServer
 from tests.router import tiny_tokenizer
 from tests.router.harness import alphabet, endless, router
+from wire.curve import knock
 from wire.errors import ConfigError
 
 ROUTER = (sys.executable, "-m", "router", "--port", "0", "--control-port", "0")
@@ -63,7 +65,8 @@ def test_one_line_for_what_cannot_work(tmp_path: Path, capsys: pytest.CaptureFix
             (["--port", "0", "--control-port", port], "cannot listen on 'tcp://127.0.0.1:"),
             (["--tokenizer", str(tmp_path)], "cannot read the tokenizer"),
             (["--host", "0.0.0.0"], "--insecure"),
-            (["--control-host", "0.0.0.0"], "--insecure"),
+            (["--control-host", "0.0.0.0"], "baton keygen"),
+            (["--key-file", str(tmp_path / "none")], "there is no key file"),
         ):
             assert main(arguments) != 0
             (line,) = capsys.readouterr().err.splitlines()
@@ -77,8 +80,30 @@ def test_addresses_that_others_reach_need_insecure() -> None:
         with pytest.raises(ConfigError, match="--insecure"):
             RouterConfig(host=host)
         assert RouterConfig(host=host, insecure=True).host == host
+    key = Path("fleet.key")
+    assert RouterConfig(control_host="0.0.0.0", key_file=key).key_file == key
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
         assert RouterConfig(host=host, control_host=host)
+
+
+def ipv6_works() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
+def test_nodes_may_connect_over_ipv6() -> None:
+    async def scenario() -> None:
+        server = RouterServer(RouterConfig(port=0, control_host="::1", control_port=0))
+        await server.start()
+        assert server.control.url.startswith("tcp://[::1]:")
+        assert await asyncio.to_thread(knock, server.control.url, None, 20) is None
+        await server.close()
+
+    asyncio.run(scenario())
 
 
 def _use_openai_client(url: str) -> None:

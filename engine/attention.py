@@ -8,27 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from engine.kv_store import KVStore, SlotMapping
+from kernels.ops import LayerOps, PackedRows, TorchOps
 from kernels.paged_attention import RequestRows
-from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
 
 PAGED = "baton_paged"
 """Name under which transformers knows the attention; no mask is registered, so none is built."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionBatch:
     """Where the rows of one forward pass belong, and where their keys and values go."""
 
     store: KVStore
     requests: tuple[RequestRows, ...]
     slot_mapping: SlotMapping
-    masks: Masks = field(default_factory=dict)
+    ops: LayerOps = field(default_factory=TorchOps)
     on_layer: Callable[[int], None] | None = None  # is told which layer has written its KV
+
+    @cached_property
+    def rows(self) -> PackedRows:
+        """The requests as all layers read them."""
+        return PackedRows(self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """How one layer calls its attention, besides queries, keys and values."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
 
 
 class MissingBatch(RuntimeError):
@@ -58,15 +74,14 @@ def paged_attention_forward(
     store.write(layer, attention_batch.slot_mapping, rows[1], rows[2])
     if attention_batch.on_layer is not None:
         attention_batch.on_layer(layer)
-    output = paged_attention_sdpa(
-        rows[0],
+    output = attention_batch.ops.attention(
+        rows[0].contiguous(),
         store.keys(layer),
         store.values(layer),
-        attention_batch.requests,
+        attention_batch.rows,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
-        masks=attention_batch.masks,
     )
     return output.unsqueeze(0), None

@@ -1,6 +1,6 @@
 """Loads a model through transformers, and refuses what would be served wrongly.
 
-    check headers → fingerprint → from_pretrained → nothing missing → finite → fix RoPE → probe
+    headers → fingerprint → from_pretrained → nothing missing → finite → fix RoPE → probe → fuse
 
 transformers fills a missing tensor with random numbers and only warns; here that is an error.
 Importing transformers costs seconds, so it happens inside the functions that need it.
@@ -18,11 +18,15 @@ import torch
 
 from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
+from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
-from engine.numerics import has_bf16_units, numerics_fingerprint, resolve_dtype
-from engine.probe import OBSERVED, mask_rule, observing_attention, probe
+from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
+from engine.probe import OBSERVED, AttentionShape, mask_rule, observing_attention, probe
 from engine.rope import fix_frequencies
+from kernels.cpu_ops import load_cpu_ops
+from kernels.ops import LayerOps, TorchOps
 from wire.errors import ConfigError, UnsupportedModelError
+from wire.layout import KVLayout
 
 PROBE_LEN = 2048  # for a model that names no maximal length
 FINITE_CHUNK = 1 << 22  # elements checked at once
@@ -34,6 +38,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     max_model_len: int | None = None,
+    fusing: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> LoadedModel:
     """Load the model folder at `path` and prove that it can be served.
@@ -56,6 +61,9 @@ def load_model(
         shape = probe(model, architecture, num_layers, length or PROBE_LEN)
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
+    num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    ops = _choose_ops(chosen, device)
+    model, fusions = _fuse(model, shape, ops, wanted=fusing)
     return LoadedModel(
         model=model,
         config=config,
@@ -70,8 +78,12 @@ def load_model(
         max_model_len=length,
         eos_token_ids=eos_token_ids(config, checkpoint.folder),
         fingerprint=digest,
-        numerics=numerics_fingerprint(dtype=chosen, device=device),
-        num_weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        numerics=numerics_fingerprint(
+            dtype=chosen, device=device, kernels=f"{ops.name}{'+fused' if fusions.decoder else ''}"
+        ),
+        ops=ops,
+        fusions=fusions,
+        num_weight_bytes=num_weight_bytes,
         unexpected_tensors=unexpected,
     )
 
@@ -171,6 +183,28 @@ def _check_finite(model: Any, progress: Progress) -> None:
             if not chunk.sum().isfinite() and not chunk.isfinite().all():
                 raise ConfigError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
     progress("checking weights", len(named), len(named))
+
+
+def _choose_ops(dtype: torch.dtype, device: str) -> LayerOps:
+    """The fastest operations for the model's device and dtype."""
+    if device == "cpu" and dtype is torch.float32:
+        return load_cpu_ops() or TorchOps()
+    return TorchOps()
+
+
+def _fuse(model: Any, shape: AttentionShape, ops: LayerOps, *, wanted: bool) -> tuple[Any, Fusions]:
+    if not wanted:
+        return model, Fusions(False, 0, "switched off")
+    if model.dtype is not torch.float32:
+        return model, Fusions(False, 0, f"{dtype_name(model.dtype)} runs as transformers wrote it")
+    layout = KVLayout(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=PROOF_BLOCK_SIZE,
+        dtype=dtype_name(model.dtype),
+    )
+    return fuse(model, shape.calls, layout, ops)
 
 
 def _to_device(model: Any, device: str) -> Any:

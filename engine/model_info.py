@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from engine.fusing import Fusions
 from engine.numerics import dtype_name
+from kernels.ops import LayerOps
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 
@@ -20,7 +22,7 @@ MIN_MODEL_LEN = 8  # the probe's requests must fit
 class LoadedModel:
     """A model that was checked and probed, in evaluation mode, with Baton's attention."""
 
-    model: Any  # transformers.PreTrainedModel
+    model: Any  # transformers.PreTrainedModel, or what takes the same call (see engine.fusing)
     config: Any  # transformers.PreTrainedConfig
     name: str
     architecture: str
@@ -34,6 +36,8 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str  # of config.json and every byte of the weights
     numerics: str  # nodes with equal text compute equal bits
+    ops: LayerOps
+    fusions: Fusions
     num_weight_bytes: int
     unexpected_tensors: tuple[str, ...]  # in the files, not in the model: ignored
 

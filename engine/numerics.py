@@ -35,17 +35,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def numerics_fingerprint(*, dtype: torch.dtype, device: str, attention: str = "sdpa") -> str:
+def numerics_fingerprint(*, dtype: torch.dtype, device: str, kernels: str = "torch") -> str:
     """Names what decides bits: nodes with the same text compute equal logits for equal batches.
 
-    Covers processor model, instruction set, torch build, threads, dtype and attention kernel.
+    Covers processor model, instruction set, torch build, threads, dtype and kernels.
     """
     if device.startswith("cuda"):
         hardware = [torch.cuda.get_device_name(device), f"cuda{torch.version.cuda}"]
     else:
         hardware = [_cpu_info()["model"], torch.backends.cpu.get_cpu_capability()]
         hardware.append(f"threads{torch.get_num_threads()}")
-    parts = [*hardware, f"torch{torch.__version__}", dtype_name(dtype), attention]
+    parts = [*hardware, f"torch{torch.__version__}", dtype_name(dtype), kernels]
     return "/".join(parts).replace(" ", "_")
 
 

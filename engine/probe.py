@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.attention import PAGED, AttentionBatch, MissingBatch
+from engine.attention import PAGED, AttentionBatch, AttentionCall, MissingBatch
 from engine.kv_store import KVStore
 from engine.numerics import dtype_name
 from kernels.paged_attention import RequestRows
@@ -46,12 +46,13 @@ FAR_LEN, FAR_BLOCKS = 5, (3, 1)
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What the probe learns: the shape of a KV block, and the model's vocabulary."""
+    """What the probe learns: a KV block's shape, the vocabulary, how layers call attention."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    calls: tuple[AttentionCall, ...]  # by layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Observer:
     max_model_len: int
     layers: list[int] = field(default_factory=list)
     heads: set[tuple[int, int]] = field(default_factory=set)
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
 
     def refuse(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.architecture} cannot be served: {why}")
@@ -78,7 +80,7 @@ class Observer:
         module: nn.Module,
         shapes: tuple[torch.Size, torch.Size, torch.Size],
         mask: object,
-        window: int | None,
+        call: AttentionCall,
         extra: dict[str, Any],
     ) -> None:
         query, key, value = shapes
@@ -89,9 +91,10 @@ class Observer:
             raise self.refuse(f"its attention needs {', '.join(strange)}, which is not supported")
         if extra.get("is_causal") is False or not getattr(module, "is_causal", True):
             raise self.refuse("its attention is not causal")
-        if mask is not None and not self._is_causal_window(mask, window):
+        if mask is not None and not self._is_causal_window(mask, call.window):
             raise self.refuse("its attention mask is neither causal nor a sliding window")
         self.layers.append(getattr(module, "layer_idx", -1))
+        self.calls[self.layers[-1]] = call
         self.heads.add((key[1], key[3]))
 
     def _is_causal_window(self, mask: object, window: int | None) -> bool:
@@ -114,7 +117,8 @@ class Observer:
         if len(self.heads) != 1:
             raise self.refuse(f"its layers differ in K/V heads and head size: {sorted(self.heads)}")
         ((num_kv_heads, head_dim),) = self.heads
-        return AttentionShape(num_layers, num_kv_heads, head_dim, vocab_size)
+        calls = tuple(self.calls[layer] for layer in range(num_layers))
+        return AttentionShape(num_layers, num_kv_heads, head_dim, vocab_size, calls)
 
 
 def _telling_positions(max_model_len: int, window: int | None) -> Tensor:
@@ -141,11 +145,12 @@ def observing_attention(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Shows the call to the observer; the output has only the right shape."""
-    del scaling, softcap, s_aux  # known to the attention
     if attention_batch is None:
         raise MissingBatch
     shapes = (query.shape, key.shape, value.shape)
-    attention_batch.look(module, shapes, attention_mask, sliding_window, extra)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(scale, sliding_window, softcap, s_aux is not None)
+    attention_batch.look(module, shapes, attention_mask, call, extra)
     return query.transpose(1, 2).contiguous(), None
 
 

@@ -19,6 +19,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
         self._model = loaded.model
+        self._ops = loaded.ops
         self._store = store
         self._device = store.blocks.device
 
@@ -46,6 +47,7 @@ class ModelRunner:
             self._store,
             tuple(self._request_rows(plan)),
             (blocks, offsets),
+            self._ops,
             on_layer=_LayerCount(on_layers) if on_layers else None,
         )
 

@@ -100,7 +100,11 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(
-        config.model, dtype=config.dtype, max_model_len=config.max_model_len, progress=progress
+        config.model,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        fusing=config.fusing,
+        progress=progress,
     )
     layout = model.kv_layout(config.block_size)
     num_blocks = _num_blocks(config, layout)

@@ -42,6 +42,7 @@ class NodeConfig:
     max_num_batched_tokens: int = 512
     kv_overcommit: float = 1.0
     enable_prefix_caching: bool = True
+    fusing: bool = True
     lease_ttl_s: float = 10.0
     window_bytes: int = 32 << 20
     router_timeout_s: float = 30.0
@@ -279,6 +280,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-caching", action="store_true", help="compute every prompt from its start"
     )
     group.add_argument(
+        "--no-fusing",
+        action="store_true",
+        help="run the model as transformers wrote it: slower, to compare or to find a fault",
+    )
+    group.add_argument(
         "--lease-ttl-s",
         type=float,
         default=default.lease_ttl_s,
@@ -310,6 +316,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
+        fusing=not args.no_fusing,
         lease_ttl_s=args.lease_ttl_s,
         router_timeout_s=args.router_timeout_s,
         drain_timeout_s=args.drain_timeout_s,

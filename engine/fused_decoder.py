@@ -1,0 +1,156 @@
+"""A decoder of Llama's form, run by Baton's own operations.
+
+    x += attention(norm(x));  x += mlp(norm(x))        per layer, then norm and logits
+
+transformers' modules cost 1.4 ms of Python and small operations per layer and step; here a layer is
+four linears and five operations. Which models have this form is decided and proven by
+`engine.fusing`; every other runs as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.attention import AttentionBatch
+from engine.packed_linear import PackedLinear, PlainLinear
+from kernels.ops import HeadNorms, LayerOps, LayerSlots
+
+Linear = PackedLinear | PlainLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm's weight and epsilon."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class FusedAttention:
+    """Rotary attention with grouped queries."""
+
+    qkv: Linear  # queries, keys and values of all heads, one after the other
+    output: Linear
+    num_query_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    head_norms: HeadNorms | None
+
+    def __call__(
+        self,
+        ops: LayerOps,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        layer: int,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """[T, hidden] → [T, hidden]; writes this step's keys and values."""
+        qkv = self.qkv(x)
+        slots = LayerSlots(batch.store.keys(layer), batch.store.values(layer), *batch.slot_mapping)
+        ops.rotary(qkv, *turn, slots, num_query_heads=self.num_query_heads, norms=self.head_norms)
+        if batch.on_layer is not None:
+            batch.on_layer(layer)
+        queries = qkv[:, : self.num_query_heads * self.head_dim]
+        attended = ops.attention(
+            queries.unflatten(1, (self.num_query_heads, self.head_dim)),
+            slots.keys,
+            slots.values,
+            batch.rows,
+            scale=self.scale,
+            window=self.window,
+        )
+        output: Tensor = self.output(attended.flatten(1))
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class FusedMLP:
+    """down(silu(gate(x)) * up(x))"""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, ops: LayerOps, x: Tensor) -> Tensor:
+        output: Tensor = self.down(ops.silu_mul(self.gate_up(x)))
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One decoder layer."""
+
+    index: int
+    input_norm: Norm
+    attention: FusedAttention
+    post_attention_norm: Norm
+    mlp: FusedMLP
+
+    def __call__(
+        self,
+        ops: LayerOps,
+        residual: Tensor,  # [T, hidden], changed in place
+        branch: Tensor | None,  # what the layer before adds to it
+        turn: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """What this layer's MLP adds to the residual."""
+        norm = self.input_norm
+        x = ops.add_norm(residual, branch, norm.weight, norm.eps)
+        branch = self.attention(ops, x, turn, self.index, batch)
+        norm = self.post_attention_norm
+        x = ops.add_norm(residual, branch, norm.weight, norm.eps)
+        return self.mlp(ops, x)
+
+
+class FusedDecoder(nn.Module):
+    """Stands in for a transformers causal language model, with the same call."""
+
+    def __init__(
+        self,
+        *,
+        embedding: nn.Embedding,
+        rotary: nn.Module,
+        layers: list[FusedLayer],
+        norm: Norm,
+        head: Linear,
+        ops: LayerOps,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.rotary = rotary
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._ops = ops
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [1, T]
+        position_ids: Tensor,  # [1, T]
+        attention_batch: AttentionBatch,
+        logits_to_keep: Tensor | int = 0,  # the rows whose logits are wanted; 0: all
+        use_cache: bool = False,
+    ) -> Any:
+        """An object whose `logits` are [1, rows, vocabulary]."""
+        assert not use_cache, "keys and values go into the blocks of the batch"
+        residual = self.embedding(input_ids.squeeze(0))
+        turn = self.turn(residual, position_ids)
+        branch = None
+        for layer in self._layers:
+            branch = layer(self._ops, residual, branch, turn, attention_batch)
+        if isinstance(logits_to_keep, Tensor):
+            residual = residual[logits_to_keep]
+            branch = None if branch is None else branch[logits_to_keep]
+        x = self._ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
+        return SimpleNamespace(logits=self._head(x).unsqueeze(0))
+
+    def turn(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, R] of every row's angles."""
+        cos, sin = self.rotary(x.unsqueeze(0), position_ids)
+        return cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()

@@ -1,0 +1,294 @@
+"""Makes a loaded transformers model faster, and proves that it computes the same.
+
+A model of Llama's form (by its modules' names and types) becomes a FusedDecoder, layer by layer, so
+that only one layer's weights exist twice at a time. Each layer must give what the original gives on
+random input, and the whole model the same logits, or the model stays as transformers wrote it. What
+is not of that form keeps its modules; only their linears are packed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention import AttentionBatch, AttentionCall
+from engine.fused_decoder import FusedAttention, FusedDecoder, FusedLayer, FusedMLP, Norm
+from engine.kv_store import KVStore
+from engine.packed_linear import PackedLinear, can_pack, linear, merged
+from kernels.ops import HeadNorms, LayerOps
+from kernels.paged_attention import RequestRows
+from wire.layout import KVLayout
+
+log = logging.getLogger(__name__)
+
+NUM_PROOF_ROWS = 37
+PROOF_BLOCK_SIZE = 8
+TOLERANCE = 2e-5  # relative, in fp32: rounding of another order of additions
+WHOLE_TOLERANCE = 2e-4  # of all layers together
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """What was done to a model; `baton doctor` shows it."""
+
+    decoder: bool  # of Llama's form: runs on Baton's own operations
+    packed_linears: int
+    reason: str = ""  # why it is not a fused decoder
+
+    def __str__(self) -> str:
+        packed = f"{self.packed_linears} packed linears"
+        return f"fused decoder, {packed}" if self.decoder else f"{packed}; {self.reason}"
+
+
+class _OtherForm(Exception):
+    """The model is not of the form; the text says where."""
+
+
+def fuse(
+    model: Any, calls: tuple[AttentionCall, ...], layout: KVLayout, ops: LayerOps
+) -> tuple[Any, Fusions]:
+    """A faster model with equal results, and what was done.
+
+    Args:
+        calls: how each layer calls its attention, as the probe saw it.
+        layout: of a KV block of any size.
+    """
+    proof = _Proof(model, layout, ops)
+    try:
+        parts = _parts(model, calls)
+        before = proof.logits(model)
+        layers = [
+            _replaced(parts.layers, index, call, layout, ops, proof)
+            for index, call in enumerate(calls)
+        ]
+    except _OtherForm as other:
+        return model, Fusions(False, pack_linears(model), str(other))
+    decoder = FusedDecoder(
+        embedding=parts.embedding,
+        rotary=parts.rotary,
+        layers=layers,
+        norm=_norm(parts.norm),
+        head=linear(parts.head.weight, parts.head.bias),
+        ops=ops,
+    )
+    difference = _difference(before, proof.logits(decoder))
+    if difference < WHOLE_TOLERANCE:
+        return decoder.eval(), Fusions(True, 4 * len(layers) + 1)
+    reason = f"something outside its layers differs (by {difference:.1e})"
+    return model, Fusions(False, 4 * len(layers) + pack_linears(model), reason)
+
+
+def pack_linears(module: nn.Module) -> int:
+    """Replace every linear below `module` that can be packed; how many those were."""
+    count = 0
+    for name, child in list(module.named_children()):
+        if type(child) is nn.Linear and can_pack(child.weight):
+            setattr(module, name, PackedLinear(child.weight.detach(), child.bias))
+            count += 1
+        else:
+            count += pack_linears(child)
+    return count
+
+
+# ---------------------------------------------------------------- the form
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    embedding: nn.Embedding
+    rotary: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+
+def _parts(model: Any, calls: tuple[AttentionCall, ...]) -> _Parts:
+    base = _child(model, "model", nn.Module)
+    parts = _Parts(
+        _child(base, "embed_tokens", nn.Embedding),
+        _child(base, "rotary_emb", nn.Module),
+        _child(base, "layers", nn.ModuleList),
+        _child(base, "norm", nn.Module),
+        _child(model, "lm_head", nn.Linear),
+    )
+    _only(base, "embed_tokens", "rotary_emb", "layers", "norm")
+    if len(parts.layers) != len(calls):
+        raise _OtherForm(f"{len(parts.layers)} layers, {len(calls)} of them attend")
+    return parts
+
+
+def _fused_layer(layer: nn.Module, index: int, call: AttentionCall, layout: KVLayout) -> FusedLayer:
+    _only(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    attention = _child(layer, "self_attn", nn.Module)
+    mlp = _child(layer, "mlp", nn.Module)
+    _only(mlp, "gate_proj", "up_proj", "down_proj", "act_fn")
+    down = _child(mlp, "down_proj", nn.Linear)
+    return FusedLayer(
+        index=index,
+        input_norm=_norm(_child(layer, "input_layernorm", nn.Module)),
+        attention=_fused_attention(attention, call, layout),
+        post_attention_norm=_norm(_child(layer, "post_attention_layernorm", nn.Module)),
+        mlp=FusedMLP(
+            merged([_child(mlp, name, nn.Linear) for name in ("gate_proj", "up_proj")]),
+            linear(down.weight.detach(), down.bias),
+        ),
+    )
+
+
+def _fused_attention(module: nn.Module, call: AttentionCall, layout: KVLayout) -> FusedAttention:
+    _only(module, "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    if call.softcap is not None or call.has_sinks:
+        raise _OtherForm("its attention has a soft cap or sinks")
+    projections = [_child(module, f"{name}_proj", nn.Linear) for name in "qkv"]
+    output = _child(module, "o_proj", nn.Linear)
+    return FusedAttention(
+        qkv=merged(projections),
+        output=linear(output.weight.detach(), output.bias),
+        num_query_heads=projections[0].out_features // layout.head_dim,
+        head_dim=layout.head_dim,
+        scale=call.scale,
+        window=call.window,
+        head_norms=_head_norms(module),
+    )
+
+
+def _head_norms(module: nn.Module) -> HeadNorms | None:
+    if not hasattr(module, "q_norm"):
+        return None
+    query, key = (_norm(_child(module, name, nn.Module)) for name in ("q_norm", "k_norm"))
+    if query.eps != key.eps:
+        raise _OtherForm("the norms of queries and keys differ")
+    return HeadNorms(query.weight, key.weight, query.eps)
+
+
+def _norm(module: nn.Module) -> Norm:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or hasattr(module, "bias"):
+        raise _OtherForm(f"{type(module).__name__} is no RMS norm")
+    return Norm(weight.detach(), eps)
+
+
+def _child(parent: Any, name: str, kind: type[Any]) -> Any:
+    child = getattr(parent, name, None)
+    if not isinstance(child, kind):
+        raise _OtherForm(f"no {kind.__name__} {name} in {type(parent).__name__}")
+    return child
+
+
+def _only(module: nn.Module, *names: str) -> None:
+    strange = {name for name, _ in module.named_children()} - set(names)
+    if strange:
+        raise _OtherForm(f"{type(module).__name__} has {', '.join(sorted(strange))}")
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def _replaced(
+    layers: nn.ModuleList,
+    index: int,
+    call: AttentionCall,
+    layout: KVLayout,
+    ops: LayerOps,
+    proof: _Proof,
+) -> FusedLayer:
+    """The fused form of one layer, proven; the original's weights are given up."""
+    original = layers[index]
+    fused = _fused_layer(original, index, call, layout)
+    difference = proof.difference(original, fused)
+    if not difference < TOLERANCE:
+        raise _OtherForm(f"layer {index} computes something else (by {difference:.1e})")
+    layers[index] = _Run(fused, ops)
+    return fused
+
+
+class _Run(nn.Module):
+    """A fused layer with the call of the one that it replaces."""
+
+    def __init__(self, layer: FusedLayer, ops: LayerOps) -> None:
+        super().__init__()
+        self._layer = layer
+        self._ops = ops
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_batch: AttentionBatch,
+        **_: Any,
+    ) -> Tensor:
+        cos, sin = (x.squeeze(0).contiguous() for x in position_embeddings)
+        residual = hidden_states.squeeze(0).clone()
+        branch = self._layer(self._ops, residual, None, (cos, sin), attention_batch)
+        return (residual + branch).unsqueeze(0)
+
+
+class _Proof:
+    """Runs a layer or a model on a request of a few rows, with a context of its own."""
+
+    def __init__(self, model: Any, layout: KVLayout, ops: LayerOps) -> None:
+        self._model = model
+        self._layout = layout
+        self._ops = ops
+        self._positions = torch.arange(NUM_PROOF_ROWS, device=model.device).unsqueeze(0)
+
+    @torch.inference_mode()
+    def difference(self, original: nn.Module, fused: FusedLayer) -> float:
+        hidden = self._random_hidden()
+        turn = self._model.model.rotary_emb(hidden, self._positions)
+        run: Callable[[nn.Module], Tensor] = lambda layer: layer(  # noqa: E731
+            hidden,
+            attention_mask=None,
+            position_embeddings=turn,
+            position_ids=self._positions,
+            past_key_values=None,
+            use_cache=False,
+            attention_batch=self._batch(),
+        )
+        return _difference(run(original), run(_Run(fused, self._ops)))
+
+    @torch.inference_mode()
+    def logits(self, model: Any) -> Tensor:
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        tokens = (self._positions * 7 + 3) % vocabulary
+        output = model(
+            input_ids=tokens,
+            position_ids=self._positions,
+            use_cache=False,
+            attention_batch=self._batch(),
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def _random_hidden(self) -> Tensor:
+        embedding = self._model.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, NUM_PROOF_ROWS, embedding.shape[1])
+        return torch.randn(shape, generator=generator).to(embedding)
+
+    def _batch(self) -> AttentionBatch:
+        num_blocks = self._layout.num_blocks(NUM_PROOF_ROWS)
+        device = self._positions.device
+        table = torch.arange(num_blocks, device=device).flip(0)
+        rows = RequestRows(0, NUM_PROOF_ROWS, NUM_PROOF_ROWS, table)
+        positions = self._positions.squeeze(0)
+        size = self._layout.block_size
+        return AttentionBatch(
+            KVStore(self._layout, num_blocks, device),
+            (rows,),
+            (table[positions // size], positions % size),
+            self._ops,
+        )
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Relative, over the whole; NaN where either is not finite."""
+    expected, found = expected.double(), found.double()
+    return float((expected - found).norm() / expected.norm())

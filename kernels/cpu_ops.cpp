@@ -1,0 +1,153 @@
+// The CPU kernels behind kernels/cpu_ops.py: a plain C interface, independent of torch's.
+//
+// The same code (cpu_ops.inc) is compiled for three instruction sets; the best one that the
+// processor has is chosen when the library is loaded. Everything is fp32, and every row's result
+// depends on that row alone, in one fixed order of operations: neither the number of rows nor the
+// number of threads changes a bit.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+// What one call of attention works on; all sizes count elements. Mirrored in cpu_ops.py.
+struct AttentionArgs {
+    const float *query;  // row stride query_stride, heads next to each other
+    const float *keys;   // [block, slot, head, dim], strides below
+    const float *values;
+    float *output;  // [row, query head, dim]
+    const float *sinks;  // [query head], or null
+    const int64_t *first_row;  // [request]
+    const int64_t *num_rows;
+    const int64_t *context_len;
+    const int64_t *tables;        // all block tables, one after the other
+    const int64_t *table_start;  // [request]
+    int64_t num_requests;
+    int64_t query_stride;
+    int64_t num_query_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+    int64_t block_stride;
+    int64_t slot_stride;
+    int64_t window;  // 0: none
+    float scale;
+    float softcap;  // 0: none
+};
+
+// Rotary embedding of queries in place, and of keys on their way into their slots.
+struct RotaryArgs {
+    float *qkv;  // [row, (query heads + 2 kv heads) * dim]
+    const float *cos;  // [row, rotary dim]
+    const float *sin;
+    const float *query_norm;  // [dim], or null: RMS norm per head before the rotation
+    const float *key_norm;
+    float *keys;
+    float *values;
+    const int64_t *blocks;   // [row]
+    const int64_t *offsets;  // [row]
+    int64_t num_rows;
+    int64_t num_query_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t rotary_dim;
+    int64_t block_stride;
+    int64_t slot_stride;
+    float eps;
+};
+
+constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr int64_t KEY_TILE = 64;    // keys whose scores are computed together, on a fixed grid
+constexpr int64_t ROW_BLOCK = 96;   // (row, head) pairs that share one packed tile of keys
+constexpr int64_t PARALLEL_ROWS = 32;  // fewer are not worth waking threads for
+
+}  // namespace
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define BATON_MULTI 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define LANES 16
+#define VECTORS 4
+namespace avx512 {
+#include "cpu_ops.inc"
+}
+#undef LANES
+#undef VECTORS
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define VECTORS 2
+namespace avx2 {
+#include "cpu_ops.inc"
+}
+#undef LANES
+#undef VECTORS
+#pragma GCC pop_options
+#endif
+
+#define LANES 4
+#define VECTORS 2
+namespace plain {
+#include "cpu_ops.inc"
+}
+#undef LANES
+#undef VECTORS
+
+namespace {
+
+int best() {
+#ifdef BATON_MULTI
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+int isa = best();
+
+}  // namespace
+
+#ifdef BATON_MULTI
+#define DISPATCH(call) (isa == 2 ? avx512::call : isa == 1 ? avx2::call : plain::call)
+#else
+#define DISPATCH(call) plain::call
+#endif
+
+extern "C" {
+
+// 2: AVX-512, 1: AVX2, 0: what every processor of the architecture has.
+int baton_isa() { return isa; }
+
+// Use a lower instruction set than the best one; for tests.
+void baton_set_isa(int wanted) { isa = wanted < best() ? wanted : best(); }
+
+// Heads whose size is no multiple of 16 take the widest vectors that divide it.
+void baton_attention(const AttentionArgs *args) {
+#ifdef BATON_MULTI
+    if (isa == 2 && args->head_dim % 16 == 0) return avx512::attention(*args);
+    if (isa >= 1 && args->head_dim % 8 == 0) return avx2::attention(*args);
+#endif
+    plain::attention(*args);
+}
+
+void baton_rotary(const RotaryArgs *args) { DISPATCH(rotary(*args)); }
+
+// residual += branch (if there is one), then output = RMS norm of the residual.
+void baton_add_norm(float *residual, const float *branch, const float *weight, float *output,
+                    int64_t num_rows, int64_t dim, float eps) {
+    DISPATCH(add_norm(residual, branch, weight, output, num_rows, dim, eps));
+}
+
+// output[row, i] = silu(input[row, i]) * input[row, dim + i]
+void baton_silu_mul(const float *input, float *output, int64_t num_rows, int64_t dim) {
+    DISPATCH(silu_mul(input, output, num_rows, dim));
+}
+}

@@ -38,20 +38,29 @@ class ChatMessage(Strict):
     name: Annotated[str, Field(max_length=256)] | None = None
 
 
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
 
-    messages: Annotated[
-        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    ]
-    max_tokens: PositiveInt | None = None
-    max_completion_tokens: PositiveInt | None = None
-    logprobs: bool | None = None
-    top_logprobs: NumLogprobs | None = None
+
+class ChatRendering(Strict):
+    """How a conversation becomes a prompt."""
+
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(GenerationBody, ChatRendering):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
 
 
 NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
@@ -87,13 +96,18 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
 
 def parse_chat(data: bytes) -> ChatBody:
     """The body of a chat request. Raises ApiError."""
-    fields = known_fields(data, NEUTRAL_CHAT)
+    return validate(ChatBody, with_known_messages(known_fields(data, NEUTRAL_CHAT)))
+
+
+def with_known_messages(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with nothing in their messages that asks for nothing. Raises ApiError."""
     messages = fields.get("messages")
-    if isinstance(messages, list):
-        fields["messages"] = [
-            without_neutral(message, NEUTRAL_MESSAGE, f"messages.{index}.")
-            if isinstance(message, dict)
-            else message
-            for index, message in enumerate(messages)
-        ]
-    return validate(ChatBody, fields)
+    if not isinstance(messages, list):
+        return fields
+    known = [
+        without_neutral(message, NEUTRAL_MESSAGE, f"messages.{index}.")
+        if isinstance(message, dict)
+        else message
+        for index, message in enumerate(messages)
+    ]
+    return {**fields, "messages": known}

@@ -15,6 +15,7 @@ from router.debug_pages import DebugPages
 from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
 from router.serving import Serving
+from router.tokenize import TokenizePages
 from wire.types import Role
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,14 @@ def make_app(
 ) -> web.Application:
     """The router's HTTP application; with `debug`, its debug routes too."""
     pages = _Pages(serving, control, metrics)
+    tokens = TokenizePages(serving)
     app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors(metrics)])
     app.add_routes(
         [
             web.post("/v1/completions", serving.completions),
             web.post("/v1/chat/completions", serving.chat),
+            web.post("/tokenize", tokens.tokenize),
+            web.post("/detokenize", tokens.detokenize),
             web.get("/v1/models", pages.models),
             web.get("/v1/models/{name:.+}", pages.model),
             web.get("/health", pages.health),

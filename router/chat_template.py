@@ -11,7 +11,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from router.api_chat import ChatMessage
+from router.api_chat import ChatMessage, ChatRendering
 from router.errors import bad_request
 from wire.errors import ConfigError
 
@@ -30,6 +30,17 @@ class ChatOptions:
 
 
 PLAIN = ChatOptions()
+
+
+def chat_options(body: ChatRendering) -> ChatOptions:
+    """What a request says of it; null stands for the default."""
+    return ChatOptions(
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        add_special_tokens=bool(body.add_special_tokens),
+        template=body.chat_template,
+        kwargs=body.chat_template_kwargs or {},
+    )
 
 
 class ChatTemplate:

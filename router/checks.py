@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from router.api import CompletionBody
-from router.api_chat import ChatBody
+from router.api_chat import ChatBody, ChatRendering
 from router.errors import bad_request
 
 MAX_PROMPT_PAIRS = 4 << 20
@@ -68,6 +68,11 @@ def _check_chat(body: ChatBody, limits: ServerLimits) -> None:
     _check_num_logprobs("top_logprobs", body.top_logprobs, limits)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
+    check_rendering(body, limits)
+
+
+def check_rendering(body: ChatRendering, limits: ServerLimits) -> None:
+    """Raise ApiError for a template that is not trusted, or options that contradict each other."""
     if body.chat_template is not None and not limits.trust_request_chat_template:
         raise bad_request(
             "This server takes no `chat_template` from requests "

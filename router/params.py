@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from router.api import CompletionBody, GenerationBody
 from router.api_chat import ChatBody
-from router.chat_template import ChatOptions
+from router.chat_template import ChatOptions, chat_options
 from router.checks import ServerLimits, check_body
 from router.choice_text import TextRules
 from router.errors import ApiError, bad_request, context_too_long
@@ -67,13 +67,7 @@ class GenerationParams:
     @property
     def chat_options(self) -> ChatOptions:
         assert isinstance(self.body, ChatBody)
-        return ChatOptions(
-            add_generation_prompt=self.body.add_generation_prompt is not False,
-            continue_final_message=bool(self.body.continue_final_message),
-            add_special_tokens=bool(self.body.add_special_tokens),
-            template=self.body.chat_template,
-            kwargs=self.body.chat_template_kwargs or {},
-        )
+        return chat_options(self.body)
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -195,10 +189,10 @@ def choice_seed(seed: int, choice: int) -> int:
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
-def check_tokens(tokens: list[int], model: ModelInfo) -> None:
+def check_tokens(tokens: list[int], model: ModelInfo, param: str = "prompt") -> None:
     """Refuse prompts in token ids that the model does not have."""
     if max(tokens) >= model.vocab_size:
-        raise _outside_vocabulary("prompt", model)
+        raise _outside_vocabulary(param, model)
 
 
 def _logit_bias(bias: dict[str, float], model: ModelInfo) -> dict[int, float]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from router.api import CompletionBody, parse_completion
-from router.api_chat import ChatBody, parse_chat
+from router.api import parse_completion
+from router.api_chat import parse_chat
 from router.checks import check_prompt_logprobs
 from router.choice import Choice, Listener
 from router.choice_text import ChoiceText
@@ -42,7 +42,7 @@ from wire.messages import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
+class Served:
     """The model that a request found when it arrived."""
 
     info: ModelInfo
@@ -57,7 +57,7 @@ class _Asked:
     id: str
     prompts: list[Encoded]
     params: GenerationParams
-    served: _Served
+    served: Served
     timeline: Timeline
 
 
@@ -77,6 +77,7 @@ class Serving:
         self._metrics = metrics
         self._log = log
         self._clock = clock
+        self.limits = config.server_limits
         self.closing = False
         self.num_requests = 0  # that are being answered
 
@@ -92,8 +93,8 @@ class Serving:
         """POST /v1/completions"""
         timeline = Timeline(self._clock())
         body = parse_completion(await self._read(request, timeline))
-        served = self._served(body)
-        params = generation_params(body, served.info, self._config.server_limits)
+        served = self.served(body.model)
+        params = generation_params(body, served.info, self.limits)
         with self._metrics.tokenize.time():
             prompts = [await _tokens(prompt, params, served) for prompt in body.prompt]
         asked = _Asked(uuid.uuid4().hex, prompts, params, served, timeline)
@@ -103,8 +104,8 @@ class Serving:
         """POST /v1/chat/completions"""
         timeline = Timeline(self._clock())
         body = parse_chat(await self._read(request, timeline))
-        served = self._served(body)
-        params = generation_params(body, served.info, self._config.server_limits)
+        served = self.served(body.model)
+        params = generation_params(body, served.info, self.limits)
         with self._metrics.tokenize.time():
             tokens = await served.tokenizer.encode_chat(body.messages, params.chat_options)
         if not tokens:
@@ -114,24 +115,28 @@ class Serving:
         return await self._generate(request, asked, ChatFormat)
 
     async def _read(self, request: web.Request, timeline: Timeline) -> bytes:
-        try:
-            async with asyncio.timeout(self._config.body_timeout_s):
-                body = await request.read()
-        except TimeoutError as error:
-            raise ApiError(408, "The body did not arrive in time.") from error
+        body = await self.read(request)
         timeline.body_read(self._clock())
         return body
 
-    def _served(self, body: CompletionBody | ChatBody) -> _Served:
-        """What serves this request. Raises ApiError."""
+    async def read(self, request: web.Request) -> bytes:
+        """The whole body. Raises ApiError."""
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                return await request.read()
+        except TimeoutError as error:
+            raise ApiError(408, "The body did not arrive in time.") from error
+
+    def served(self, model_name: str | None) -> Served:
+        """What serves a request for this model. Raises ApiError."""
         if self.closing:
             raise unavailable("The server is shutting down.", "shutting_down")
-        if body.model is not None and self.model_names and body.model not in self.model_names:
-            raise model_not_found(body.model)
+        if model_name is not None and self.model_names and model_name not in self.model_names:
+            raise model_not_found(model_name)
         model, tokenizer = self._control.fleet.model, self._control.tokenizer
         if model is None or tokenizer is None or not self._control.ready:
             raise unavailable("No node is ready to serve the model.", "no_nodes", 2.0)
-        return _Served(model, tokenizer, self.model_names[0])
+        return Served(model, tokenizer, self.model_names[0])
 
     # ------------------------------------------------------------ generation
 
@@ -296,7 +301,7 @@ def _details(asked: _Asked, bytes_prefix: str) -> TokenDetails:
     )
 
 
-async def _tokens(prompt: str | list[int], params: GenerationParams, served: _Served) -> Encoded:
+async def _tokens(prompt: str | list[int], params: GenerationParams, served: Served) -> Encoded:
     """One prompt of a completion as tokens. Raises ApiError."""
     if isinstance(prompt, str):
         add_special_tokens = params.body.add_special_tokens is not False
@@ -319,5 +324,6 @@ def _truncated(encoded: Encoded, params: GenerationParams, info: ModelInfo) -> E
     if limit is None:
         return encoded
     if limit < 0:
-        limit = max(1, info.max_model_len - max(1, params.max_tokens or 1))
+        room = params.max_tokens or params.default_max_tokens or 1
+        limit = max(1, info.max_model_len - room)
     return Encoded(encoded.ids[-limit:], encoded.added[-limit:])

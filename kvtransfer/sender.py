@@ -32,7 +32,7 @@ from wire.messages import (
     UnitHeader,
     UnitsReceived,
 )
-from wire.types import AttemptId, BlockHandle, NodeId
+from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 
 class KVSender:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,32 @@ class Fleet:
     def logs(self) -> str:
         """Everything that every process said."""
         return "\n".join(f"--- {p.name}\n{p.log.read_text()}" for p in self._all if p.log.exists())
+
+
+class Count:
+    """How much a node has counted since this was made."""
+
+    def __init__(self, node: Process, name: str) -> None:
+        self._node, self._name = node, name
+        self._before = self._read()
+
+    def _read(self) -> float:
+        return self._node.metrics().get(self._name, 0.0)
+
+    def since(self) -> float:
+        return self._read() - self._before
+
+
+def handoffs(node: Process, outcome: str) -> Count:
+    """Handoffs of a node that ended so."""
+    return Count(node, f'baton_handoffs_total{{outcome="{outcome}"}}')
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, f"still not so: {what}"
+        time.sleep(0.005)
 
 
 def _block_counts(node: Process) -> tuple[float, float, float]:

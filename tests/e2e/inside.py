@@ -33,7 +33,8 @@ class Books(TypedDict):
 
     blocks: dict[str, int]  # by state
     attempts: int
-    leases: list[int]  # that are open, given or taken
+    leases: list[tuple[int, str]]  # number and state of those that are open, given or taken
+    ports: dict[str, int]  # where other nodes reach it: "peer", and its transports over TCP
     contradiction: str  # what `check_integrity` says, empty where all is well
     done: list[str]  # what mischief did, in order
 
@@ -101,6 +102,7 @@ def _look(inside: Inside) -> Books:
         blocks={name: getattr(counts, name) for name in counts.__slots__},
         attempts=inside.role.num_attempts,
         leases=inside.leases,
+        ports=inside.ports,
         contradiction=_contradiction(shell),
         done=inside.done,
     )

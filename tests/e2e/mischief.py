@@ -39,12 +39,26 @@ class Inside:
         return self.shell._role
 
     @property
-    def leases(self) -> list[int]:
-        """The numbers of a decode node's live leases, or of a prefill node's handoffs."""
+    def leases(self) -> list[tuple[int, str]]:
+        """Number and state of a decode node's live leases, or of a prefill node's handoffs."""
         role = self.role
         if role.name == "decode":
-            return list(role._receiver.table._leases)
-        return [out.handoff.grant.lease for out in role._sender._outgoing.values()]
+            leases = role._receiver.table._leases.values()
+            return [(lease.number, lease.state.name) for lease in leases]
+        handoffs = [out.handoff for out in role._sender._outgoing.values()]
+        return [(handoff.grant.lease, handoff.state.name) for handoff in handoffs]
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Where other nodes reach this one over TCP."""
+        assert self.shell is not None
+        urls = {address.transport: address.url for address in self.role.transports}
+        urls["peer"] = self.shell.peer_url
+        return {
+            name: int(url.rpartition(":")[2])
+            for name, url in urls.items()
+            if not url.startswith("shm:")
+        }
 
     def wrap(self, owner: Any, name: str, around: Call) -> None:
         """Replace `owner.name` by `around(original, *arguments)`."""
@@ -96,15 +110,15 @@ POINTS = {
 
 
 @mischief
-def strike(inside: Inside, *, point: str, act: str, nth: int = 1, attempt: int = 1) -> None:
-    """Stop or kill this process when a request's `attempt` is at `point` for the nth time."""
+def strike(inside: Inside, *, point: str, act: str, nth: int = 1, retries: bool = False) -> None:
+    """Stop or kill this process when first attempts (and `retries`) are at `point` the nth time."""
     module, owner, name, when = POINTS[point]
     number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act]
     count = 0
 
     def around(original: Call, *args: Any, **kwargs: Any) -> Any:
         nonlocal count
-        count += _attempt(args) == attempt
+        count += retries or _attempt(args) == 1
         struck = count == nth
         count += struck  # once
         if struck and when == "before":

@@ -76,3 +76,14 @@ def assert_right(fleet: Fleet, question: Question, answer: Answer) -> None:
     """It is whole, and word for word the right one."""
     assert_whole(answer, question)
     assert answer.text == fleet.known[question].text
+
+
+def assert_wrong(fleet: Fleet, question: Question, answer: Answer) -> None:
+    """It looks like any other answer, and is not the right one: nobody was told."""
+    assert_whole(answer, question)
+    assert answer.text != fleet.known[question].text, "no trace of the damage: the test is blind"
+
+
+def num_tokens(fleet: Fleet, question: Question) -> int:
+    """Of its prompt."""
+    return int(fleet.known[question].usage["prompt_tokens"])

@@ -11,15 +11,15 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.e2e.client import Answer
 from tests.e2e.conftest import MakeFleet
-from tests.e2e.fleet import Fleet, Process
+from tests.e2e.fleet import Fleet, Process, handoffs
 from tests.e2e.questions import (
     Question,
     answer_to,
     asking,
     assert_right,
-    assert_whole,
+    assert_wrong,
+    num_tokens,
     right_answer,
 )
 
@@ -47,10 +47,6 @@ def shared(make_shared_fleet: MakeFleet, request: pytest.FixtureRequest) -> Flee
     return fleet
 
 
-def num_tokens(fleet: Fleet, question: Question) -> int:
-    return int(fleet.known[question].usage["prompt_tokens"])
-
-
 @pytest.fixture
 def fleet(shared: Fleet) -> Iterator[Fleet]:
     yield shared
@@ -72,33 +68,13 @@ def checked(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "checked")
 
 
-class Rejected:
-    """Counts the handoffs that a decode node has rejected for one cause."""
-
-    def __init__(self, decode: Process, cause: str) -> None:
-        self._decode, self._name = decode, f'baton_handoffs_total{{outcome="{cause}"}}'
-        self._before = self._count()
-
-    def _count(self) -> float:
-        return self._decode.metrics().get(self._name, 0.0)
-
-    def since(self) -> float:
-        return self._count() - self._before
-
-
-def assert_wrong(fleet: Fleet, question: Question, answer: Answer) -> None:
-    """It looks like any other answer, and is not the right one: nobody was told."""
-    assert_whole(answer, question)
-    assert answer.text != fleet.known[question].text, "the damage left no trace: the test is blind"
-
-
 @pytest.mark.parametrize("token", [FIRST, LAST])
 def test_a_flipped_bit(fleet: Fleet, decode: Process, token: int, checked: bool) -> None:
     # The highest bit of an exponent, in a key of the first layer.
     decode.order("flip_bit", token=token % num_tokens(fleet, THIS), byte=4 * 40 + 3, bit=6, times=1)
     if not checked:
         decode.order("trust_digests")
-    rejected = Rejected(decode, "digest")
+    rejected = handoffs(decode, "digest")
     answer = answer_to(fleet, THIS)
     assert len(decode.look()["done"]) == 1
     if checked:
@@ -111,7 +87,7 @@ def test_a_flipped_bit(fleet: Fleet, decode: Process, token: int, checked: bool)
 def test_bits_that_flip_every_time(fleet: Fleet, decode: Process) -> None:
     """Two tries; then an error that says why, instead of an answer."""
     decode.order("flip_bit", token=FIRST, byte=0, bit=0, times=ALWAYS)
-    rejected = Rejected(decode, "digest")
+    rejected = handoffs(decode, "digest")
     answer = answer_to(fleet, THIS)
     assert answer.error is not None
     assert answer.error["code"] == "digest"
@@ -127,7 +103,7 @@ def test_a_truncated_block(
     if not checked:
         decode.order("trust_lengths")
         decode.order("trust_digests")
-    rejected = Rejected(decode, "transport")
+    rejected = handoffs(decode, "transport")
     answer = answer_to(fleet, THIS)
     assert len(prefill.look()["done"]) == 1
     if checked:
@@ -142,7 +118,7 @@ def test_a_truncated_block_fails_by_its_digest_too(
 ) -> None:
     prefill.order("truncate", token=FIRST, times=1)
     decode.order("trust_lengths")
-    rejected = Rejected(decode, "digest")
+    rejected = handoffs(decode, "digest")
     assert_right(fleet, THIS, answer_to(fleet, THIS))
     assert rejected.since() == 1
 
@@ -153,7 +129,7 @@ def test_a_block_that_was_reused_while_it_was_sent(
     prefill.order("reuse_sources")
     if not checked:
         decode.order("trust_digests")
-    rejected = Rejected(decode, "digest")
+    rejected = handoffs(decode, "digest")
     assert_right(fleet, OTHER, answer_to(fleet, OTHER))
     answer = answer_to(fleet, THIS)
     assert len(prefill.look()["done"]) > 1
@@ -170,7 +146,7 @@ def test_blocks_of_two_requests_in_each_others_place(
     prefill.order("swap_blocks")
     if not checked:
         decode.order("trust_digests")
-    rejected = Rejected(decode, "digest")
+    rejected = handoffs(decode, "digest")
     with ExitStack() as stack:
         answers = {q: stack.enter_context(asking(fleet, q)) for q in (THIS, OTHER)}
     assert len(prefill.look()["done"]) > 1

@@ -1,0 +1,74 @@
+"""docs/api.md tells the status of every parameter as the models that validate have it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from router.api import NEUTRAL_COMPLETION, CompletionBody
+from router.api_chat import NEUTRAL_CHAT, ChatBody
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+ROW = re.compile(r"\| `(\w+)` \| ([^|]*) \| ([^|]*) \| [^|]*\|$")
+Neutral = dict[str, tuple[Any, ...]]
+
+
+def status(name: str, model: type[BaseModel], neutral: Neutral) -> str:
+    assert not (name in model.model_fields and name in neutral), f"{name} is both"
+    if name in model.model_fields:
+        return "yes"
+    if name not in neutral:
+        return "unknown"
+    values = ", ".join(f"`{json.dumps(value)}`" for value in neutral[name])
+    return f"only {values}" if values else "refused"
+
+
+def test_the_table_is_true() -> None:
+    rows = [match.groups() for line in TABLE.read_text().splitlines() if (match := ROW.match(line))]
+    told = {name: (completions, chat) for name, completions, chat in rows}
+    assert len(told) == len(rows), "a parameter stands there twice"
+    known = {*CompletionBody.model_fields, *ChatBody.model_fields}
+    known |= {*NEUTRAL_COMPLETION, *NEUTRAL_CHAT}
+    assert told == {
+        name: (
+            status(name, CompletionBody, NEUTRAL_COMPLETION),
+            status(name, ChatBody, NEUTRAL_CHAT),
+        )
+        for name in known
+    }
+
+
+# Parameters of OpenAI's and vLLM's documentation that must be known, whatever their status.
+DOCUMENTED_COMPLETIONS = """
+best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed
+stop stream stream_options suffix temperature top_p user use_beam_search top_k min_p
+repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
+skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens allowed_token_ids
+prompt_logprobs add_special_tokens response_format structured_outputs priority request_id
+logits_processors return_tokens_as_token_ids return_token_ids cache_salt kv_transfer_params
+vllm_xargs prompt_embeds bad_words
+"""
+DOCUMENTED_CHAT = """
+messages model audio frequency_penalty function_call functions logit_bias logprobs
+max_completion_tokens max_tokens metadata modalities n parallel_tool_calls prediction
+presence_penalty prompt_cache_key prompt_cache_retention reasoning_effort response_format
+safety_identifier seed service_tier stop store stream stream_options temperature tool_choice tools
+top_logprobs top_p user verbosity web_search_options use_beam_search top_k min_p
+repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
+skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs
+allowed_token_ids bad_words echo add_generation_prompt continue_final_message add_special_tokens
+documents chat_template chat_template_kwargs mm_processor_kwargs structured_outputs priority
+request_id logits_processors return_tokens_as_token_ids return_token_ids cache_salt
+kv_transfer_params vllm_xargs include_reasoning
+"""
+
+
+def test_everything_documented_elsewhere_is_known() -> None:
+    completions = {*CompletionBody.model_fields, *NEUTRAL_COMPLETION}
+    chat = {*ChatBody.model_fields, *NEUTRAL_CHAT}
+    assert set(DOCUMENTED_COMPLETIONS.split()) <= completions
+    assert set(DOCUMENTED_CHAT.split()) <= chat

@@ -6,7 +6,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest clean help
+.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,6 +48,9 @@ bench-kv-layout: $(VENV)/.dev  ## block-major against layer-major KV pools
 
 bench-transfer: $(VENV)/.dev  ## KV blocks between two processes, by each transport; the last line is JSON
 	$(BIN)/python -m benchmarks.bench_transfer $(ARGS)
+
+bench-transfer-dtype: $(VENV)/.dev  ## what 8-bit transfers do to logits; the last line is JSON
+	$(BIN)/python -m benchmarks.bench_transfer_dtype $(ARGS)
 
 bench-digest: $(VENV)/.dev  ## what candidates for the units' digest cost beside the copy; the last line is JSON
 	$(BIN)/python -m benchmarks.bench_digest $(ARGS)

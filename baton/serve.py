@@ -21,7 +21,7 @@ from pathlib import Path
 from baton.bundled_model import DEFAULT_MODEL
 from baton.children import Child
 from baton.config import node_environment
-from node.config import add_engine_arguments
+from node.config import add_decode_arguments, add_engine_arguments
 from node.machine import usable_cores
 from router.config import add_arguments as add_router_arguments
 from wire.errors import ConfigError
@@ -66,6 +66,7 @@ Without MODEL it serves the small Python-writing model that ships with Baton.
     add_router_arguments(parser)
     parser.set_defaults(control_port=0)  # any free one: several fleets may share a machine
     add_engine_arguments(parser)
+    add_decode_arguments(parser)
     return parser
 
 
@@ -231,6 +232,8 @@ class Launcher:
         ]
         if self._args.key_file is not None:
             argv += ["--key-file", str(self._args.key_file)]
+        if spec.role == "decode":
+            argv += given_flags(add_decode_arguments, self._args)
         child = self._nodes[spec.name] = Child(spec.name, argv, self._env)
         await child.start()
 

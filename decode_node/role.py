@@ -198,7 +198,9 @@ class DecodeRole:
         )
 
     def _geometry(self, message: Reserve) -> Geometry:
-        return geometry_for(self._shell.built.layout, message.prefill_layout)
+        return geometry_for(
+            self._shell.built.layout, message.prefill_layout, self._shell.config.transfer_dtype
+        )
 
     def _max_num_tokens(self, message: Reserve) -> int:
         limit = message.num_prompt_tokens + message.sampling.max_tokens

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wire.errors import ConfigError
+from wire.geometry import SCALED_DTYPES
 
 TRANSPORTS = ("shm", "zmq", "ucx")  # auto chooses among them, see node/transports.py
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
@@ -44,6 +45,7 @@ class NodeConfig:
     enable_prefix_caching: bool = True
     fusing: bool = True
     lease_ttl_s: float = 10.0
+    transfer_dtype: str = "auto"
     window_bytes: int = 32 << 20
     router_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
@@ -293,6 +295,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of decode nodes alone; `baton serve` passes them on to these."""
+    group = parser.add_argument_group("decode")
+    group.add_argument(
+        "--transfer-dtype",
+        default=NodeConfig(Path(), "node").transfer_dtype,
+        choices=["auto", *SCALED_DTYPES],
+        help="how the numbers of KV blocks travel to this node (auto: in the narrower of the types "
+        "that the two nodes store, without loss; int8, fp8: one byte each, which changes outputs)",
+    )
+
+
 def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
     """The config that the flags describe."""
     path = Path(args.model)
@@ -318,6 +332,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         enable_prefix_caching=not args.no_prefix_caching,
         fusing=not args.no_fusing,
         lease_ttl_s=args.lease_ttl_s,
+        transfer_dtype=vars(args).get("transfer_dtype", "auto"),  # decode nodes have it
         router_timeout_s=args.router_timeout_s,
         drain_timeout_s=args.drain_timeout_s,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import zmq
 
-from node.config import NodeConfig, add_arguments, from_args, split_url
+from node.config import NodeConfig, add_arguments, add_decode_arguments, from_args, split_url
 from telemetry.logs import set_up_logging
 from telemetry.progress import ProgressLine
 from wire.curve import SILENCE, knock
@@ -43,6 +43,8 @@ def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
+    if role is RoleName.DECODE:
+        add_decode_arguments(parser)
     args = parser.parse_args(argv)
     try:
         config = from_args(args, role=role, pid=os.getpid())

@@ -14,7 +14,7 @@ from baton import serve
 from baton.children import Child
 from baton.serve import Launcher, given_flags, make_parser
 from node.config import add_arguments as add_node_arguments
-from node.config import add_engine_arguments
+from node.config import add_decode_arguments, add_engine_arguments
 from router.config import add_arguments as add_router_arguments
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -41,15 +41,18 @@ def other_value(action: argparse.Action) -> list[str]:
     return ["zmq,shm"] if action.dest == "transport" else ["something else"]
 
 
-@pytest.mark.parametrize("add_arguments", [add_engine_arguments, add_router_arguments])
+@pytest.mark.parametrize(
+    "add_arguments", [add_engine_arguments, add_decode_arguments, add_router_arguments]
+)
 def test_every_flag_arrives_at_the_child(add_arguments: AddArguments) -> None:
     for action in actions(add_arguments):
         words = [action.option_strings[-1], *other_value(action)]
         args = make_parser().parse_args(words)
         flags = given_flags(add_arguments, args)
         child = argparse.ArgumentParser()
-        if add_arguments is add_engine_arguments:
+        if add_arguments is not add_router_arguments:
             add_node_arguments(child)
+            add_decode_arguments(child)
             flags = ["model", *flags]
         else:
             add_arguments(child)
@@ -178,7 +181,8 @@ def test_what_is_started(
         node = w.latest("decode-1").argv
         assert node[1:4] == ["-m", "decode_node", str(model)]
         assert node[node.index("--router") + 1] == "tcp://c:1"
-        assert node[-2:] == ["--block-size", "8"]
+        assert node[-4:] == ["--block-size", "8", "--transfer-dtype", "int8"]
+        assert "--transfer-dtype" not in w.latest("prefill-0").argv
         assert "--max-queue" in w.latest("router").argv
         assert "--max-queue" not in node
         for child in w.children:
@@ -190,7 +194,7 @@ def test_what_is_started(
             out = capsys.readouterr().out
         assert out.startswith("baton ready http://h (1 prefill, 2 decode) in ")
 
-    flags = ("--decode", "2", "--block-size", "8", "--max-queue", "7")
+    flags = ("--decode", "2", "--block-size", "8", "--transfer-dtype", "int8", "--max-queue", "7")
     in_world(monkeypatch, scenario, str(model), *flags)
 
 

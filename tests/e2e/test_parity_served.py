@@ -184,3 +184,26 @@ def test_nodes_that_store_different_types_exchange_the_narrower_one(
     fleet.assert_balanced()
     received = fleet.nodes["decode-0"].metrics()["baton_transfer_bytes_received_total"]
     assert received == 64 * NUM_LAYERS * 2 * NUM_KV_NUMBERS * 2, "two bytes per number"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_numbers_may_travel_in_eight_bits(dtype: str, make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    fleet.start_router()
+    fleet.start_node("prefill", "prefill-0", "--dtype", "float32")
+    fleet.start_node("decode", "decode-0", "--dtype", "float32", "--transfer-dtype", dtype)
+    for node in fleet.nodes.values():
+        node.wait_ready()
+    fleet.wait_serving()
+    prompt = make_prompts(DEFAULT_MODEL)[6][:64]
+    (answer,) = asyncio.run(serve_all(fleet.url, [prompt]))
+    assert answer.status == 200
+    tokens, gaps = Reference().generate(prompt)
+    agreeing = next((i for i in range(NUM_OUTPUT) if tokens[i] != answer.token_ids[i]), NUM_OUTPUT)
+    assert agreeing >= 4 or min(gaps[: agreeing + 1]) < 0.5, (tokens, answer.token_ids)
+    fleet.assert_balanced()
+    received = fleet.nodes["decode-0"].metrics()["baton_transfer_bytes_received_total"]
+    num_vectors = 64 * NUM_LAYERS * 2 * NUM_KV_NUMBERS // 64
+    assert received == num_vectors * (64 + 4), "a byte per number, and a scale"

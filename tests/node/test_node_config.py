@@ -13,7 +13,15 @@ import pytest
 import zmq
 
 from node.build import read_tokenizer
-from node.config import NodeConfig, add_arguments, from_args, is_loopback, parse_bytes, split_url
+from node.config import (
+    NodeConfig,
+    add_arguments,
+    add_decode_arguments,
+    from_args,
+    is_loopback,
+    parse_bytes,
+    split_url,
+)
 from node.main import wait_for_routers
 from wire.curve import FleetContext
 from wire.errors import ConfigError
@@ -25,6 +33,7 @@ from wire.types import NodeId
 def config(*flags: str, model: str = "some/model") -> NodeConfig:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)
+    add_decode_arguments(parser)
     return from_args(parser.parse_args([model, *flags]), role="decode", pid=77)
 
 
@@ -56,6 +65,7 @@ def test_every_flag_arrives() -> None:
         "max-num-batched-tokens": 6,
         "kv-overcommit": 1.5,
         "lease-ttl": 2.5,
+        "transfer-dtype": "fp8",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     made = config(*words, "--router", "tcp://b:2", "--insecure", "--no-prefix-caching")
@@ -79,6 +89,7 @@ def test_every_flag_arrives() -> None:
         kv_overcommit=1.5,
         enable_prefix_caching=False,
         lease_ttl_s=2.5,
+        transfer_dtype="fp8",
         router_timeout_s=3.5,
         drain_timeout_s=4.5,
     )

@@ -1,6 +1,7 @@
 """What a decode node does with a request.
 
     Reserve ─▶ engine.reserve ─▶ lease ─▶ Granted      before any prefill is spent
+    Rebind ──▶ engine.rebind ──▶ lease ─▶ Granted      the same room, another prefill node
     units, Commit ─▶ lease committed ─▶ engine.adopt ─▶ joins the next step
     steps ─▶ Tokens to the router ─▶ Ack
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.plan import LayerProgress, StepResult
 from engine.request import Request
@@ -33,6 +34,7 @@ from wire.messages import (
     Grant,
     Granted,
     Message,
+    Rebind,
     Refused,
     Resend,
     Reserve,
@@ -106,6 +108,8 @@ class DecodeRole:
     def handle(self, link: RouterLink, message: Message) -> None:
         if isinstance(message, Reserve):
             self._reserve(link, message)
+        elif isinstance(message, Rebind):
+            self._rebind(link, message)
         elif isinstance(message, Abort):
             self._abort(message.id)
         elif isinstance(message, Resend):
@@ -120,24 +124,61 @@ class DecodeRole:
             self._fail(link, message.id, "gone", "the decode node does not know the attempt")
 
     def _reserve(self, link: RouterLink, message: Reserve) -> None:
-        id = message.id
-        pending = self._pending.get(id.request)
-        if pending is not None and pending.id == id:
-            link.send(Granted(id, pending.grant))  # asked again: the same answer
+        if self._answered_before(link, message.id):
             return
         refusal = self._refusal(message)
         if refusal is not None:
             link.send(refusal)
             return
-        self._end_running(id)
-        if pending is not None:
-            self._receiver.abort(pending.id)  # a lower attempt: its room is needed
+        self._end_lower(message.id)  # its room is needed
         try:
-            granted = self._grant(link, message)
+            granted = self._grant(link, message, self._reservation(message))
         except CapacityError as error:
-            link.send(Refused(id, "capacity", str(error), error.retry_after_s))
+            link.send(Refused(message.id, "capacity", str(error), error.retry_after_s))
         else:
             link.send(granted)
+
+    def _answered_before(self, link: RouterLink, id: AttemptId) -> bool:
+        """Asked again: the same answer."""
+        pending = self._pending.get(id.request)
+        if pending is None or pending.id != id:
+            return False
+        link.send(Granted(id, pending.grant))
+        return True
+
+    def _end_lower(self, id: AttemptId) -> None:
+        """Lower attempts than this one of its request have nothing to come back to."""
+        pending = self._pending.get(id.request)
+        if pending is not None and pending.id.attempt < id.attempt:
+            self._receiver.abort(pending.id)
+        self._end_running(AttemptId(id.request, id.attempt - 1))
+
+    def _rebind(self, link: RouterLink, message: Rebind) -> None:
+        if self._answered_before(link, message.id):
+            return
+        answer = self._rebound(link, message)
+        if isinstance(answer, Refused):
+            self._end_lower(message.id)
+        link.send(answer)
+
+    def _rebound(self, link: RouterLink, message: Rebind) -> Granted | Refused:
+        """The grant to the new prefill node; the room is the one that was reserved before."""
+        id = message.id
+        live = self._receiver.rebindable(id, message.lease)
+        pending = self._pending.get(id.request)
+        if pending is None or not live:
+            return Refused(id, "gone", "there is no such lease (any more)")
+        reserve = _next_attempt(pending.message, message)
+        refusal = self._refusal(reserve)
+        if refusal is not None:
+            return refusal
+        try:
+            reservation = self._engine.rebind(
+                pending.reservation.id, reserve.tokens, reserve.cache_salt
+            )
+        except CapacityError as error:
+            return Refused(id, "capacity", str(error), error.retry_after_s)
+        return self._grant(link, reserve, reservation, rebinds=True)
 
     def _refusal(self, message: Reserve) -> Refused | None:
         """Why this attempt cannot be served here whatever is free; None if it can."""
@@ -162,11 +203,16 @@ class DecodeRole:
             return Refused(message.id, "too_long", f"{limit} tokens are more than this node holds")
         return None
 
-    def _grant(self, link: RouterLink, message: Reserve) -> Granted:
+    def _reservation(self, message: Reserve) -> Reservation:
         reservation = self._engine.reserve(
             list(message.tokens), self._max_num_tokens(message), message.cache_salt
         )
         self._shell.stats.count_lookup(len(message.tokens), reservation.num_cached_tokens)
+        return reservation
+
+    def _grant(
+        self, link: RouterLink, message: Reserve, reservation: Reservation, rebinds: bool = False
+    ) -> Granted:
         geometry = self._geometry(message)
         lease = self._receiver.grant(
             message.id,
@@ -177,6 +223,7 @@ class DecodeRole:
             cache_salt=message.cache_salt,
             deadline_s=message.deadline_s,
             geometry=geometry,
+            rebinds=rebinds,
         )
         grant = self._grant_message(lease, reservation, geometry)
         self._pending[message.id.request] = _Pending(link, message, reservation, grant)
@@ -229,6 +276,8 @@ class DecodeRole:
         pending = self._pending[lease.id.request]
         assert pending.id == lease.id, "a new lease is granted only after the old one ended"
         del self._pending[lease.id.request]
+        if lease.cause == "rebound":
+            return  # its room is another reservation's already
         if lease.state is LeaseState.COMMITTED and self._continues(pending, lease):
             self._begin(pending, lease)
             return
@@ -331,3 +380,15 @@ class DecodeRole:
     def close(self) -> None:
         for receiver in self._unit_receivers:
             receiver.close()
+
+
+def _next_attempt(reserved: Reserve, message: Rebind) -> Reserve:
+    """What is reserved, as the attempt that goes on with it would have asked for it."""
+    prompt = reserved.tokens[: reserved.num_prompt_tokens]
+    return replace(
+        reserved,
+        id=message.id,
+        tokens=prompt + message.output_tokens,
+        prefill=message.prefill,
+        deadline_s=message.deadline_s,
+    )

@@ -227,6 +227,10 @@ class BlockPool:
         block.io_refs -= 1
         self._moved(block_id, before)
 
+    def num_in_transfer(self, block_ids: Iterable[int]) -> int:
+        """How many of the blocks a transfer may still touch."""
+        return sum(self._blocks[block_id].io_refs > 0 for block_id in block_ids)
+
     def _named(self, handle: BlockHandle) -> _Block | None:
         if handle.epoch != self.epoch or not 0 <= handle.block_id < self.num_blocks:
             return None

@@ -173,6 +173,17 @@ class Engine:
         with self._lock:
             return self._scheduler.reserve(tuple(tokens), max_num_tokens, hashes)
 
+    def rebind(
+        self, reservation_id: int, tokens: Sequence[int], cache_salt: str = ""
+    ) -> Reservation:
+        """Decode side: hold a reservation's room for another sender; the old reservation ends.
+
+        Raises CapacityError or KeyError, and then nothing has changed.
+        """
+        hashes = self._cache.hashes(tokens, cache_salt)
+        with self._lock:
+            return self._scheduler.rebind(reservation_id, tuple(tokens), hashes)
+
     def adopt(self, reservation_id: int, request: Request) -> None:
         """Decode side: all blocks were received and verified; run the request on them.
 

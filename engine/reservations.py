@@ -70,6 +70,25 @@ class Reservations:
         )
         return reservation
 
+    def rebind(
+        self, reservation_id: int, tokens: Sequence[int], hashes: list[bytes], matched: list[int]
+    ) -> Reservation:
+        """The same room for what another sender will compute: a new reservation ends the old one.
+
+        Nothing that was received is known to be right, so only the `matched` cached blocks keep
+        their content. The others get new generations; those that a transfer may still write are
+        left to quarantine and replaced. Raises KeyError, or CapacityError and nothing has changed.
+        """
+        old = self._reserved[reservation_id]
+        received = old.block_ids[old.num_cached_blocks :]
+        returning = len(received) - self._pool.num_in_transfer(received)
+        available = self._pool.num_available - self._pool.num_cached_among(matched) + returning
+        missing = -(-len(tokens) // self._block_size) - len(matched)
+        if missing > available:
+            raise CapacityError(f"{missing} blocks needed to begin again, {available} available")
+        self.cancel(reservation_id)
+        return self.open(tokens, hashes, matched, old.max_blocks)
+
     def peek(self, reservation_id: int) -> Reserved:
         """Raises KeyError where there is no such reservation (any more)."""
         return self._reserved[reservation_id]

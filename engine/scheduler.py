@@ -142,6 +142,12 @@ class Scheduler:
         max_blocks = self._config.num_blocks_for(max_kv_tokens)
         return self._reservations.open(tokens, hashes, matched, max_blocks)
 
+    def rebind(
+        self, reservation_id: int, tokens: Sequence[int], hashes: list[bytes]
+    ) -> Reservation:
+        """A new reservation in the room of an old one, whose limit stays; see Reservations."""
+        return self._reservations.rebind(reservation_id, tokens, hashes, self._cache.match(hashes))
+
     def adopt(self, reservation_id: int, request: Request) -> None:
         """Run `request` on a reservation's blocks, all received, as soon as there is a seat.
 

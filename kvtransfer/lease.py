@@ -2,7 +2,7 @@
 
     GRANTED → RECEIVING → COMMITTING → COMMITTED   the request owns the blocks
        │          │            ├─ a digest, generation or manifest contradicts → REJECTED
-       └──────────┴────────────┴─ deadline → EXPIRED, abort or new attempt → REVOKED,
+       └──────────┴────────────┴─ deadline → EXPIRED, abort, rebind or new attempt → REVOKED,
                                   the sender needs it no more → RELEASED
 
 The machine is pure: no socket, no clock (`now` is an argument, in seconds), no block pool. Whatever
@@ -132,6 +132,12 @@ class LeaseTable:
             (lease and lease.id.attempt > id.attempt) or (outcome and outcome.attempt >= id.attempt)
         )
 
+    def rebindable(self, id: AttemptId, number: int, now: float) -> bool:
+        """Whether this lease lives, and `id` is a later attempt of its request."""
+        self.expire(now)
+        lease = self._by_request.get(id.request)
+        return lease is not None and lease.number == number and lease.id.attempt < id.attempt
+
     def grant(
         self,
         id: AttemptId,
@@ -143,13 +149,19 @@ class LeaseTable:
         digest_key: bytes,
         now: float,
         deadline_s: float,
+        rebinds: bool = False,
     ) -> Lease:
-        """A new lease for `id`, which ends the lease of any lower attempt."""
+        """A new lease for `id`, which ends the lease of any lower attempt.
+
+        A lease that `rebinds` takes over the room of the older one. It has a number, a capability
+        and a key of its own, so nothing that the older sender says can touch it; and as the older
+        units' seals are not known, all of its units must arrive anew.
+        """
         assert not self.superseded(id), "ask `superseded` first"
         assert self.find(id) is None, "ask `find` first"
         older = self._by_request.get(id.request)
         if older:
-            self._end(older, LeaseState.REVOKED, "superseded", now)
+            self._end(older, LeaseState.REVOKED, "rebound" if rebinds else "superseded", now)
         self._last_number += 1
         lease = Lease(
             number=self._last_number,

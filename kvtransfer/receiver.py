@@ -77,6 +77,13 @@ class KVReceiver:
 
     # ------------------------------------------------------------ for the decode role
 
+    def rebindable(self, id: AttemptId, lease: int) -> bool:
+        """Whether that lease lives, and `id` is a later attempt of its request."""
+        try:
+            return self.table.rebindable(id, lease, self._clock())
+        finally:
+            self._settle()
+
     def grant(
         self,
         id: AttemptId,
@@ -88,8 +95,12 @@ class KVReceiver:
         cache_salt: str,
         deadline_s: float,
         geometry: Geometry = WHOLE_BLOCKS,
+        rebinds: bool = False,
     ) -> Lease:
-        """Let `sender` fill `handles` with the KV of `tokens` beyond the cached ones."""
+        """Let `sender` fill `handles` with the KV of `tokens` beyond the cached ones.
+
+        With `rebinds` it does so in place of the sender of the request's older lease.
+        """
         lease = self.table.grant(
             id,
             sender=sender,
@@ -99,6 +110,7 @@ class KVReceiver:
             digest_key=secrets.token_bytes(16),
             now=self._clock(),
             deadline_s=deadline_s,
+            rebinds=rebinds,
         )
         sealer = UnitSealer(
             key=lease.digest_key,

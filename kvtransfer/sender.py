@@ -173,8 +173,14 @@ class KVSender:
             self._pump(out)
             self._ask_commit(out.handoff)
 
+    def fail(self, id: AttemptId, cause: str) -> None:
+        """End a handoff that this node cannot go on with. The router may rebind its lease."""
+        out = self._outgoing.get(id)
+        if out is not None:
+            self._end(out, cause)
+
     def abort(self, id: AttemptId, cause: str) -> None:
-        """End a handoff from this side and give the lease back."""
+        """End a handoff that nobody waits for and give the lease back."""
         out = self._outgoing.get(id)
         if out is not None:
             grant = out.handoff.grant
@@ -261,7 +267,7 @@ class KVSender:
             except TransferError as error:
                 self._end_io(ready.sources)
                 self._choice.failed(out.address, error)
-                self.abort(out.handoff.id, error.cause)
+                self.fail(out.handoff.id, error.cause)
 
     def _send_unit(
         self, out: Outgoing, header: UnitHeader, ready: ReadyUnit, payload: memoryview

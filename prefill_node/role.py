@@ -4,7 +4,7 @@
                                 └──▶ first token: at once to the router, and in the commit
     Committed ─▶ blocks released
 
-The request's blocks stay held until the handoff has ended; whatever ends the attempt, `_drop` is
+The request's blocks stay held until the handoff has ended; whatever ends the attempt, `_free` is
 where they are given back.
 """
 
@@ -249,15 +249,19 @@ class PrefillRole:
     # ------------------------------------------------------------ endings
 
     def _drop(self, work: _Work, cause: str) -> None:
-        """Forget the attempt and free what it holds. `cause` is told to the decode node."""
+        """Forget the attempt, free what it holds, and give its lease back for this `cause`."""
+        self._free(work, partial(self._sender.abort, work.id, cause))
+
+    def _free(self, work: _Work, end_handoff: Callable[[], None]) -> None:
         del self._work[work.id.request]
-        self._sender.abort(work.id, cause)
+        end_handoff()
         key = work.request.request_id
         if not self._engine.abort(key):
             self._engine.release_held(key)
 
     def _fail(self, work: _Work, cause: str, message: str, *, retryable: bool) -> None:
-        self._drop(work, cause)
+        """The router hears of it, and may rebind the lease: it is not given back."""
+        self._free(work, partial(self._sender.fail, work.id, cause))
         self._refuse(work.link, work.id, cause, message, retryable=retryable)
 
     def _refuse(

@@ -1,8 +1,14 @@
 """One choice on its way over the fleet: a pure state machine.
 
     WAITING ─place─▶ RESERVING ─granted─▶ PREFILLING ─decode node speaks─▶ DECODING ─finish─▶ ENDED
-       ▲                │ refused by all       │                              │
+       ▲                │ refused by all    ▲  │                              │
+       │                │           granted │  │ prefill node fails           │
+       │                │◀── refused ── REBINDING                             │
        └────────────────┴── attempt ended: node lost, failure, divergence ────┘
+
+An attempt that ends because of its prefill node leaves blocks reserved on a decode node that is
+well: REBINDING asks that one to go on with another prefill node in the same room, instead of
+reserving anew behind everybody else.
 
 Events come in as calls with the time as an argument; what is to be done comes out as a list of
 effects. The log's tokens survive every attempt: the next one continues after the last logged token.
@@ -28,6 +34,7 @@ from wire.messages import (
     Grant,
     Granted,
     Prefill,
+    Rebind,
     Refused,
     Resend,
     Reserve,
@@ -41,6 +48,9 @@ MAX_DIGEST_FAILURES = 2
 MAX_DIVERGENCES = 2
 MAX_FAILURES = 6
 
+# A prefill node's own failures; others end the lease too, and there is nothing left to rebind.
+_OF_PREFILL_NODE = frozenset({"capacity", "drained", "internal", "transport"})
+
 
 class Phase(Enum):
     """Where a choice stands."""
@@ -48,11 +58,13 @@ class Phase(Enum):
     WAITING = auto()
     RESERVING = auto()
     PREFILLING = auto()
+    REBINDING = auto()
     DECODING = auto()
     ENDED = auto()
 
 
-ON_NODES = (Phase.RESERVING, Phase.PREFILLING, Phase.DECODING)
+ASKING = (Phase.RESERVING, Phase.REBINDING)
+ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING)
 
 
 class Placer(Protocol):
@@ -95,11 +107,12 @@ class Dispatch:
         self.prefill: NodeId | None = None
         self.decode: NodeId | None = None
         self.num_attempts = 0
+        self._lease = 0  # what the decode node has granted; 0: nothing
         self._placer = placer
         self._limits = limits
         self._deadline = now + limits.request_s
         self._waiting_since = now
-        self._reserving_since = now
+        self._asking_since = now
         self._last_heard = now
         self._last_word = "No node is free to serve the request."
         self._failures: dict[str, int] = {}
@@ -136,19 +149,20 @@ class Dispatch:
 
     def granted(self, sender: NodeId, message: Granted, now: float) -> list[Effect]:
         """The decode node holds blocks: the prefill may begin."""
-        if self.phase is not Phase.RESERVING or not self._is_from(sender, message.id):
+        if self.phase not in ASKING or not self._is_from(sender, message.id):
             return []
         assert self.prefill is not None
         return self._prefill(self.prefill, message.grant, now)
 
     def refused(self, sender: NodeId, message: Refused, now: float) -> list[Effect]:
-        """The decode node has no room: ask the next one, or wait."""
-        if self.phase is not Phase.RESERVING or not self._is_from(sender, message.id):
+        """The decode node has no room, or nothing to rebind: ask the next one, or wait."""
+        if self.phase not in ASKING or not self._is_from(sender, message.id):
             return []
         if message.cause == "too_long":
             return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
         assert self.prefill is not None
-        self._refused.add(sender)
+        if message.cause != "gone":  # a new reservation may well succeed there
+            self._refused.add(sender)
         self.decode = self._placer.pick_decode(self.work, self._avoid, self._refused)
         if self.decode is None:
             return self._wait(f"No capacity: {message.message}", message.retry_after_s)
@@ -195,7 +209,8 @@ class Dispatch:
             return []
         self._last_word = message.message
         if message.retryable:
-            return self._attempt_over(message.cause, now)
+            own = sender == self.prefill and message.cause in _OF_PREFILL_NODE
+            return self._attempt_over(message.cause, now, failed=sender if own else None)
         if message.cause in ("too_long", "capacity"):  # more than the node holds when it is empty
             return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
         return self._fail(
@@ -210,8 +225,8 @@ class Dispatch:
         if not self._depends_on(node):
             return []
         self._last_word = f"node {node.name} was lost"
-        cause = "reserve_lost" if self.phase is Phase.RESERVING else "node_lost"
-        return self._attempt_over(cause, now, unreachable=None if alive else node)
+        cause = "reserve_lost" if self.phase in ASKING else "node_lost"
+        return self._attempt_over(cause, now, unreachable=None if alive else node, failed=node)
 
     def cannot_send(self, node: NodeId, now: float) -> list[Effect]:
         """A message to this node could not be sent."""
@@ -219,7 +234,7 @@ class Dispatch:
             return []
         self._last_word = f"node {node.name} does not take messages"
         self._avoid.add(node)
-        return self._attempt_over("unreachable", now, unreachable=node)
+        return self._attempt_over("unreachable", now, unreachable=node, failed=node)
 
     def cancel(self) -> list[Effect]:
         """Nobody waits for this choice any more."""
@@ -236,7 +251,7 @@ class Dispatch:
             return self._fail(errors.server_error(message, "timeout", status=504))
         if self.phase is Phase.WAITING and now - self._waiting_since > self._limits.queue_s:
             return self._fail(errors.unavailable(self._last_word, "no_capacity", 5.0))
-        if self.phase is Phase.RESERVING and now - self._reserving_since > self._limits.reserve_s:
+        if self.phase in ASKING and now - self._asking_since > self._limits.reserve_s:
             assert self.decode is not None
             self._last_word = f"node {self.decode.name} does not answer"
             self._avoid.add(self.decode)
@@ -275,7 +290,7 @@ class Dispatch:
 
     def _reserve(self, decode: NodeId, prefill: NodeId, now: float) -> list[Effect]:
         self.phase = Phase.RESERVING
-        self._reserving_since = now
+        self._asking_since = now
         message = Reserve(
             id=self.id,
             tokens=self._tokens_so_far(),
@@ -289,6 +304,7 @@ class Dispatch:
 
     def _prefill(self, prefill: NodeId, grant: Grant | None, now: float) -> list[Effect]:
         self.phase = Phase.PREFILLING
+        self._lease = 0 if grant is None else grant.lease
         self._last_heard = now
         message = Prefill(
             id=self.id,
@@ -308,18 +324,54 @@ class Dispatch:
         return [NeedsCapacity(retry_after_s)]
 
     def _attempt_over(
-        self, cause: str, now: float, unreachable: NodeId | None = None
+        self,
+        cause: str,
+        now: float,
+        unreachable: NodeId | None = None,
+        failed: NodeId | None = None,
     ) -> list[Effect]:
-        """End the attempt on both nodes and begin the next, unless too much went wrong."""
+        """End the attempt on its nodes and begin the next, unless too much went wrong.
+
+        Args:
+            failed: the node that failed, where that is known; the other one is well.
+        """
         self._failures[cause] = self._failures.get(cause, 0) + 1
-        ended: list[Effect] = [AttemptEnded(cause), *self._aborts(unreachable)]
         if self._is_hopeless():
+            ended: list[Effect] = [AttemptEnded(cause), *self._aborts(unreachable)]
             self.phase = Phase.ENDED
             message = f"The request failed {self.num_attempts} times, at last: {self._last_word}"
             return [*ended, Failed(errors.server_error(message, cause))]
+        successor = self._successor(failed)
+        if successor is not None:
+            aborts = self._aborts(unreachable, self.decode)
+            return [AttemptEnded(cause), *self._rebind(successor, now), *aborts]
+        ended = [AttemptEnded(cause), *self._aborts(unreachable)]
         self.phase = Phase.WAITING
         self._waiting_since = now
         return [*ended, *self.place(now)]
+
+    def _successor(self, failed: NodeId | None) -> NodeId | None:
+        """Who goes on under the reservation of the prefill node that failed, if that can be."""
+        reserved = self.phase is Phase.PREFILLING and self._lease and self.decode is not None
+        if failed is None or failed != self.prefill or not reserved or self._num_left == 1:
+            return None
+        return self._placer.pick_prefill(self.work, self._avoid | {failed})
+
+    def _rebind(self, prefill: NodeId, now: float) -> list[Effect]:
+        assert self.decode is not None
+        self._refused.clear()
+        self.prefill = prefill
+        self._begin_attempt()
+        self.phase = Phase.REBINDING
+        self._asking_since = now
+        message = Rebind(
+            id=self.id,
+            lease=self._lease,
+            prefill=prefill,
+            output_tokens=tuple(self.log.tokens),
+            deadline_s=self._deadline - now,
+        )
+        return [Send(self.decode, message)]
 
     def _is_hopeless(self) -> bool:
         failures = self._failures
@@ -333,8 +385,9 @@ class Dispatch:
     def _fail(self, error: ApiError) -> list[Effect]:
         return [*self.cancel(), Failed(error)]
 
-    def _aborts(self, unreachable: NodeId | None) -> list[Effect]:
+    def _aborts(self, *spared: NodeId | None) -> list[Effect]:
+        """Tell the attempt's nodes, but for those that cannot hear it or are told otherwise."""
         if self.phase not in ON_NODES:
             return []
         nodes = dict.fromkeys(node for node in (self.prefill, self.decode) if node is not None)
-        return [Send(node, Abort(self.id)) for node in nodes if node != unreachable]
+        return [Send(node, Abort(self.id)) for node in nodes if node not in spared]

@@ -19,6 +19,7 @@ class RouterMetrics:
         self.streams = names.ROUTER_STREAMS.gauge(registry)
         self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
         self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
+        self.rebinds = names.ROUTER_REBINDS.counter(registry)
         self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
         self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
         self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)

@@ -30,6 +30,7 @@ from wire.messages import (
     HandoffDone,
     Message,
     Prefill,
+    Rebind,
     Refused,
     Reserve,
     Tokens,
@@ -255,6 +256,13 @@ class Requests:
             self._metrics.attempts.inc()
             self._fleet.assign(send.to, request, 0, self._num_blocks(send.to, choice))
             self._note_prefill(choice, message.prefill, len(message.tokens))
+        elif isinstance(message, Rebind):
+            choice.assigned_decode = send.to
+            self._metrics.attempts.inc()
+            self._metrics.rebinds.inc()
+            self._fleet.assign(send.to, request, 0, 0)
+            num_tokens = choice.work.num_tokens + len(message.output_tokens)
+            self._note_prefill(choice, message.prefill, num_tokens)
         elif isinstance(message, Prefill):
             choice.trace.prefilling(message.id.attempt, send.to, self._clock())
             self._admission.settle(choice)

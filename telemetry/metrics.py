@@ -96,8 +96,13 @@ ROUTER_ATTEMPTS = Metric("baton_router_attempts", "Attempts begun")
 ROUTER_ATTEMPTS_ENDED = Metric(
     "baton_router_attempts_ended", "Attempts given up before their end, by cause", ("cause",)
 )
+ROUTER_REBINDS = Metric(
+    "baton_router_rebinds", "Attempts that asked for the reservation of a failed prefill node"
+)
 ROUTER_RESERVE_REFUSALS = Metric(
-    "baton_router_reserve_refusals", "Reservations that a decode node refused", ("cause",)
+    "baton_router_reserve_refusals",
+    "Reservations and rebinds that a decode node refused",
+    ("cause",),
 )
 ROUTER_GRANT_WAIT = Metric(
     "baton_router_grant_wait_seconds", "From a Reserve to its grant", (), HANDOFF_SECONDS

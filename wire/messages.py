@@ -1,8 +1,8 @@
 """Every message that two processes exchange, with its tag.
 
-    router  ── Reserve ──▶ decode        router  ── Prefill(grant) ──▶ prefill
-    decode  ── Granted ──▶ router        prefill ── units, Commit ───▶ decode
-    prefill, decode ── Tokens ──▶ router
+    router  ── Reserve, Rebind ──▶ decode        router  ── Prefill(grant) ──▶ prefill
+    decode  ── Granted ──────────▶ router        prefill ── units, Commit ───▶ decode
+    prefill, decode ── Tokens ───▶ router
 
 `docs/protocol.md` tells the story; `TAGS` at the end is the table. A tag is never used twice.
 """
@@ -164,6 +164,20 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebind:
+    """router → decode node: another prefill node shall fill what this lease holds; new grant.
+
+    The attempt that has the lease ends here, whatever the answer: refused, it is gone.
+    """
+
+    id: AttemptId
+    lease: U64  # of a lower attempt of the same request
+    prefill: NodeId  # the only node that may fill the blocks from now on
+    output_tokens: TokenIds  # all that the client has; they follow the prompt that was reserved
+    deadline_s: Seconds = 600.0
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """What a decode node promises: these blocks are yours to fill until the lease ends."""
 
@@ -192,7 +206,7 @@ class Granted:
 class Refused:
     """decode node → router: nothing was taken.
 
-    `cause`: capacity, draining, superseded, too_long, invalid.
+    `cause`: capacity, draining, superseded, too_long, invalid; of a rebind also gone (no such lease).
     """
 
     id: AttemptId
@@ -371,7 +385,10 @@ class LeaseEnded:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseLease:
-    """prefill → decode: no handoff is needed (the first token ended the request) or possible."""
+    """prefill → decode: no handoff is needed; the first token ended the request, or its router did.
+
+    A handoff that fails leaves the lease to the router, which may rebind it.
+    """
 
     id: AttemptId
     lease: U64
@@ -408,6 +425,7 @@ Message: TypeAlias = (
     | CacheEvents
     | FetchCacheSnapshot
     | Reserve
+    | Rebind
     | Granted
     | Refused
     | Prefill
@@ -448,6 +466,7 @@ TAGS: dict[int, type[Message]] = {
     26: Abort,
     27: Ack,
     28: Resend,
+    29: Rebind,
     30: HandoffDone,
     40: UnitHeader,
     41: UnitsReceived,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.request import Request
-from engine.reservations import Reservations
+from engine.reservations import Reservations, Reserved
 from wire.errors import CapacityError
 
 
@@ -42,6 +42,20 @@ class Admission:
         known = self._blocks_for(num_tokens) - len(matched)
         known += sum(self._blocks_for(r.num_tokens) - len(r.block_table) for r in ahead)
         promised = self._blocks_for(max_kv_tokens) - len(matched) + self.promised(ahead)
+        return known <= available and promised <= available + self._overcommitted
+
+    def fits_in_place(
+        self, reserved: Reserved, num_tokens: int, matched: Sequence[int], admitted: list[Request]
+    ) -> bool:
+        """Whether a reservation may begin again in its own room.
+
+        It has less of it than before: what a transfer may still write does not come back at once.
+        """
+        returning = len(reserved.received_ids) - self._pool.num_in_transfer(reserved.received_ids)
+        available = self._pool.num_available - self._pool.num_cached_among(matched) + returning
+        known = self._blocks_for(num_tokens) - len(matched)
+        others = self.promised(admitted) - reserved.growth
+        promised = reserved.max_blocks - len(matched) + others
         return known <= available and promised <= available + self._overcommitted
 
     def promised(self, admitted: Iterable[Request]) -> int:

@@ -41,6 +41,11 @@ class Reserved:
     def growth(self) -> int:
         return self.max_blocks - len(self.block_ids)
 
+    @property
+    def received_ids(self) -> list[int]:
+        """The blocks whose content is still to come."""
+        return self.block_ids[self.num_cached_blocks :]
+
 
 class Reservations:
     """All reservations of one engine. Admission is decided before; this holds and lets go."""
@@ -77,17 +82,11 @@ class Reservations:
 
         Nothing that was received is known to be right, so only the `matched` cached blocks keep
         their content. The others get new generations; those that a transfer may still write are
-        left to quarantine and replaced. Raises KeyError, or CapacityError and nothing has changed.
+        left to quarantine and replaced.
         """
-        old = self._reserved[reservation_id]
-        received = old.block_ids[old.num_cached_blocks :]
-        returning = len(received) - self._pool.num_in_transfer(received)
-        available = self._pool.num_available - self._pool.num_cached_among(matched) + returning
-        missing = -(-len(tokens) // self._block_size) - len(matched)
-        if missing > available:
-            raise CapacityError(f"{missing} blocks needed to begin again, {available} available")
+        max_blocks = self._reserved[reservation_id].max_blocks
         self.cancel(reservation_id)
-        return self.open(tokens, hashes, matched, old.max_blocks)
+        return self.open(tokens, hashes, matched, max_blocks)
 
     def peek(self, reservation_id: int) -> Reserved:
         """Raises KeyError where there is no such reservation (any more)."""

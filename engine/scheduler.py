@@ -145,8 +145,16 @@ class Scheduler:
     def rebind(
         self, reservation_id: int, tokens: Sequence[int], hashes: list[bytes]
     ) -> Reservation:
-        """A new reservation in the room of an old one, whose limit stays; see Reservations."""
-        return self._reservations.rebind(reservation_id, tokens, hashes, self._cache.match(hashes))
+        """A new reservation in the room of an old one, whose limit stays; see Reservations.
+
+        Raises KeyError, or CapacityError where too much of the room is still under transfer.
+        """
+        reserved = self._reservations.peek(reservation_id)
+        matched = self._cache.match(hashes)
+        ahead = [*self._running, *self._adopted]
+        if not self._admission.fits_in_place(reserved, len(tokens), matched, ahead):
+            raise CapacityError("transfers may still write too many of the reserved blocks")
+        return self._reservations.rebind(reservation_id, tokens, hashes, matched)
 
     def adopt(self, reservation_id: int, request: Request) -> None:
         """Run `request` on a reservation's blocks, all received, as soon as there is a seat.

@@ -206,7 +206,8 @@ class Granted:
 class Refused:
     """decode node → router: nothing was taken.
 
-    `cause`: capacity, draining, superseded, too_long, invalid; of a rebind also gone (no such lease).
+    `cause`: capacity, draining, superseded, too_long, invalid; of a rebind also gone: there is no
+    such lease.
     """
 
     id: AttemptId

@@ -133,6 +133,7 @@ class Walk:
         self.io: list[BlockHandle] = []
         self.known_hashes: set[bytes] = set()
         self.num_added = self.num_finished = self.num_preempted = self.num_prompts_told = 0
+        self.num_rebound = 0
 
     # -------------------------------------------------------- what can happen
 
@@ -233,6 +234,29 @@ class Walk:
             assert not self.engine.begin_io(handle)
         self.io += lease.receiving
 
+    def rebind(self) -> None:
+        """Somebody else fills a lease; what was under way lands late, in blocks of nobody."""
+        if not self.leases:
+            return
+        lease = self.rng.choice(self.leases)
+        tokens = [*lease.tokens, *[self.rng.randrange(VOCAB_SIZE)] * self.rng.choice([0, 1])]
+        counts = self.engine.block_counts()
+        try:
+            reservation = self.engine.rebind(lease.reservation.id, tokens)
+        except CapacityError:
+            assert self.engine.block_counts() == counts, "a refusal took something"
+            return
+        self.num_rebound += 1
+        reused = {handle.block_id for handle in reservation.handles}
+        assert not reused & {handle.block_id for handle in lease.receiving}
+        kept = min(lease.reservation.num_cached_tokens, reservation.num_cached_tokens) // BLOCK_SIZE
+        assert reservation.handles[:kept] == lease.reservation.handles[:kept]
+        assert not set(reservation.handles) & set(lease.reservation.handles[kept:])
+        assert not self.engine.cancel_reservation(lease.reservation.id)
+        self.io += lease.receiving
+        self.leases.remove(lease)
+        self.leases.append(Leased(reservation, tokens))
+
     def end_io(self) -> None:
         if self.io:
             handle = self.io.pop(self.rng.randrange(len(self.io)))
@@ -275,6 +299,7 @@ class Walk:
             self.receive: 2,
             self.adopt: 2,
             self.cancel: 1,
+            self.rebind: 2,
             self.end_io: 3,
             self.send: 2,
             self.release: 2,
@@ -394,6 +419,7 @@ def test_the_walk_reaches_what_it_is_for() -> None:
     assert sum(walk.num_finished for walk in walks) > 100
     assert sum(walk.num_prompts_told for walk in walks) > 10
     assert sum(len(walk.aborted) for walk in walks) > 10
+    assert sum(walk.num_rebound for walk in walks) > 10
 
 
 # ------------------------------------------------------------ single facts

@@ -125,7 +125,14 @@ class Rig:
 
     # ------------------------------------------------------------ a request's life
 
-    def reserve(self, num_tokens: int, *, id: AttemptId = ID, num_cached_tokens: int = 0) -> Job:
+    def reserve(
+        self,
+        num_tokens: int,
+        *,
+        id: AttemptId = ID,
+        num_cached_tokens: int = 0,
+        rebinds: bool = False,
+    ) -> Job:
         tokens = tuple(range(100, 100 + num_tokens))
         count = self.layout.num_blocks(num_tokens)
         target = self.target.filled(count, seed=1)
@@ -138,6 +145,7 @@ class Rig:
             cache_salt="salt",
             deadline_s=100.0,
             geometry=self.geometry,
+            rebinds=rebinds,
         )
         grant = Grant(
             lease=lease.number,

@@ -14,6 +14,7 @@ from wire.types import AttemptId, BlockHandle, NodeId
 
 SENDER = NodeId("prefill", 1)
 STRANGER = NodeId("prefill", 2)  # the same name in another life
+OTHER = NodeId("other", 1)
 CAPABILITY = b"c" * 16
 TTL = 10.0
 FIRST = AttemptId("r", 1)
@@ -426,3 +427,87 @@ def test_ended_leases_leave_nothing_but_their_outcome(table: LeaseTable) -> None
     table.expire(1000.0)
     assert len(table.take_ended()) == 50
     assert (len(table), table.next_deadline()) == (0, None)
+
+
+# ---------------------------------------------------------------- rebinding
+
+
+def rebound(table: LeaseTable, lease: Lease, now: float = 0.0) -> Lease:
+    """The next attempt's lease in the room of `lease`, for another prefill node."""
+    id = AttemptId(lease.id.request, lease.id.attempt + 1)
+    assert table.rebindable(id, lease.number, now)
+    return table.grant(
+        id,
+        sender=OTHER,
+        units=lease.units.values(),
+        handles=tuple(BlockHandle(9, 100 + index, 6) for index in range(len(lease.handles))),
+        capability=b"d" * 16,
+        digest_key=b"l" * 16,
+        now=now,
+        deadline_s=100.0,
+        rebinds=True,
+    )
+
+
+def test_a_rebound_lease_begins_anew(table: LeaseTable) -> None:
+    old = granted(table)
+    land(table, old, 0)
+    table.begin_unit(header(old, 1), SENDER, 0.0)
+    table.commit(commit_of(old), SENDER, 0.0)
+    new = rebound(table, old)
+    assert table.take_ended() == [old]
+    assert (state(old), old.cause) == (LeaseState.REVOKED, "rebound")
+    assert (state(new), new.landed, new.landing, new.manifest) == (
+        LeaseState.GRANTED,
+        {},
+        set(),
+        None,
+    )
+
+
+def test_what_the_old_sender_says_does_not_touch_the_new_lease(table: LeaseTable) -> None:
+    old = granted(table)
+    table.begin_unit(header(old, 1), SENDER, 0.0)
+    new = rebound(table, old)
+    table.end_unit(old, 1, digest(1), 0.0)
+    assert not new.landed
+    for lease in (old, new):
+        with pytest.raises(TransferError):
+            table.begin_unit(header(lease, 0), SENDER, 0.0)
+        table.renew([LeaseClaim(lease.number, CAPABILITY)], SENDER, 5.0)
+    outcome = table.commit(commit_of(old), SENDER, 0.0)
+    assert isinstance(outcome, Outcome)
+    assert (outcome.committed, outcome.cause) == (False, "rebound")
+    with pytest.raises(TransferError, match="belongs to somebody else"):
+        table.commit(commit_of(new), SENDER, 0.0)
+    table.release(old.number, CAPABILITY, SENDER, "late", 0.0)
+    assert (state(new), new.deadline) == (LeaseState.GRANTED, TTL)
+    with pytest.raises(TransferError, match="belongs to somebody else"):
+        table.release(new.number, CAPABILITY, SENDER, "late", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("id", "number", "now"),
+    [
+        (SECOND, 2, 0.0),
+        (FIRST, 1, 0.0),
+        (AttemptId("other", 2), 1, 0.0),
+        (SECOND, 1, TTL),
+    ],
+    ids=["another lease", "the same attempt", "another request", "too late"],
+)
+def test_what_cannot_be_rebound(table: LeaseTable, id: AttemptId, number: int, now: float) -> None:
+    granted(table)
+    assert table.rebindable(SECOND, 1, 0.0)
+    assert not table.rebindable(id, number, now)
+
+
+@pytest.mark.parametrize("ended", ["aborted", "committed"])
+def test_an_ended_lease_cannot_be_rebound(table: LeaseTable, ended: str) -> None:
+    lease = granted(table)
+    if ended == "aborted":
+        table.abort(FIRST, 0.0)
+    else:
+        land(table, lease, 0, 1)
+        table.commit(commit_of(lease), SENDER, 0.0)
+    assert not table.rebindable(SECOND, lease.number, 0.0)

@@ -306,15 +306,20 @@ def test_a_revoked_lease_stops_the_sender(aborted_by: str) -> None:
     run(body())
 
 
-def test_a_failed_send_gives_the_lease_back() -> None:
+def test_a_failed_send_leaves_the_lease_to_be_rebound() -> None:
     async def body() -> None:
         rig = Rig(faults=lambda header: Delivery(disconnect=header.unit == 2))
         job = rig.reserve(20)
         rig.start(job)
         rig.compute(job, range(5))
-        await rig.until_ended()
-        assert (job.lease.state, job.lease.cause) == (LeaseState.RELEASED, "transport")
+        await until(lambda: rig.handoffs)
         assert rig.handoffs[0].cause == "transport"
+        assert job.lease.live
+        again = rig.reserve(20, id=AttemptId(job.id.request, job.id.attempt + 1), rebinds=True)
+        assert (job.lease.state, job.lease.cause) == (LeaseState.REVOKED, "rebound")
+        assert len(again.lease.units) == len(job.lease.units), "all are sent again"
+        rig.receiver.abort(again.id)
+        await rig.until_ended()
         rig.check_balance()
 
     run(body())

@@ -11,7 +11,7 @@ from wire.layout import KVLayout
 from wire.messages import Grant
 from wire.types import FinishReason, NodeId, SamplingParams
 
-P1, P2, D1, D2 = (NodeId(name, 1) for name in ("p1", "p2", "d1", "d2"))
+P1, P2, P3, D1, D2 = (NodeId(name, 1) for name in ("p1", "p2", "p3", "d1", "d2"))
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 LIMITS = DispatchLimits(request_s=100, queue_s=10, reserve_s=2, silence_s=5)
 PROMPT = (7, 8, 9)

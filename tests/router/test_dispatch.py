@@ -8,13 +8,26 @@ import pytest
 
 from router.dispatch import Dispatch, Phase
 from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
-from tests.router.scripted_nodes import D1, D2, LENGTH, P1, P2, PROMPT, STOP, Nodes, grant, start
+from tests.router.scripted_nodes import (
+    D1,
+    D2,
+    LENGTH,
+    P1,
+    P2,
+    P3,
+    PROMPT,
+    STOP,
+    Nodes,
+    grant,
+    start,
+)
 from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
     Granted,
     Prefill,
+    Rebind,
     Refused,
     Resend,
     Reserve,
@@ -163,11 +176,126 @@ def test_a_dead_prefill_node_matters_only_before_the_decode_node_speaks() -> Non
     dispatch = decoding()
     assert dispatch.node_lost(P1, 1) == []
     assert dispatch.attempt_failed(P1, failed(dispatch, "superseded"), 1) == []
-    dispatch = prefilling(Nodes(prefill=[P2]))
-    dispatch.prefill = P1
+
+
+# ---------------------------------------------------------------- rebinding
+
+
+def rebinding(nodes: Nodes | None = None) -> tuple[Dispatch, Rebind]:
+    """The prefill node died after the first token; its reservation goes to another one."""
+    nodes = nodes or Nodes()
+    dispatch = prefilling(nodes)
+    dispatch.tokens(P1, update(dispatch, 0, 50), 0)
+    nodes.prefill.remove(P1)
+    effects = dispatch.node_lost(P1, 1)
+    assert AttemptEnded("node_lost") in effects
+    assert aborted(effects) == set()  # one is dead, the other goes on
+    to, message = one(effects, Rebind)
+    assert to == D1
+    return dispatch, message
+
+
+def test_a_dead_prefill_nodes_reservation_goes_to_another_one() -> None:
+    dispatch, message = rebinding()
+    assert message == Rebind(dispatch.id, 1, P2, (50,), 99)
+    assert dispatch.phase is Phase.REBINDING
+    to, prefill = one(dispatch.granted(D1, Granted(dispatch.id, grant(D1, 2)), 1), Prefill)
+    assert (to, prefill.grant, prefill.tokens) == (P2, grant(D1, 2), (*PROMPT, 50))
+    assert dispatch.tokens(P2, update(dispatch, 1, 51), 1) == [Output((51,), None)]
+    assert dispatch.tokens(D1, update(dispatch, 0, 50, 51, 52), 1) == [Output((52,), None)]
+
+
+def test_a_rebound_reservation_may_be_rebound_again() -> None:
+    nodes = Nodes(prefill=[P1, P2, P3])
+    dispatch, _ = rebinding(nodes)
+    dispatch.granted(D1, Granted(dispatch.id, grant(D1, 2)), 1)
+    to, message = one(dispatch.attempt_failed(P2, failed(dispatch, "drained"), 1), Rebind)
+    assert (to, message.lease, message.prefill) == (D1, 2, P3)
+
+
+@pytest.mark.parametrize(("cause", "again"), [("gone", D1), ("capacity", D2), ("draining", D2)])
+def test_a_refused_rebind_reserves_anew(cause: str, again: NodeId) -> None:
+    dispatch, _ = rebinding()
+    effects = dispatch.refused(D1, Refused(dispatch.id, cause, "why"), 1)
+    to, reserve = one(effects, Reserve)
+    assert (to, reserve.prefill, reserve.id.attempt) == (again, P2, 2)
+    assert aborted(effects) == set(), "what is refused has ended"
+
+
+def test_an_unanswered_rebind_reserves_elsewhere() -> None:
+    dispatch, _ = rebinding()
+    effects = dispatch.tick(3.1)
+    assert (D1, 2) in aborted(effects)
+    assert one(effects, Reserve)[0] == D2
+
+
+def test_a_decode_node_that_dies_while_it_is_asked_to_rebind() -> None:
+    nodes = Nodes()
+    dispatch, _ = rebinding(nodes)
+    nodes.decode.remove(D1)
+    effects = dispatch.node_lost(D1, 1)
+    assert AttemptEnded("reserve_lost") in effects
+    assert one(effects, Reserve)[0] == D2
+
+
+def test_a_stalled_prefill_node_is_told_after_its_reservation_has_gone_on() -> None:
+    dispatch = prefilling()
+    effects = dispatch.node_lost(P1, 1, alive=True)
+    sent = [effect for effect in effects if isinstance(effect, Send)]
+    assert [(s.to, type(s.message)) for s in sent] == [(D1, Rebind), (P1, Abort)]
+    assert aborted(effects) == {(P1, 1)}
+
+
+def test_the_prefill_node_that_failed_is_asked_again_only_if_it_is_the_only_one() -> None:
+    for nodes, next_one in ((Nodes(), P2), (Nodes(prefill=[P1]), P1)):
+        dispatch = prefilling(nodes)
+        effects = dispatch.attempt_failed(P1, failed(dispatch, "transport"), 1)
+        assert one(effects, Rebind)[1].prefill == next_one
+
+
+def test_a_prefill_node_that_takes_no_messages_is_replaced() -> None:
+    dispatch = prefilling()
+    assert one(dispatch.cannot_send(P1, 1), Rebind)[1].prefill == P2
+
+
+@pytest.mark.parametrize("sender", [P1, D1])
+def test_what_ended_with_its_lease_is_not_rebound(sender: NodeId) -> None:
+    dispatch = prefilling()
+    effects = dispatch.attempt_failed(sender, failed(dispatch, "digest"), 1)
+    assert one(effects, Reserve)[1].id.attempt == 2
+    assert aborted(effects) == {(P1, 1), (D1, 1)}
+
+
+def test_without_another_prefill_node_the_reservation_is_given_back() -> None:
+    nodes = Nodes(prefill=[P1])
+    dispatch = prefilling(nodes)
+    nodes.prefill.clear()
     effects = dispatch.node_lost(P1, 1)
     assert aborted(effects) == {(D1, 1)}
-    assert one(effects, Reserve)[1].prefill == P2
+    assert dispatch.phase is Phase.WAITING
+    nodes.prefill.append(NodeId("p1", 2))
+    assert one(dispatch.place(2), Reserve)[1].prefill == NodeId("p1", 2)
+
+
+def test_with_one_token_left_there_is_nothing_to_rebind() -> None:
+    dispatch = start(max_tokens=2)
+    dispatch.place(0)
+    dispatch.granted(D1, Granted(dispatch.id, grant(D1)), 0)
+    dispatch.tokens(P1, update(dispatch, 0, 50), 0)
+    effects = dispatch.node_lost(P1, 1)
+    assert aborted(effects) == {(D1, 1)}
+    assert one(effects, Prefill)[1].grant is None
+
+
+def test_two_dead_prefill_nodes_end_the_request() -> None:
+    dispatch, _ = rebinding()
+    dispatch.granted(D1, Granted(dispatch.id, grant(D1, 2)), 1)
+    effects = dispatch.node_lost(P2, 1)
+    assert isinstance(effects[-1], Failed)
+    assert aborted(effects) == {(D1, 2)}
+
+
+# ---------------------------------------------------------------- more that goes wrong
 
 
 def test_a_stalled_node_lives_and_is_told() -> None:

@@ -16,6 +16,7 @@ from wire.messages import (
     Granted,
     Message,
     Prefill,
+    Rebind,
     Refused,
     Resend,
     Reserve,
@@ -41,6 +42,7 @@ class Walk:
         self.inbox: list[tuple[NodeId, Message]] = []  # to nodes
         self.outbox: list[tuple[NodeId, Message]] = []  # to the router
         self.holding: set[tuple[NodeId, AttemptId]] = set()  # nodes with work
+        self.num_rebound = 0
         self.do(self.dispatch.place(0))
 
     def do(self, effects: list[Effect]) -> None:
@@ -58,6 +60,9 @@ class Walk:
                 self.failure = effect
 
     def check_sent(self, message: Message) -> None:
+        if isinstance(message, Rebind):
+            assert list(message.output_tokens) == self.shown
+            assert message.lease < message.id.attempt == self.dispatch.num_attempts
         if isinstance(message, Reserve | Prefill):
             assert message.tokens == (*PROMPT, *self.shown)
             assert message.id.attempt == self.dispatch.num_attempts
@@ -109,6 +114,8 @@ class Walk:
             else:
                 self.holding.add((node, message.id))
                 self.outbox.append((node, Granted(message.id, grant(node, message.id.attempt))))
+        elif isinstance(message, Rebind):
+            self.rebind(node, message)
         elif isinstance(message, Prefill):
             self.prefill(node, message)
         elif isinstance(message, Abort | Ack):
@@ -117,6 +124,18 @@ class Walk:
             }
         elif isinstance(message, Resend):
             self.tell(node, message.id, message.index)
+
+    def rebind(self, node: NodeId, message: Rebind) -> None:
+        """Leases have their attempt's number here. Whatever the answer, lower attempts end."""
+        held = {(node, AttemptId(message.id.request, message.lease))}
+        known = held <= self.holding
+        self.holding = {(by, id) for by, id in self.holding if by != node}
+        if known and self.random.random() < 0.7:
+            self.num_rebound += 1
+            self.holding.add((node, message.id))
+            self.outbox.append((node, Granted(message.id, grant(node, message.id.attempt))))
+        else:
+            self.outbox.append((node, Refused(message.id, "gone", "no lease", 0.1)))
 
     def prefill(self, node: NodeId, message: Prefill) -> None:
         known = len(message.tokens) - message.num_prompt_tokens
@@ -182,10 +201,12 @@ def test_random_walks_end_with_the_truth_or_an_error_and_leak_nothing(block: int
 
 def test_most_walks_succeed() -> None:
     """Guards the walk itself: errors are allowed above, but not as the rule."""
-    outcomes = []
+    outcomes, num_rebound = [], 0
     for seed in range(200):
         walk = Walk(seed)
         while walk.dispatch.phase is not Phase.ENDED:
             walk.step()
         outcomes.append(walk.finish is LENGTH)
+        num_rebound += walk.num_rebound
     assert 50 < sum(outcomes) < 200
+    assert num_rebound > 10

@@ -39,6 +39,7 @@ from wire.messages import (
     ModelInfo,
     Prefill,
     PrefillTiming,
+    Rebind,
     Refused,
     Register,
     Resend,
@@ -254,14 +255,18 @@ class StubPair:
     # ------------------------------------------------------------ messages
 
     def on_decode_message(self, message: Message) -> None:
-        if isinstance(message, Reserve) and self.refuse_with is not None:
-            self.decode.send(Refused(message.id, self.refuse_with, "no room in the stub", 0.05))
-        elif isinstance(message, Reserve):
-            self.decode.send(Granted(message.id, self._grant()))
+        if isinstance(message, Reserve | Rebind):
+            self._answer(message.id)
         elif isinstance(message, Abort | Ack):
             self.running.pop(message.id, None)
         elif isinstance(message, Resend) and message.id in self.running:
             self.running[message.id].num_sent = message.index
+
+    def _answer(self, id: AttemptId) -> None:
+        if self.refuse_with is not None:
+            self.decode.send(Refused(id, self.refuse_with, "no room in the stub", 0.05))
+        else:
+            self.decode.send(Granted(id, self._grant()))
 
     def _grant(self) -> Grant:
         secret = bytes(16)

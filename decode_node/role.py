@@ -391,4 +391,5 @@ def _next_attempt(reserved: Reserve, message: Rebind) -> Reserve:
         tokens=prompt + message.output_tokens,
         prefill=message.prefill,
         deadline_s=message.deadline_s,
+        prefill_layout=message.prefill_layout,
     )

@@ -235,7 +235,7 @@ class Requests:
 
     def _with_layout(self, message: Message) -> Message:
         """A reservation tells how the blocks will come."""
-        if not isinstance(message, Reserve) or message.prefill not in self._fleet:
+        if not isinstance(message, Reserve | Rebind) or message.prefill not in self._fleet:
             return message
         return replace(message, prefill_layout=self._fleet[message.prefill].info.layout)
 
@@ -249,24 +249,33 @@ class Requests:
 
     def _note_assignment(self, choice: Choice, send: Send) -> None:
         """Remember who works on it, because heartbeats tell it only later."""
-        request, message = choice.work.request, send.message
+        message = send.message
         if isinstance(message, Reserve):
-            choice.trace.reserving(message.id.attempt, message.prefill, send.to, self._clock())
-            choice.assigned_decode = send.to
-            self._metrics.attempts.inc()
-            self._fleet.assign(send.to, request, 0, self._num_blocks(send.to, choice))
-            self._note_prefill(choice, message.prefill, len(message.tokens))
+            num_blocks = self._num_blocks(send.to, choice)
+            self._note_reservation(choice, send.to, message, len(message.tokens), num_blocks)
         elif isinstance(message, Rebind):
-            choice.assigned_decode = send.to
-            self._metrics.attempts.inc()
             self._metrics.rebinds.inc()
-            self._fleet.assign(send.to, request, 0, 0)
             num_tokens = choice.work.num_tokens + len(message.output_tokens)
-            self._note_prefill(choice, message.prefill, num_tokens)
+            self._note_reservation(choice, send.to, message, num_tokens, 0)
         elif isinstance(message, Prefill):
             choice.trace.prefilling(message.id.attempt, send.to, self._clock())
             self._admission.settle(choice)
             self._note_prefill(choice, send.to, len(message.tokens))
+
+    def _note_reservation(
+        self,
+        choice: Choice,
+        node: NodeId,
+        message: Reserve | Rebind,
+        num_tokens: int,
+        num_blocks: int,
+    ) -> None:
+        """`num_blocks`: that the node does not count yet."""
+        choice.trace.reserving(message.id.attempt, message.prefill, node, self._clock())
+        choice.assigned_decode = node
+        self._metrics.attempts.inc()
+        self._fleet.assign(node, choice.work.request, 0, num_blocks)
+        self._note_prefill(choice, message.prefill, num_tokens)
 
     def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
         """From the reservation on: else a burst that comes before the first grant goes to one."""

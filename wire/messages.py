@@ -175,6 +175,7 @@ class Rebind:
     prefill: NodeId  # the only node that may fill the blocks from now on
     output_tokens: TokenIds  # all that the client has; they follow the prompt that was reserved
     deadline_s: Seconds = 600.0
+    prefill_layout: KVLayout | None = None  # None: the same as the decode node's
 
 
 @dataclass(frozen=True, slots=True)

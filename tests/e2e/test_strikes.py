@@ -91,3 +91,18 @@ def test_a_prefill_node(fleet: Fleet, act: str, point: str, nth: int) -> None:
 @pytest.mark.parametrize(("point", "nth"), DECODE_POINTS)
 def test_a_decode_node(fleet: Fleet, act: str, point: str, nth: int) -> None:
     strike(fleet, "decode", act, point, nth)
+
+
+@pytest.mark.parametrize(("point", "nth"), [("accepted", 1), ("chunk_sent", 3)])
+def test_another_prefill_node_goes_on_under_the_same_reservation(
+    fleet: Fleet, point: str, nth: int
+) -> None:
+    before = {name: _rebound(fleet, name) for name in ("decode-0", "decode-1")}
+    strike(fleet, "prefill", "kill", point, nth)
+    assert sum(_rebound(fleet, name) - before[name] for name in before) == 1
+    assert fleet.router is not None
+    assert fleet.router.metrics()["baton_router_rebinds_total"] >= 1
+
+
+def _rebound(fleet: Fleet, name: str) -> float:
+    return fleet.nodes[name].metrics().get('baton_handoffs_total{outcome="rebound"}', 0.0)

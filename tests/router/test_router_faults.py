@@ -26,6 +26,7 @@ from wire.messages import (
     Goodbye,
     Heartbeat,
     Prefill,
+    Rebind,
     Resend,
     Reserve,
     Tokens,
@@ -74,11 +75,28 @@ def test_a_killed_prefill_node_is_replaced_before_the_first_byte() -> None:
             harness.pair.prefill_hangs = True
             task = asyncio.create_task(harness.complete(max_tokens=20))
             await eventually(lambda: len(harness.sent(Prefill)) == 1)
+            other = await harness.add_pair(endless)
             await harness.pair.prefill.close()
+            assert (await task).json["choices"][0]["text"] == alphabet(20)
+            [rebind] = [m for m in harness.pair.decode.received if isinstance(m, Rebind)]
+            assert (rebind.id.attempt, rebind.prefill) == (2, other.prefill.id)
+            assert not any(isinstance(m, Abort) for m in harness.pair.decode.received)
+
+    asyncio.run(scenario())
+
+
+def test_without_another_prefill_node_the_reservation_is_given_back() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            harness.pair.prefill_hangs = True
+            task = asyncio.create_task(harness.complete(max_tokens=20))
+            await eventually(lambda: len(harness.sent(Prefill)) == 1)
+            await harness.pair.prefill.close()
+            await eventually(
+                lambda: any(isinstance(m, Abort) for m in harness.pair.decode.received)
+            )
             await harness.add_pair(endless)
             assert (await task).json["choices"][0]["text"] == alphabet(20)
-            aborts = [m for m in harness.pair.decode.received if isinstance(m, Abort)]
-            assert [abort.id.attempt for abort in aborts] == [1]  # its lease is not left behind
 
     asyncio.run(scenario())
 

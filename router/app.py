@@ -129,6 +129,7 @@ class _Pages:
             model = self._metrics.for_model(fleet.model.name)
             model.waiting.set(requests.num_waiting)
             model.running.set(len(requests) - requests.num_waiting)
+            model.kv_usage.set(fleet.kv_usage)
         for role in Role:
             known = [node for node in fleet if node.info.role is role]
             serving = sum(node.serves for node in known)
@@ -165,7 +166,7 @@ def _errors(metrics: RouterMetrics) -> Any:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             response = _error_response(server_error("Internal error.", "internal_error"))
-        metrics.responses.labels(_route(request), str(response.status)).inc()
+        metrics.answered(_route(request), request.method, response.status)
         return response
 
     return errors

@@ -155,6 +155,13 @@ class Fleet:
         return sum(node.info.role is role and node.serves for node in self)
 
     @property
+    def kv_usage(self) -> float:
+        """The share of decode nodes' blocks in use, as they last said; cached ones are free."""
+        loads = [node.load for node in self if node.info.role is Role.DECODE]
+        total = sum(load.blocks_total for load in loads)
+        return sum(load.blocks_total - load.blocks_free for load in loads) / max(1, total)
+
+    @property
     def ready(self) -> bool:
         return self.num_serving(Role.PREFILL) > 0 and self.num_serving(Role.DECODE) > 0
 

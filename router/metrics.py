@@ -25,12 +25,19 @@ class RouterMetrics:
         self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)
         self.slow_clients = names.ROUTER_SLOW_CLIENTS.counter(registry)
         self.responses = names.ROUTER_RESPONSES.counter(registry)
+        self._http_requests = names.HTTP_REQUESTS.counter(registry)
         self.added = names.ROUTER_ADDED.histogram(registry)
         self.tokenize = names.ROUTER_TOKENIZE.histogram(registry)
         self.malformed = names.ROUTER_MALFORMED.gauge(registry)
         self.refused = names.ROUTER_REFUSED.gauge(registry)
         self._by_model = {metric: _make(metric, registry) for metric in _MODEL_METRICS}
         self._models: dict[str, ModelMetrics] = {}
+
+    def answered(self, route: str, method: str, status: int) -> None:
+        """An HTTP answer has left."""
+        self.responses.labels(route, str(status)).inc()
+        named = method if method in _METHODS else "OTHER"  # a client may invent one
+        self._http_requests.labels(route, named, f"{status // 100}xx").inc()
 
     def for_model(self, name: str) -> ModelMetrics:
         """Metrics of one model (a fleet serves one, so there are few)."""
@@ -42,6 +49,7 @@ class RouterMetrics:
         return generate_latest(self.registry)
 
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MODEL_HISTOGRAMS = (
     names.TIME_TO_FIRST_TOKEN,
     names.INTER_TOKEN_LATENCY,
@@ -53,10 +61,12 @@ _MODEL_HISTOGRAMS = (
     names.INFERENCE_TIME,
     names.REQUEST_PROMPT_TOKENS,
     names.REQUEST_GENERATION_TOKENS,
+    names.REQUEST_LONGEST_GENERATION,
+    names.REQUEST_COMPUTED_TOKENS,
     names.REQUEST_MAX_TOKENS,
     names.REQUEST_N,
 )
-_MODEL_GAUGES = (names.NUM_REQUESTS_RUNNING, names.NUM_REQUESTS_WAITING)
+_MODEL_GAUGES = (names.NUM_REQUESTS_RUNNING, names.NUM_REQUESTS_WAITING, names.KV_CACHE_USAGE)
 _MODEL_COUNTERS = (
     names.PROMPT_TOKENS,
     names.PROMPT_TOKENS_CACHED,
@@ -84,6 +94,7 @@ class ModelMetrics:
         self._histograms = {metric: self._labelled(metric) for metric in _MODEL_HISTOGRAMS}
         self.running = self._gauge(names.NUM_REQUESTS_RUNNING)
         self.waiting = self._gauge(names.NUM_REQUESTS_WAITING)
+        self.kv_usage = self._gauge(names.KV_CACHE_USAGE)
 
     def _labelled(self, metric: Metric) -> Histogram:
         histogram = self._metrics[metric].labels(self._model_name)
@@ -112,6 +123,8 @@ class ModelMetrics:
         self.count(names.PROMPT_TOKENS_CACHED, num_cached)
         self.count(names.GENERATION_TOKENS, num_tokens)
         self.observe(names.REQUEST_PROMPT_TOKENS, work.num_tokens)
+        if timeline.first_token is not None:
+            self.observe(names.REQUEST_COMPUTED_TOKENS, work.num_tokens - num_cached)
         self.observe(names.REQUEST_GENERATION_TOKENS, num_tokens)
         self.observe(names.REQUEST_MAX_TOKENS, work.sampling.max_tokens)
         self.observe(names.QUEUE_TIME, timeline.queue_s)

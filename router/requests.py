@@ -90,7 +90,7 @@ class Requests:
         """Nobody waits for it any more; both nodes are told at once."""
         if choice.work.request in self._choices:
             self._perform(choice, choice.dispatch.cancel())
-            self._forget(choice, "abort")
+            self._forget(choice, "abort", self._clock())
             choice.metrics.finished(choice.work, choice.trace, 0)
 
     def fail_all(self, error: ApiError) -> None:
@@ -201,13 +201,14 @@ class Requests:
                     choice.trace.attempt_over(known_cause(effect.cause), self._clock())
                     self._metrics.attempts_ended.labels(known_cause(effect.cause)).inc()
                 case Failed():
-                    self._forget(choice, effect.error.code or "error")
+                    self._forget(choice, effect.error.code or "error", self._clock())
                     choice.listener.failed(effect.error)
         if choice.followers and choice.dispatch.phase is Phase.DECODING:
             self._start_followers(choice)
 
     def _output(self, choice: Choice, output: Output) -> None:
-        gap = choice.trace.output(len(output.tokens), self._clock())
+        now = self._clock()
+        gap = choice.trace.output(len(output.tokens), now)
         choice.metrics.observe(names.INTER_TOKEN_LATENCY, gap)
         if choice.assigned_prefill is not None:
             self._fleet.unassign(choice.assigned_prefill, choice.work.request)
@@ -216,7 +217,7 @@ class Requests:
         finish = choice.text.finish
         if finish is not None:
             self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node
-            self._forget(choice, finish.value)
+            self._forget(choice, finish.value, now)
             choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
         choice.listener.produced(choice, text)
         if finish is not None:
@@ -293,10 +294,10 @@ class Requests:
                 self._fleet.unassign(node, choice.work.request)
         choice.assigned_prefill = choice.assigned_decode = None
 
-    def _forget(self, choice: Choice, end: str) -> None:
-        """Forget it; somebody else may have room now."""
+    def _forget(self, choice: Choice, end: str, now: float) -> None:
+        """Somebody else may have room now."""
         choice.trace.num_output_tokens = choice.text.num_tokens  # a stop string drops some
-        choice.trace.ended(end, self._clock())
+        choice.trace.ended(end, now)
         if self._choices.pop(choice.work.request, None) is not None:
             self._unassign(choice)
             self._admission.leave(choice)

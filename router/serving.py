@@ -180,7 +180,7 @@ class Serving:
             return web.json_response(answer, headers=timing_headers(record))
         finally:
             generation.cancel()
-            self._log.finish(record, self._clock())
+            self._finish_record(record, asked)
 
     async def _stream(
         self, request: web.Request, asked: _Asked, format: AnswerFormat
@@ -201,7 +201,7 @@ class Serving:
             return await self._write_events(request, generation, record)
         finally:
             generation.cancel()
-            self._log.finish(record, self._clock())
+            self._finish_record(record, asked)
 
     async def _write_events(
         self, request: web.Request, generation: Streamed, record: RequestRecord
@@ -253,6 +253,12 @@ class Serving:
         )
         self._log.begin(record)
         return record
+
+    def _finish_record(self, record: RequestRecord, asked: _Asked) -> None:
+        self._log.finish(record, self._clock())
+        longest = max(choice.num_output_tokens for choice in record.choices)
+        model = self._metrics.for_model(asked.served.info.name)
+        model.observe(names.REQUEST_LONGEST_GENERATION, longest)
 
     def _choices(self, asked: _Asked, listener: Listener) -> list[Choice]:
         """All choices of each prompt, in the order of their indices. Raises ApiError."""

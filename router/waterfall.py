@@ -106,8 +106,8 @@ def _attempt(attempt: AttemptTrace) -> list[str]:
     if attempt.timing is not None:
         timing, cached = attempt.timing, attempt.num_cached_tokens or 0
         lines.append(
-            f"    prefill  {timing.num_steps} steps in {_s(timing.compute_s)} after "
-            f"{_s(timing.queue_s)} of waiting; {cached} tokens were cached"
+            f"    prefill  computed for {_s(timing.compute_s)} (steps: {timing.num_steps}), "
+            f"waited for {_s(timing.queue_s)}, cached tokens: {cached}"
         )
     if attempt.transfer is not None:
         lines.append(f"    handoff  {_transfer(attempt)}")

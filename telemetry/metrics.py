@@ -42,8 +42,14 @@ _MODEL = ("model_name",)
 
 # ---------------------------------------------------------------- requests, seen by the router
 
-NUM_REQUESTS_RUNNING = Metric("vllm:num_requests_running", "Choices on nodes", _MODEL)
-NUM_REQUESTS_WAITING = Metric("vllm:num_requests_waiting", "Choices in the router's queue", _MODEL)
+NUM_REQUESTS_RUNNING = Metric(
+    "vllm:num_requests_running", "Choices on nodes; of a node: in its batch", _MODEL
+)
+NUM_REQUESTS_WAITING = Metric(
+    "vllm:num_requests_waiting",
+    "Choices in the router's queue; of a node: not in its batch yet",
+    _MODEL,
+)
 PROMPT_TOKENS = Metric("vllm:prompt_tokens", "Prompt tokens of finished choices", _MODEL)
 PROMPT_TOKENS_CACHED = Metric(
     "vllm:prompt_tokens_cached", "Prompt tokens that a prefix cache spared", _MODEL
@@ -85,8 +91,26 @@ REQUEST_PROMPT_TOKENS = Metric(
 REQUEST_GENERATION_TOKENS = Metric(
     "vllm:request_generation_tokens", "Output length of finished choices", _MODEL, TOKENS
 )
+REQUEST_LONGEST_GENERATION = Metric(
+    "vllm:request_max_num_generation_tokens",
+    "Output length of the longest choice of a request",
+    _MODEL,
+    TOKENS,
+)
+REQUEST_COMPUTED_TOKENS = Metric(
+    "vllm:request_prefill_kv_computed_tokens",
+    "Prompt tokens that no prefix cache spared",
+    _MODEL,
+    TOKENS,
+)
 REQUEST_MAX_TOKENS = Metric("vllm:request_params_max_tokens", "max_tokens asked", _MODEL, TOKENS)
 REQUEST_N = Metric("vllm:request_params_n", "n asked", _MODEL, SMALL_COUNTS)
+
+HTTP_REQUESTS = Metric(
+    "http_requests",
+    "Answers, as the instrumentation counts them that vLLM uses",
+    ("handler", "method", "status"),
+)
 
 # ---------------------------------------------------------------- the router itself
 
@@ -128,7 +152,8 @@ ROUTER_REFUSED = Metric(
 
 KV_CACHE_USAGE = Metric(
     "vllm:kv_cache_usage_perc",
-    "Share of KV blocks in use, 0 to 1; cached ones count as free",
+    "Share of KV blocks in use, 0 to 1; cached ones count as free. Of a router: of its decode "
+    "nodes, as they last said",
     _MODEL,
 )
 NODE_BLOCKS = Metric(

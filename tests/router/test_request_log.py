@@ -164,7 +164,7 @@ def test_the_picture() -> None:
     text = waterfall(one, None, 1.0)
     assert "to the first token:       140.0 ms" in text
     assert "attempt 2: p → d, node_lost after 95.0 ms" in text
-    assert "prefill  3 steps in 20.0 ms after 10.0 ms of waiting; 8 tokens were cached" in text
+    assert "computed for 20.0 ms (steps: 3), waited for 10.0 ms, cached tokens: 8" in text
     assert "2.5 MB in 4 units by shm, 500.0 ms (5.0 MB/s); tail 300.0 kB, 2.0 ms" in text
     assert "no decode node had room 1 times" in text
 

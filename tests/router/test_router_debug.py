@@ -132,7 +132,7 @@ def test_what_the_nodes_tell_is_shown() -> None:
             assert told["decode_messages"] >= 1
             assert told["prefill"].startswith("prefill#")
             text = (await harness.get(f"/debug/requests/{id}-0?format=text")).body.decode()
-            assert "2 steps" in text
+            assert "steps: 2" in text
             assert "by shm" in text
 
     asyncio.run(scenario())

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from baton.config import UCX_ENVIRONMENT
 from kvtransfer.transport import TransferStats
@@ -30,8 +30,9 @@ from kvtransfer.ucx_worker import array, load, new_context, settings, why_unavai
 from wire.messages import UnitHeader
 from wire.types import BlockHandle, NodeId
 
-SIZES = (16 << 10, 96 << 10, 1 << 20, 4 << 20)
+SIZES = (16 << 10, 96 << 10, 384 << 10, 1 << 20, 4 << 20)
 PREFILL, DECODE = NodeId("prefill", 1), NodeId("decode", 2)
+HEADER = UnitHeader(1, b"c" * 16, 0, BlockHandle(1, 1, 1), 0, 16, 1)
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
 
 def bare_rate(num_bytes: int, count: int) -> float:
     """Bytes per second of a bare loop of messages of this size."""
-    with other_process("bare", num_bytes, count) as port:
+    with other_process("bare", num_bytes, count) as (port, _):
         loop = BareLoop()
         endpoint = loop.worker.create_endpoint_from_hostname("127.0.0.1", int(port), True)
         data, tag = array(bytes(num_bytes)), loop.ucx.UCXXTag(1)
@@ -121,21 +122,22 @@ class BareLoop:
 
 def transport_rate(num_bytes: int, count: int) -> float:
     """Bytes per second of units of this size through the transport, its digests left out."""
-    with other_process("transport", num_bytes, count) as url:
-        return asyncio.run(_send_units(url, num_bytes, count))
+    with other_process("transport", num_bytes, count) as (url, tell):
+        return asyncio.run(_send_units(url, tell, num_bytes, count))
 
 
-async def _send_units(url: str, num_bytes: int, count: int) -> float:
+async def _send_units(url: str, tell: IO[str], num_bytes: int, count: int) -> float:
     sender = UcxUnitSender(PREFILL)
     back = UcxUnitReceiver(PREFILL, over := Sink(1, 1), TransferStats())
     data = memoryview(bytes(num_bytes))
-    sender.send(url, DECODE, _header(int(back.address.url.rpartition(":")[2])), data, nothing)
+    print(back.address.url, file=tell, flush=True)
+    sender.send(url, DECODE, HEADER, data, nothing)
     await asyncio.wait_for(over.full.wait(), 60)  # the lanes are open in both directions
     over.full.clear()
     over.missing = 1
     start = time.perf_counter()
     for _ in range(count):
-        sender.send(url, DECODE, _header(0), data, nothing)
+        sender.send(url, DECODE, HEADER, data, nothing)
     await asyncio.wait_for(over.full.wait(), 60)
     rate = num_bytes * count / (time.perf_counter() - start)
     sender.close()
@@ -149,11 +151,11 @@ async def receive_units(num_bytes: int, count: int) -> None:
     receiver = UcxUnitReceiver(DECODE, sink, TransferStats())
     sender = UcxUnitSender(DECODE)
     print(receiver.address.url, flush=True)
+    answer = (await asyncio.to_thread(sys.stdin.readline)).strip()
     await sink.first.wait()
-    answer = f"ucx://127.0.0.1:{sink.back_port}"
-    sender.send(answer, PREFILL, _header(0), memoryview(b"!"), nothing)
+    sender.send(answer, PREFILL, HEADER, memoryview(b"!"), nothing)
     await asyncio.wait_for(sink.full.wait(), 60)
-    sender.send(answer, PREFILL, _header(0), memoryview(b"!"), nothing)
+    sender.send(answer, PREFILL, HEADER, memoryview(b"!"), nothing)
     await asyncio.to_thread(sys.stdin.readline)
     sender.close()
     receiver.close()
@@ -168,14 +170,12 @@ class Sink:
 
     def __init__(self, num_bytes: int, missing: int) -> None:
         self.missing = missing
-        self.back_port = 0
         self.first = asyncio.Event()
         self.full = asyncio.Event()
         self._blocks = [memoryview(bytearray(num_bytes)) for _ in range(8)]
         self._next = 0
 
     def begin(self, sender: NodeId, header: UnitHeader) -> Block:
-        self.back_port = header.unit or self.back_port
         self._next = (self._next + 1) % len(self._blocks)
         return Block(self, self._blocks[self._next])
 
@@ -201,18 +201,15 @@ class Block:
         self._sink.landed()
 
 
-def _header(unit: int) -> UnitHeader:
-    return UnitHeader(1, b"c" * 16, unit, BlockHandle(1, 1, 1), 0, 16, 1)
-
-
 @contextmanager
-def other_process(what: str, num_bytes: int, count: int) -> Iterator[str]:
-    """Start the receiving process; yields the first line that it prints."""
+def other_process(what: str, num_bytes: int, count: int) -> Iterator[tuple[str, IO[str]]]:
+    """Start the receiving process; yields the first line that it prints, and its stdin."""
     command = [sys.executable, "-m", "benchmarks.ucx_floor", what, str(num_bytes), str(count)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None, "asked for a pipe"
-        yield process.stdout.readline().strip()
+        assert process.stdin is not None, "asked for a pipe"
+        yield process.stdout.readline().strip(), process.stdin
         process.communicate("\n", timeout=10)
     finally:
         process.kill()

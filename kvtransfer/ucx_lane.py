@@ -1,12 +1,14 @@
 """Units over UCX: tagged messages, received in place, between two processes that both consent.
 
     prefill                      decode
-      │ [hello] ────────────────▶ │ door, tag 0: [magic | pass | the way back]
+      │ [hello] ────────────────▶ │ door, tag 0: [magic | pass | the way back | greeting]
       │                           │ the pass is right: a worker for this lane, and a random key
       │ ◀──────────────── welcome │ [magic | pass | key | the lane's worker]
-      │ [header] ───────────────▶ │ lane, tag = key, 0
-      │ [payload] ──────────────▶ │ lane, tag = key, 1: found by a probe, then the sink is asked,
-      │                           │ then received into its block, or into nothing
+      │ [headers] ──────────────▶ │ lane, tag = key, 0: of one or several units
+      │ [payload] ──────────────▶ │ lane, tag = key, 1: each found by a probe, then the sink is
+      │ [payload] ──────────────▶ │ asked, then received into its block, or into nothing
+
+The greeting is an envelope: it says who speaks to whom, and in which version of the protocol.
 
 Nobody listens with a UCX listener, which would take every address of the host: the two exchange the
 addresses of their workers, and a worker is reached only by the devices that it was given. The pass
@@ -29,9 +31,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
+from collections.abc import Sequence
 from contextlib import suppress
 
-from wire.errors import ConfigError
+from kvtransfer.shm_stream import UNIT, pack, unpack
+from wire.codec import Envelope, decode, encode
+from wire.errors import ConfigError, MalformedMessage
+from wire.messages import RenewLeases, UnitHeader
+from wire.types import NodeId
 
 NAME = "ucx"
 HELLO_TAG = 0  # on the receiver's worker
@@ -39,10 +47,12 @@ WELCOME_TAG = 0  # on the sender's own worker of the lane
 MAGIC = b"baton/2\n"
 PASS_BYTES = 16
 KEY_BYTES = 8
-MAX_HELLO_BYTES = 4096
+MAX_HELLO_BYTES = 8192
+MAX_HEADERS = 64  # in one message: not more than UCX carries in one piece
 POSTED_BYTES = 4 << 20  # per lane, given to UCX at a time; bounds how long one turn takes
 LAST_TURNS_S = 1.0  # how long `close` waits for UCX to let go of the pool's memory
 _CHECK_BYTES = 8
+_NO_PLACE = 0  # the payload follows
 
 
 def header_tag(key: int) -> int:
@@ -74,6 +84,38 @@ def parse(url: str) -> tuple[bytes, bytes]:
         if scheme == NAME and len(body) > PASS_BYTES and check == _check(body):
             return body[PASS_BYTES:], body[:PASS_BYTES]
     raise ConfigError(f"{url!r} is not the address of a ucx transport")
+
+
+def pack_hello(me: NodeId, to: NodeId, password: bytes, way_back: bytes) -> bytes:
+    """The first message of a lane."""
+    greeting = encode(Envelope(me, to, RenewLeases(())))
+    return MAGIC + password + len(way_back).to_bytes(2, "little") + way_back + greeting
+
+
+def unpack_hello(data: bytes, password: bytes) -> tuple[Envelope, bytes]:
+    """The greeting and the way back.
+
+    Raises:
+        MalformedMessage, VersionMismatch: it is no hello of somebody who has the pass.
+    """
+    begin = len(MAGIC) + len(password)
+    if not hmac.compare_digest(data[:begin], MAGIC + password):
+        raise MalformedMessage("a hello without the pass")
+    end = begin + 2 + int.from_bytes(data[begin : begin + 2], "little")
+    return decode(data[end:]), data[begin + 2 : end]
+
+
+def pack_headers(headers: Sequence[UnitHeader]) -> bytes:
+    """The headers of the payloads that come next, in this order."""
+    return b"".join(pack(header, _NO_PLACE) for header in headers)
+
+
+def unpack_headers(data: bytes) -> list[UnitHeader]:
+    """What `pack_headers` made. Raises MalformedMessage."""
+    count, rest = divmod(len(data), UNIT.size)
+    if rest or not 0 < count <= MAX_HEADERS:
+        raise MalformedMessage(f"{len(data)} bytes are no headers")
+    return [unpack(data, index * UNIT.size)[0] for index in range(count)]
 
 
 def _check(body: bytes) -> bytes:

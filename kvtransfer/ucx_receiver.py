@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import secrets
 import time
@@ -10,9 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvtransfer.transport import TransferStats, UnitSink
-from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, MAX_HELLO_BYTES, NAME, PASS_BYTES, url_of
+from kvtransfer.ucx_lane import (
+    HELLO_TAG,
+    MAX_HELLO_BYTES,
+    NAME,
+    PASS_BYTES,
+    unpack_hello,
+    url_of,
+)
 from kvtransfer.ucx_receiver_lane import Desk, ReceiverLane
 from kvtransfer.ucx_worker import ANY_TAG, DrivenWorker, array, load, new_context, settings
+from wire.errors import MalformedMessage, VersionMismatch
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)
@@ -60,28 +67,38 @@ class UcxUnitReceiver:
         if found is None:
             return False
         tag, num_bytes = found
-        way_back = self._way_back(tag, num_bytes)
-        if way_back and len(self._lanes) < _MAX_LANES:
-            self._open_lane(way_back)
+        if tag == HELLO_TAG and num_bytes <= MAX_HELLO_BYTES:
+            self._take_hello(num_bytes)
+        else:
+            self._receive(bytearray(1), tag)
+            self._desk.count_malformed(f"{num_bytes} bytes at the door, which are no hello")
         return True
 
-    def _way_back(self, tag: int, num_bytes: int) -> bytes | None:
-        """The address in the next message, if it is a hello of somebody with the pass."""
-        begin = MAGIC + self._desk.password
-        is_hello = tag == HELLO_TAG and len(begin) < num_bytes <= MAX_HELLO_BYTES
-        hello = bytearray(num_bytes if is_hello else 1)
-        into = array(hello)
-        request = self._driver.receive(into, tag)
-        if not request.completed:  # nobody of ours sends hellos in pieces
-            self._received.append((request, into))
-        if is_hello and request.completed and hmac.compare_digest(hello[: len(begin)], begin):
-            return bytes(hello[len(begin) :])
-        self._desk.count_malformed(f"{num_bytes} bytes at the door, which are no hello")
-        return None
+    def _receive(self, into: bytearray, tag: int) -> bool:
+        """Receive the next message of this tag; False if it is not there yet."""
+        held = array(into)
+        request = self._driver.receive(held, tag)
+        if not request.completed:
+            self._received.append((request, held))
+        return bool(request.completed)
 
-    def _open_lane(self, way_back: bytes) -> None:
+    def _take_hello(self, num_bytes: int) -> None:
+        hello = bytearray(max(1, num_bytes))
         try:
-            lane = ReceiverLane(self._context, way_back, self._desk, self._lanes.discard)
+            if not self._receive(hello, HELLO_TAG):  # nobody of ours sends hellos in pieces
+                raise MalformedMessage("a hello in pieces")
+            greeting, way_back = unpack_hello(bytes(hello), self._desk.password)
+        except (MalformedMessage, VersionMismatch) as error:
+            self._desk.count_malformed(str(error))
+            return
+        if greeting.receiver != self._desk.me:
+            self._desk.stats.units_dropped["stale"] += 1
+        elif len(self._lanes) < _MAX_LANES:
+            self._open_lane(greeting.sender, way_back)
+
+    def _open_lane(self, sender: NodeId, way_back: bytes) -> None:
+        try:
+            lane = ReceiverLane(self._context, sender, way_back, self._desk, self._lanes.discard)
         except load().UCXError as error:
             log.warning("a prefill node cannot be reached by ucx: %s", error)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,16 @@ from kvtransfer.ucx_lane import (
     WELCOME_TAG,
     header_tag,
     payload_tag,
+    unpack_headers,
 )
 from kvtransfer.ucx_worker import ANY_TAG, EVERY_BIT, DrivenWorker, array, load, succeeded
-from wire.codec import decode
-from wire.errors import MalformedMessage, VersionMismatch
+from wire.errors import MalformedMessage
 from wire.messages import UnitHeader
 from wire.types import NodeId
 
 log = logging.getLogger(__name__)
 
-_MAX_HEADER_BYTES = 4096
+_MAX_HEADER_BYTES = 16384
 _BURST = 64  # messages before UCX gets its turn
 
 
@@ -76,14 +77,19 @@ class ReceiverLane:
     """
 
     def __init__(
-        self, context: Any, way_back: bytes, desk: Desk, on_ended: Callable[[ReceiverLane], None]
+        self,
+        context: Any,
+        sender: NodeId,
+        way_back: bytes,
+        desk: Desk,
+        on_ended: Callable[[ReceiverLane], None],
     ) -> None:
+        self._sender = sender
         self._desk = desk
         self._on_ended = on_ended
         self._key = secrets.randbits(62) + 1
         self._moved_at = desk.clock()
-        self._header: tuple[NodeId, UnitHeader] | None = None  # of the payload that comes next
-        self._expects_payload = False
+        self._headers: deque[UnitHeader | None] = deque()  # of the payloads that come next
         self._receives: list[_Receive] = []
         self._posted_bytes = 0
         self._dropped: list[tuple[Any, Any]] = []  # receives into nothing, and the nothing
@@ -151,36 +157,45 @@ class ReceiverLane:
                 return taken > 0
             tag, num_bytes = found
             if tag == header_tag(self._key):
-                self._take_header(num_bytes)
+                self._take_headers(num_bytes)
             else:
                 self._take_payload(num_bytes)
         return True
 
-    def _take_header(self, num_bytes: int) -> None:
-        if self._expects_payload:
+    def _take_headers(self, num_bytes: int) -> None:
+        if self._headers:
             self._desk.count_malformed("a header where a payload should be")
-        self._expects_payload = True
-        self._header = None
+            self._headers.clear()
         if num_bytes > _MAX_HEADER_BYTES:
             self._drop(header_tag(self._key))
-            self._desk.count_malformed(f"a header of {num_bytes} bytes")
+            self._forgo(f"a header of {num_bytes} bytes")
             return
         head = bytearray(max(1, num_bytes))
         into = array(head)
         request = self._driver.receive(into, header_tag(self._key))
-        if request.completed:
-            self._header = self._open(memoryview(head)[:num_bytes])
-        else:  # nobody of ours sends headers in pieces
+        if not request.completed:  # nobody of ours sends headers in pieces
             self._dropped.append((request, into))
-            self._desk.count_malformed("a header in pieces")
+            self._forgo("a header in pieces")
+            return
+        try:
+            self._headers.extend(unpack_headers(bytes(head)))
+        except MalformedMessage as error:
+            self._forgo(str(error))
+
+    def _forgo(self, what: str) -> None:
+        """A header cannot be read: its payload is received into nothing."""
+        self._desk.count_malformed(what)
+        self._headers.append(None)
 
     def _take_payload(self, num_bytes: int) -> None:
         tag = payload_tag(self._key)
-        if not self._expects_payload:
+        if not self._headers:
             self._desk.count_malformed("a payload without a header")
-        header, self._header, self._expects_payload = self._header, None, False
+            self._drop(tag)
+            return
+        header = self._headers.popleft()
         try:
-            landing = self._desk.sink.begin(*header) if header else None
+            landing = self._desk.sink.begin(self._sender, header) if header else None
         except Exception:
             self._drop(tag)
             raise
@@ -190,15 +205,19 @@ class ReceiverLane:
             self._drop(tag)
             landing.end(num_bytes)
         else:
-            into = array(landing.view)
-            receive = _Receive(self._driver.receive(into, tag), into, landing, num_bytes)
-            if receive.request.completed:  # a small one was all there
-                receive.end()
-                return
-            if not self._receives:
-                self._moved_at = self._desk.clock()
-            self._receives.append(receive)
-            self._posted_bytes += num_bytes
+            self._receive(landing, num_bytes)
+
+    def _receive(self, landing: Landing, num_bytes: int) -> None:
+        into = array(landing.view)
+        request = self._driver.receive(into, payload_tag(self._key))
+        receive = _Receive(request, into, landing, num_bytes)
+        if request.completed:  # a small one was all there
+            receive.end()
+            return
+        if not self._receives:
+            self._moved_at = self._desk.clock()
+        self._receives.append(receive)
+        self._posted_bytes += num_bytes
 
     def _finish(self) -> None:
         """Hand over every unit that is completely there, or will never be."""
@@ -223,14 +242,3 @@ class ReceiverLane:
             self._drop(stray[0])
             found = True
         return found
-
-    def _open(self, head: memoryview) -> tuple[NodeId, UnitHeader] | None:
-        try:
-            envelope = decode(head)
-        except (MalformedMessage, VersionMismatch) as error:
-            self._desk.count_malformed(str(error))
-            return None
-        if envelope.receiver != self._desk.me or not isinstance(envelope.message, UnitHeader):
-            self._desk.stats.units_dropped["stale"] += 1
-            return None
-        return envelope.sender, envelope.message

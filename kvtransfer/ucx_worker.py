@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -79,9 +80,14 @@ def array(buffer: Any) -> Any:
 
     It keeps the buffer alive; a request does not, and must never outlive it.
     """
-    from ucxx._lib.arr import Array
+    return _array_type()(buffer)
 
-    return Array(buffer)
+
+@cache
+def _array_type() -> Any:
+    from ucxx._lib.arr import Array  # finding it costs as much as making one
+
+    return Array
 
 
 def new_context(values: Mapping[str, str]) -> Any:

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from kvtransfer.lease import LeaseState
-from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, header_tag, payload_tag
+from kvtransfer.ucx_lane import (
+    HELLO_TAG,
+    MAGIC,
+    header_tag,
+    pack_headers,
+    pack_hello,
+    payload_tag,
+)
 from tests.kvtransfer.rig import DECODE as RIG_DECODE
 from tests.kvtransfer.rig import LAYOUT, until
 from tests.kvtransfer.ucx_peer import PREFILL
@@ -18,8 +25,7 @@ from tests.kvtransfer.ucx_rig import (
     nothing,
     run,
 )
-from wire.codec import Envelope, encode
-from wire.messages import FetchTokenizer, UnitHeader
+from wire.messages import UnitHeader
 from wire.types import NodeId
 
 
@@ -28,9 +34,7 @@ def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> N
         both = UcxRig()
         hostile = Hostile(both.receiver.address.url)
         await hostile.welcomed()
-        head = encode(Envelope(PREFILL, RIG_DECODE, header()))
-        other_life = encode(Envelope(PREFILL, NodeId(RIG_DECODE.name, 9), header()))
-        other_message = encode(Envelope(PREFILL, RIG_DECODE, FetchTokenizer()))
+        head = pack_headers([header()])
         first, second = header_tag(hostile.key), payload_tag(hostile.key)
         for tag, data in (
             (second, b"a payload alone"),  # malformed
@@ -39,19 +43,35 @@ def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> N
             (first, head),
             (first, bytes(1 << 20)),  # malformed twice: no payload before it, and too large
             (second, b"its payload"),
-            (first, other_life),  # stale
-            (second, bytes(1 << 20)),
-            (first, other_message),  # stale
+            (first, head + b"x"),  # malformed
             (second, b"its payload"),
-            (first, head),  # expired
+            (first, pack_headers([header(token_end=1 << 31)])),  # malformed
+            (second, b"its payload"),
+            (first, head + head),  # expired twice
+            (second, bytes(1 << 20)),
             (second, bytes(4 << 20)),
             (12345, b"no lane's"),
             (1 << 63, bytes(1 << 20)),
         ):
             hostile.send(tag, data)
         await hostile.close()
-        assert both.rig.received.units_dropped == {"malformed": 4, "stale": 2, "expired": 1}
+        assert both.rig.received.units_dropped == {"malformed": 6, "expired": 2}
         await both.hand_over(30)
+        both.close()
+
+    run(body())
+
+
+def test_a_hello_for_another_life_gets_no_lane() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        hostile = Hostile(both.receiver.address.url)
+        other_life = NodeId(RIG_DECODE.name, 9)
+        way_back = hostile.driver.address
+        hostile.send(HELLO_TAG, pack_hello(PREFILL, other_life, hostile.password, way_back))
+        await hostile.close()
+        await until(lambda: both.rig.received.units_dropped == {"stale": 1})
+        assert not both.receiver._lanes
         both.close()
 
     run(body())

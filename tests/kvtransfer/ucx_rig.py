@@ -20,7 +20,7 @@ import pytest
 import zmq
 
 from kvtransfer.lease import LeaseState
-from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, WELCOME_TAG, parse
+from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, WELCOME_TAG, pack_hello, parse
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.ucx_worker import DrivenWorker, array, new_context, settings, why_unavailable
@@ -168,7 +168,7 @@ class Hostile:
         self.key = 0
 
     async def welcomed(self) -> None:
-        self.send(HELLO_TAG, MAGIC + self.password + self.driver.address)
+        self.send(HELLO_TAG, pack_hello(PREFILL, RIG_DECODE, self.password, self.driver.address))
         await until(lambda: self.driver.probe(WELCOME_TAG))
         found = self.driver.probe(WELCOME_TAG)
         assert found

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.model_report import choose_dtype, report_on
+from kvtransfer.ucx_devices import has_rdma_hardware
 from node import machine
 from wire.errors import ConfigError
 
@@ -30,6 +31,7 @@ PACKAGES = (
     *("aiohttp", "msgpack", "pydantic", "pyzmq", "prometheus-client", "jinja2", "xxhash"),
 )
 UCX_PACKAGES = ("ucxx-cu12", "ucxx-cu13", "ucxx")  # one library under three names
+LIBUCX_PACKAGES = ("libucx-cu12", "libucx-cu13")
 TRANSPORTS = {"loopback": (), "zmq": ("pyzmq",), "shm": (), "ucx": UCX_PACKAGES}
 
 Section = dict[str, Any]
@@ -97,19 +99,21 @@ def choices_section(found: machine.Machine) -> Section:
         "dtype_of_other_models": "float32",
         "nodes": "1 prefill, 1 decode",
         "threads_per_node": max(1, found.num_cores // 2),
-        "transport": "auto: shm on one host, zmq between hosts",
+        "transport": "auto: shm on one host; between hosts ucx where UCX has RDMA, else zmq",
         "kv_memory_bytes_per_node": machine.default_kv_memory(),
     }
 
 
 def transport_state(name: str) -> str:
     """Whether a KV transport can be used: its module and the package that it needs are here."""
-    modules = (f"kvtransfer.{name}_transport", f"kvtransfer.{name}")
+    modules = [f"kvtransfer.{name}{end}" for end in ("_transport", "_lane", "")]
     if not any(util.find_spec(module) for module in modules):
         return "not built in yet"
     packages = TRANSPORTS[name]
     if packages and not any(version_of(package) for package in packages):
         return f"needs the package {packages[0]}"
+    if name == "ucx":
+        return f"ready: {_ucx_parts()}"
     return "ready, inside one process" if name == "loopback" else "ready"
 
 
@@ -119,6 +123,21 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _ucx_parts(sys_class: Path = Path("/sys/class")) -> str:
+    """What the installed UCX is built with, from its files: loading it takes half a second."""
+    spec = util.find_spec("libucx")
+    if spec is None or spec.origin is None:
+        return "UCX of the system, which `ucx_info -d` tells about"
+    folder = Path(spec.origin).parent / "lib" / "ucx"
+    parts = {"CUDA": "libuct_cuda.so", "RDMA": "libuct_ib.so"}
+    has = {part: any(folder.glob(f"{file}*")) for part, file in parts.items()}
+    version = next(filter(None, map(version_of, LIBUCX_PACKAGES)), "")
+    built = ", ".join(f"{part} {'built in' if there else 'not'}" for part, there in has.items())
+    hardware = "RDMA hardware" if has_rdma_hardware(sys_class) else "no RDMA hardware"
+    advice = "" if has["RDMA"] else "; only TCP then, where zmq is faster"
+    return f"UCX {version}, {built}, {hardware}{advice}"
 
 
 def _ucxx_version() -> str | None:

@@ -128,6 +128,25 @@ def test_transports_come_from_what_is_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor.transport_state("zmq") == "needs the package no-such-package"
 
 
+@pytest.mark.parametrize("part", ["cuda", "ib"])
+def test_what_ucx_there_is_comes_from_its_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str
+) -> None:
+    folder = tmp_path / "libucx" / "lib" / "ucx"
+    folder.mkdir(parents=True)
+    (tmp_path / "libucx" / "__init__.py").touch()
+    (folder / f"libuct_{part}.so.0").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "libucx", raising=False)
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.2.3")
+    said = doctor.transport_state("ucx")
+    assert said.startswith("ready: UCX 1.2.3, ")
+    assert ("CUDA built in, RDMA not" in said) is (part == "cuda")
+    assert ("CUDA not, RDMA built in" in said) is (part == "ib")
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    assert doctor.transport_state("ucx") == "needs the package ucxx-cu12"
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
     [(0, "0 B"), (1536, "1.5 KiB"), (1 << 30, "1 GiB"), (3 << 40, "3072 GiB")],

@@ -57,7 +57,7 @@ class Inside:
         return {
             name: int(url.rpartition(":")[2])
             for name, url in urls.items()
-            if not url.startswith("shm:")
+            if url.startswith("tcp:")
         }
 
     def wrap(self, owner: Any, name: str, around: Call) -> None:

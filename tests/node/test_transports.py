@@ -168,8 +168,9 @@ def test_without_ucxx_who_asks_for_it_is_told_what_to_install(
 
 
 def test_ucx_leaves_this_host_only_where_the_network_is_trusted() -> None:
-    with pytest.raises(ConfigError, match="--insecure"):
-        config("ucx", host="0.0.0.0")
+    for key_file in (None, Path("fleet.key")):  # a key does not encrypt UCX
+        with pytest.raises(ConfigError, match="--insecure"):
+            config("ucx", host="0.0.0.0", key_file=key_file)
     assert config("ucx", host="0.0.0.0", insecure=True).transport == "ucx"
 
 

@@ -22,6 +22,7 @@ from engine.request import Request
 from engine.reservations import Reservation
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from kernels.ops import LayerOps
 from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
 
@@ -50,10 +51,11 @@ class Engine:
         epoch: int,
         model_fingerprint: str,
         eos_token_ids: frozenset[int],
+        ops: LayerOps | None = None,
     ) -> None:
         self.config = config
         self._runner = runner
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(eos_token_ids, ops)
         self._pool = BlockPool(config.num_blocks, epoch)
         self._cache = PrefixCache(
             self._pool,

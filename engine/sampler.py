@@ -20,7 +20,8 @@ from torch import Tensor
 
 from engine.request import Request
 from kernels.noise import row_keys
-from kernels.sampling import filter_floor, gumbel_argmax, penalize
+from kernels.ops import LayerOps, TorchOps
+from kernels.sampling import penalize
 from wire.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -30,8 +31,9 @@ GREEDY_BELOW = 1e-5
 class Sampler:
     """Chooses one token per row of logits."""
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, eos_token_ids: frozenset[int], ops: LayerOps | None = None) -> None:
         self._eos_token_ids = eos_token_ids
+        self._ops = ops or TorchOps()
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
         """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
@@ -45,7 +47,7 @@ class Sampler:
         tokens = logits.argmax(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
         if drawn:
-            tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
+            tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn], self._ops)
         return [int(token) for token in tokens.tolist()]
 
     def _adjust(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -104,18 +106,18 @@ def _penalize_output(row: Tensor, request: Request) -> None:
     row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _draw(logits: Tensor, requests: Sequence[Request], ops: LayerOps) -> Tensor:
     """Sampled tokens, int64 [R], of rows with a temperature."""
     params = [r.sampling for r in requests]
     device = logits.device
     x = logits / logits.new_tensor([p.temperature for p in params]).unsqueeze(1)
     seeds = torch.tensor([_as_int64(p.seed) for p in params], device=device)
     positions = torch.tensor([r.num_tokens for r in requests], device=device)
-    return gumbel_argmax(x, _floors(x, params), row_keys(seeds, positions))
+    return ops.gumbel_argmax(x, _floors(x, params, ops), row_keys(seeds, positions))
 
 
-def _floors(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    return filter_floor(
+def _floors(x: Tensor, params: Sequence[SamplingParams], ops: LayerOps) -> Tensor:
+    return ops.filter_floor(
         x,
         torch.tensor([p.top_k for p in params], device=x.device),
         torch.tensor([p.top_p for p in params], dtype=torch.float64, device=x.device),

@@ -5,10 +5,12 @@
 // depends on that row alone, in one fixed order of operations: neither the number of rows nor the
 // number of threads changes a bit.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -149,5 +151,17 @@ void baton_add_norm(float *residual, const float *branch, const float *weight, f
 // output[row, i] = silu(input[row, i]) * input[row, dim + i]
 void baton_silu_mul(const float *input, float *output, int64_t num_rows, int64_t dim) {
     DISPATCH(silu_mul(input, output, num_rows, dim));
+}
+
+// The lowest kept logit of each row; see kernels/sampling.py.
+void baton_filter_floor(const float *logits, const int64_t *top_k, const double *top_p,
+                        const double *min_p, float *floors, int64_t num_rows, int64_t size) {
+    DISPATCH(filter_floor(logits, top_k, top_p, min_p, floors, num_rows, size));
+}
+
+// argmax of logit + noise over what is at least the row's floor, ties to the lowest id.
+void baton_gumbel_argmax(const float *logits, const float *floors, const uint32_t *keys,
+                         int64_t *tokens, int64_t num_rows, int64_t size) {
+    DISPATCH(gumbel_argmax(logits, floors, keys, tokens, num_rows, size));
 }
 }

@@ -62,6 +62,10 @@ class CpuOps:
         library.baton_add_norm.restype = None
         library.baton_silu_mul.argtypes = [_Pointer] * 2 + [_Size] * 2
         library.baton_silu_mul.restype = None
+        library.baton_filter_floor.argtypes = [_Pointer] * 5 + [_Size] * 2
+        library.baton_filter_floor.restype = None
+        library.baton_gumbel_argmax.argtypes = [_Pointer] * 4 + [_Size] * 2
+        library.baton_gumbel_argmax.restype = None
 
     @property
     def name(self) -> str:
@@ -177,6 +181,35 @@ class CpuOps:
         output = torch.empty((num_rows, width // 2))
         self._library.baton_silu_mul(gate_up.data_ptr(), output.data_ptr(), num_rows, width // 2)
         return output
+
+    def filter_floor(self, x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """See LayerOps."""
+        x = x.contiguous()
+        floors = torch.empty(x.shape[0])
+        self._library.baton_filter_floor(
+            x.data_ptr(),
+            top_k.data_ptr(),
+            top_p.data_ptr(),
+            min_p.data_ptr(),
+            floors.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+        )
+        return floors
+
+    def gumbel_argmax(self, x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
+        """See LayerOps."""
+        x, keys = x.contiguous(), keys.contiguous()
+        tokens = torch.empty(x.shape[0], dtype=torch.int64)
+        self._library.baton_gumbel_argmax(
+            x.data_ptr(),
+            floor.data_ptr(),
+            keys.data_ptr(),
+            tokens.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+        )
+        return tokens
 
 
 def _attends(query: Tensor, keys: Tensor) -> bool:

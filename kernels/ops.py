@@ -1,4 +1,4 @@
-"""What a decoder layer computes besides its linears, as one set of operations.
+"""What a step computes besides the linears, as one set of operations.
 
 `TorchOps` is the specification, in plain torch, for any device and dtype; `kernels.cpu_ops` does
 the same in compiled code. A row's result depends on no other row, except by attention on the keys
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.paged_attention import RequestRows
 from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
+from kernels.sampling import filter_floor, gumbel_argmax
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ class LayerOps(Protocol):
         """Same contract as `paged_attention_reference`."""
         ...
 
+    def filter_floor(self, x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """Same contract as `kernels.sampling.filter_floor`."""
+        ...
+
+    def gumbel_argmax(self, x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
+        """Same contract as `kernels.sampling.gumbel_argmax`."""
+        ...
+
 
 class TorchOps:
     """See LayerOps."""
@@ -188,6 +197,14 @@ class TorchOps:
             sinks=sinks,
             masks=rows.masks,
         )
+
+    def filter_floor(self, x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """See LayerOps."""
+        return filter_floor(x, top_k, top_p, min_p)
+
+    def gumbel_argmax(self, x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
+        """See LayerOps."""
+        return gumbel_argmax(x, floor, keys)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -118,6 +118,7 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         epoch=secrets.randbits(64),
         model_fingerprint=model.fingerprint,
         eos_token_ids=frozenset(model.eos_token_ids),
+        ops=model.ops,
     )
     return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks, pool)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_ops import ISA_NAMES, CpuOps, load_cpu_ops
+from kernels.noise import gumbel, row_keys
 from kernels.ops import HeadNorms, LayerSlots, PackedRows, TorchOps
 from kernels.paged_attention import RequestRows, paged_attention_reference
 
@@ -142,6 +143,53 @@ def test_norm_and_activation_equal_torch(ops: CpuOps, width: int) -> None:
         assert torch.equal(mine, theirs)
     gate_up = 20 * seeded(50, 2 * width, seed=3)
     torch.testing.assert_close(ops.silu_mul(gate_up), TorchOps().silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_filter_floor_equals_torch(ops: CpuOps, spread: float) -> None:
+    """Ties, masked entries and every combination of the three filters."""
+    size = 1000
+    row = (spread * seeded(size)).round(decimals=3)
+    row[17::50] = -torch.inf
+    combinations = list(
+        itertools.product((0, 1, 7, 999, 5000), (0.0, 0.3, 0.95, 1.0), (0.0, 0.01, 0.9, 1.0))
+    )
+    x = row.expand(len(combinations), size).contiguous()
+    top_k = torch.tensor([k for k, _, _ in combinations])
+    top_p = torch.tensor([p for _, p, _ in combinations], dtype=torch.float64)
+    min_p = torch.tensor([m for _, _, m in combinations], dtype=torch.float64)
+    expected = TorchOps().filter_floor(x, top_k, top_p, min_p)
+    found = ops.filter_floor(x, top_k, top_p, min_p)
+    for number, combination in enumerate(combinations):
+        kept = row >= expected[number]
+        assert torch.equal(row >= found[number], kept), f"{combination}: {int(kept.sum())} kept"
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0])
+def test_tokens_are_drawn_as_torch_draws_them(ops: CpuOps, spread: float) -> None:
+    """Logarithms differ by a few ulp; a draw whose two best are that close is no difference."""
+    num_rows, size = 400, 1003
+    x = spread * seeded(num_rows, size)
+    floor = torch.full((num_rows,), -torch.inf)
+    floor[::2] = x[::2].topk(20).values[:, -1]
+    keys = row_keys(torch.arange(num_rows) * 977, torch.arange(num_rows))
+    found, expected = (by.gumbel_argmax(x, floor, keys) for by in (ops, TorchOps()))
+    ids = torch.arange(size, dtype=torch.int32)
+    scores = (x + gumbel(keys.unsqueeze(1), ids)).masked_fill(x < floor.unsqueeze(1), -torch.inf)
+    lead = scores.gather(1, expected[:, None]) - scores.gather(1, found[:, None])
+    assert float(lead.max()) < 1e-5
+    assert int((found != expected).sum()) <= 1
+
+
+def test_noise_is_exact_in_both_tails(ops: CpuOps) -> None:
+    """A draw between two tokens shows the sign of the difference of their noises."""
+    keys = row_keys(torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64))
+    noise = gumbel(keys.unsqueeze(1), torch.arange(2, dtype=torch.int32))
+    gap = (noise[:, 0] - noise[:, 1]).double()
+    for offset, wins in ((1e-4, 0), (-1e-4, 1)):
+        x = torch.stack([(-gap + offset).float(), torch.zeros(len(gap))], dim=1)
+        drawn = ops.gumbel_argmax(x, torch.full((len(gap),), -torch.inf), keys)
+        assert (drawn == wins).all()
 
 
 def test_what_the_kernel_cannot_attend_over_goes_to_torch(ops: CpuOps) -> None:

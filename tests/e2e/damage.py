@@ -13,11 +13,14 @@ from typing import Any
 from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import LeaseTable
 from kvtransfer.receiver import KVReceiver
+from kvtransfer.sender import KVSender
 from kvtransfer.transport import Landing
-from prefill_node.peers import PeerLinks
+from node.build import BuiltEngine
+from node.token_outbox import TokenOutbox
 from tests.e2e.mischief import Call, Inside, mischief
+from wire import codec
 from wire.messages import Commit, Grant, Message, UnitHeader
-from wire.types import NodeId
+from wire.types import AttemptId, NodeId
 
 
 class _Tampered:
@@ -149,30 +152,57 @@ def repeat_commits(inside: Inside) -> None:
     """Prefill node: every commit is said three times, and once more with the next request's."""
     said: list[tuple[Grant, Message]] = []
 
-    def send(original: Call, peers: Any, grant: Grant, message: Message) -> None:
-        original(peers, grant, message)
+    def send(original: Call, grant: Grant, message: Message) -> None:
+        original(grant, message)
         if isinstance(message, Commit):
             for _ in range(2):
-                original(peers, grant, message)
+                original(grant, message)
             for earlier in said:
-                original(peers, *earlier)
+                original(*earlier)
             said.append((grant, message))
             inside.done.append(f"repeated the commit of lease {grant.lease}")
 
-    inside.wrap(PeerLinks, "send", send)
+    inside.wrap(inside.role._sender, "_send", send)
+
+
+@mischief
+def withhold_first_tokens(inside: Inside) -> None:
+    """Prefill node: all units of a request leave; its first token goes to nobody, so no commit."""
+
+    def drop(original: Call, owner: Any, id: AttemptId, *args: Any) -> None:
+        if id.attempt == 1:
+            inside.done.append(f"withheld the first token of {id}")
+        else:
+            original(owner, id, *args)
+
+    inside.wrap(KVSender, "first_token", drop)
+    inside.wrap(TokenOutbox, "add", drop)
 
 
 @mischief
 def claim_lease(inside: Inside, *, lease: int) -> None:
     """Prefill node: its next commit names a lease that is somebody else's."""
 
-    def send(original: Call, peers: Any, grant: Grant, message: Message) -> None:
+    def send(original: Call, grant: Grant, message: Message) -> None:
         if isinstance(message, Commit) and not inside.done:
             inside.done.append(f"{message.id} claimed lease {lease}")
             message = replace(message, lease=lease)
-        original(peers, grant, message)
+        original(grant, message)
 
-    inside.wrap(PeerLinks, "send", send)
+    inside.wrap(inside.role._sender, "_send", send)
+
+
+@mischief
+def claim_layout(inside: Inside, *, head_dim: int) -> None:
+    """Either role, from its start: it registers with another layout than it has."""
+    layout = property(lambda built: replace(built.memory.layout, head_dim=head_dim))
+    inside.replace(BuiltEngine, "layout", layout)
+
+
+@mischief
+def speak(inside: Inside, *, version: int) -> None:
+    """Either role, from its start: it speaks another version of the protocol."""
+    inside.replace(codec, "PROTOCOL_VERSION", version)
 
 
 # ---------------------------------------------------------------- blindness, for the controls

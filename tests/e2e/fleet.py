@@ -161,15 +161,20 @@ class Fleet:
         self.router.wait_ready()
         return self.router
 
-    def start_node(self, role: str, name: str, *flags: str, orders: Orders = ()) -> Process:
+    def start_node(self, role: str, name: str, *flags: str) -> Process:
         """Start a node without waiting for it."""
-        assert self.router is not None, "start the router first"
-        argv = [str(self.model), "--router", self.router.fields["control"], "--name", name]
-        argv += ["--kv-memory", "64M", "--drain-timeout-s", "10", "--threads", "1"]
-        node = self._start(name, f"{role}_node.__main__", [*argv, *flags], orders)
+        node = self.nodes[name] = self.start_stranger(role, name, *flags)
         node.recipe = (role, flags)
-        self.nodes[name] = node
         return node
+
+    def start_stranger(
+        self, role: str, name: str, *flags: str, model: Path | None = None, orders: Orders = ()
+    ) -> Process:
+        """Start a node that the fleet may refuse; nobody waits for it or counts it."""
+        assert self.router is not None, "start the router first"
+        argv = [str(model or self.model), "--router", self.router.fields["control"]]
+        argv += ["--name", name, "--kv-memory", "64M", "--drain-timeout-s", "10", "--threads", "1"]
+        return self._start(name, f"{role}_node.__main__", [*argv, *flags], orders)
 
     def restart_node(self, name: str) -> Process:
         """Start a node that has ended once more, as it was, without waiting for it."""

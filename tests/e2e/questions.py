@@ -17,18 +17,18 @@ _salts = count()
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of `num_lines` (14 tokens each), sampled with its own seed."""
+    """A prompt of `num_lines` (11 tokens each) and a `tail`, sampled with its own seed."""
 
     topic: str = "function"
     num_lines: int = 20
     max_tokens: int = 24
     seed: int = 1
+    tail: str = ""
 
     @property
     def prompt(self) -> str:
-        return "".join(
-            f"def {self.topic}_{n}(self):\n    return {n}\n" for n in range(self.num_lines)
-        )
+        lines = (f"def {self.topic}_{n}(self):\n    return {n}\n" for n in range(self.num_lines))
+        return "".join(lines) + self.tail
 
 
 async def put(fleet: Fleet, question: Question) -> Answer:

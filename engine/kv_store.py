@@ -37,6 +37,7 @@ class KVStore:
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
+        self._block_bytes = layout.block_bytes
         shape = (
             num_blocks,
             layout.num_layers,
@@ -74,5 +75,5 @@ class KVStore:
         """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""
         if not 0 <= block_id < self.num_blocks:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
-        start = block_id * self.layout.block_bytes
-        return self._bytes[start : start + self.layout.block_bytes]
+        start = block_id * self._block_bytes
+        return self._bytes[start : start + self._block_bytes]

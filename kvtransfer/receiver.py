@@ -209,20 +209,23 @@ class KVReceiver:
         incoming = self._incoming.get(landing.lease.number)
         if num_bytes != len(landing.view) or incoming is None:
             return None
-        layout = self._memory.layout
-        dtype = incoming.geometry.dtype_for(layout)
-        if place_of(landing.unit, layout, dtype) is None:
+        if not landing.in_place:
+            layout = self._memory.layout
+            dtype = incoming.geometry.dtype_for(layout)
             block = self._memory.block_bytes(landing.header.handle.block_id)
             scatter(landing.unit, landing.view, block, layout, dtype)
         return incoming.sealer.digest(landing.unit, landing.view, landing.content)
 
-    def _landing_view(self, unit: Unit, header: UnitHeader) -> memoryview:
-        """The unit's part of the block, or a buffer that `scatter` spreads over the slots."""
+    def _landing_view(self, unit: Unit, header: UnitHeader) -> tuple[memoryview, bool]:
+        """The unit's part of the block, or a buffer that `scatter` spreads over the slots.
+
+        And whether it is the former.
+        """
         layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
         place = place_of(unit, layout, geometry.dtype_for(layout))
         if place is None:
-            return memoryview(bytearray(unit_bytes(unit, layout, geometry)))
-        return self._memory.block_bytes(header.handle.block_id)[place]
+            return memoryview(bytearray(unit_bytes(unit, layout, geometry))), False
+        return self._memory.block_bytes(header.handle.block_id)[place], True
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1
@@ -270,7 +273,7 @@ class KVReceiver:
 class _BlockLanding:
     """See Landing: the place of one unit under one lease."""
 
-    __slots__ = ("_receiver", "_sealer", "content", "header", "lease", "unit", "view")
+    __slots__ = ("_receiver", "_sealer", "content", "header", "in_place", "lease", "unit", "view")
 
     def __init__(
         self,
@@ -283,7 +286,7 @@ class _BlockLanding:
         self.lease = lease
         self.unit = unit
         self.header = header
-        self.view = receiver._landing_view(unit, header)
+        self.view, self.in_place = receiver._landing_view(unit, header)
         self.content: bytes | None = None  # the hash of all of `view`, where `fill` computed it
         self._receiver = receiver
         self._sealer = sealer

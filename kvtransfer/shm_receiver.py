@@ -19,7 +19,7 @@ from wire.types import NodeId, TransportAddress
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 << 10
-_TURN_BYTES = 4 << 20  # copied before the loop gets its turn again
+_TURN_BYTES = 8 << 20  # copied before the loop gets its turn again: about a millisecond
 _UNIT_BYTES = 32 << 10  # what a unit costs besides its bytes, in bytes
 _ANSWER_BYTES = 16 << 20  # an answer wakes the sender: a stream of units gets one for so many bytes
 _PAUSE_S = 1.0  # without a free descriptor nobody is let in for so long

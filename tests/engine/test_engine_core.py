@@ -532,3 +532,17 @@ def test_calls_from_another_thread_do_not_wait_for_the_model() -> None:
     assert first.progress == ()
     [second] = run_all(engine)
     assert second.progress[0].request_id == "b"
+
+
+def test_a_preempted_prompt_has_each_logprob_once() -> None:
+    """A request that grows takes the blocks of a prompt that is half computed."""
+    engine, _ = make_engine(num_blocks=8, kv_overcommit=3.0, max_num_batched_tokens=3)
+    engine.add(make_request("grows", [2, 3, 4], max_tokens=20, ignore_eos=True))
+    prompt = [5 + i % 7 for i in range(24)]
+    asks = make_request("asks", prompt, prefill_only=True, prompt_logprobs=1)
+    engine.add(asks)
+    told = [p for result in run_all(engine) for p in result.progress if p.request_id == "asks"]
+    assert asks.num_preemptions
+    assert told[-1].logprobs is not None
+    after = [logits_after(state) for state in chain(prompt)]
+    check_prompt_rows(told[-1].logprobs.prompt, after, prompt, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from router.dispatch import Dispatch, DispatchLimits
 from router.work import Prompt, Work
@@ -38,8 +39,8 @@ def _first(nodes: list[NodeId], avoid: Collection[NodeId]) -> NodeId | None:
     return next(iter(preferred or nodes), None)
 
 
-def start(nodes: Nodes | None = None, max_tokens: int = 10) -> Dispatch:
-    work = Work("r", Prompt(PROMPT), SamplingParams(max_tokens=max_tokens))
+def start(nodes: Nodes | None = None, max_tokens: int = 10, **sampling: Any) -> Dispatch:
+    work = Work("r", Prompt(PROMPT), SamplingParams(max_tokens=max_tokens, **sampling))
     return Dispatch(work, nodes or Nodes(), LIMITS, now=0)
 
 

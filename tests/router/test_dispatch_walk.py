@@ -9,6 +9,7 @@ import pytest
 from router.dispatch import Phase
 from router.effects import Effect, Failed, Output, Send
 from tests.router.scripted_nodes import D1, D2, LENGTH, P1, P2, PROMPT, Nodes, grant, start
+from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
     Abort,
     Ack,
@@ -26,6 +27,8 @@ from wire.messages import (
 from wire.types import AttemptId, FinishReason, NodeId
 
 TRUTH = [50, 51, 52, 53, 54, 55, 56, 57, 58, 59]
+ROWS = [b"row %d" % token for token in TRUTH]
+PROMPT_ROWS = (b"prompt 1", b"prompt 2")
 
 
 class Walk:
@@ -34,7 +37,9 @@ class Walk:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.nodes = Nodes()
-        self.dispatch = start(self.nodes)
+        self.dispatch = start(self.nodes, logprobs=0, prompt_logprobs=0)
+        self.known: dict[AttemptId, int] = {}  # tokens that an attempt began with
+        self.rows: list[bytes] = []
         self.now = 0.0
         self.shown: list[int] = []
         self.finish: FinishReason | None = None
@@ -55,7 +60,10 @@ class Walk:
             elif isinstance(effect, Output):
                 self.shown += effect.tokens
                 self.finish = effect.finish
+                self.rows += effect.rows
                 assert self.shown == TRUTH[: len(self.shown)]
+                assert self.rows == ROWS[: len(self.shown)]
+                assert self.dispatch.log.prompt_rows == PROMPT_ROWS
             elif isinstance(effect, Failed):
                 self.failure = effect
 
@@ -108,6 +116,8 @@ class Walk:
                 nodes.append(NodeId(known[0].name, life))
 
     def node_receives(self, node: NodeId, message: Message) -> None:
+        if isinstance(message, Reserve | Prefill):
+            self.known[message.id] = len(message.tokens) - message.num_prompt_tokens
         if isinstance(message, Reserve):
             if self.random.random() < 0.2:
                 self.outbox.append((node, Refused(message.id, "capacity", "full", 0.1)))
@@ -144,8 +154,7 @@ class Walk:
             self.outbox.append((node, AttemptFailed(message.id, "transport", "broken", True)))
             return
         last = known + 1 == len(TRUTH)
-        first = TokenUpdate(message.id, known, (TRUTH[known],), LENGTH if last else None)
-        self.outbox.append((node, _tokens(first)))
+        self.tell(node, message.id, known, known + 1)
         if message.grant is not None and not last:
             decode = message.grant.decode
             self.tell(decode, message.id, 0, self.random.randint(known + 1, len(TRUTH)))
@@ -153,7 +162,11 @@ class Walk:
 
     def tell(self, node: NodeId, id: AttemptId, start: int, end: int = len(TRUTH)) -> None:
         finish = LENGTH if end == len(TRUTH) else None
-        update = TokenUpdate(id, start, tuple(TRUTH[start:end]), finish)
+        known = self.known[id]  # of these nobody here ever knew the logprobs
+        rows = [UNKNOWN] * known + ROWS[known:]
+        prompt = () if start or known else PROMPT_ROWS
+        logprobs = Logprobs(tuple(rows[start:end]), prompt)
+        update = TokenUpdate(id, start, tuple(TRUTH[start:end]), finish, logprobs=logprobs)
         self.outbox.append((node, _tokens(update)))
 
     def router_receives(self, sender: NodeId, message: Message) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
 
+from router.choice_text import Told
+from router.logprobs import TokenNames, chat_logprobs, completion_logprobs
+from router.tokenizer import tokenizer_from_files
 from tests.router import tiny_tokenizer
 from tests.router.harness import Answer, endless, router, saying
+from wire.logprobs import TokenLogprobs, pack
 from wire.messages import Prefill
 from wire.types import FinishReason
 
@@ -109,6 +114,16 @@ def test_every_chunk_has_the_logprobs_of_its_text() -> None:
             assert whole["logprobs"]["text_offset"] == [0, 1, 2, 3, 3, 3, 3]
 
     asyncio.run(scenario())
+
+
+def test_what_json_cannot_say_is_said_as_openai_does() -> None:
+    names = TokenNames(tokenizer_from_files(tiny_tokenizer.files(), "test"))
+    row = pack(TokenLogprobs(-math.inf, 9, ((98, -0.0), (99, -math.inf))))
+    told = completion_logprobs([Told(97, row, 0)], names, 2)
+    assert told["token_logprobs"] == [-9999.0]
+    assert told["top_logprobs"] == [{"b": 0.0, "c": -9999.0, "a": -9999.0}]
+    content = chat_logprobs([Told(97, row, 0)], names, 1)["content"]
+    assert content[0]["logprob"] == -9999.0
 
 
 def test_tokens_as_ids_do_not_move_the_offsets() -> None:

@@ -135,11 +135,31 @@ def _use_openai_client(url: str) -> None:
         assert chunk.usage.completion_tokens == 60
         completion = client.completions.create(model="stub", prompt=["a", "b"], max_tokens=5)
         assert [choice.text for choice in completion.choices] == ["abcde", "abcde"]
+        _read_logprobs(client, messages)
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="other", prompt="x")
         with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
             client.completions.create(model="stub", prompt="x", max_tokens=-1)
         assert caught.value.param == "max_tokens"
+
+
+def _read_logprobs(client: openai.OpenAI, messages: list[ChatCompletionMessageParam]) -> None:
+    chat = client.chat.completions.create(
+        model="stub", messages=messages, max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    assert chat.choices[0].logprobs is not None
+    content = chat.choices[0].logprobs.content or []
+    assert [entry.token for entry in content] == ["a", "b", "c"]
+    assert [top.token for top in content[0].top_logprobs] == ["a", "b"]
+    assert content[0].bytes == [97]
+    completion = client.completions.create(
+        model="stub", prompt="hi", max_tokens=3, logprobs=1, echo=True
+    )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["h", "i", "a", "b", "c"]
+    assert logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert completion.choices[0].text == "hiabc"
 
 
 def test_the_openai_client() -> None:

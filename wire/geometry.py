@@ -27,8 +27,8 @@ WireDType = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(WIRE_DTYPES)
 MAX_LAYER_GROUPS = 6
 MIN_UNIT_BYTES = 128 << 10
 """Each unit costs a header, a digest and two lookups, whatever its size: at 64 KB these weigh as
-much as the copy (`docs/log.md`). And after the last forward pass a third of the last chunk is little:
-of four chunks nine tenths of the bytes have left."""
+much as the copy (`docs/log.md`). And a third of the last chunk is little to be left after the last
+forward pass: of four chunks, a twelfth."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class ChoiceText:
         self._rules = rules
         self._stops = StopMatcher(rules.stops, include=rules.include_stop) if rules.stops else None
         self._trail = _Trail() if rules.tells_tokens else None
+        self._is_plain = not (rules.stops or rules.tells_tokens or rules.is_mute)
         self.num_tokens = 0
         self.finish: FinishReason | None = None
 
@@ -59,6 +60,9 @@ class ChoiceText:
         self, tokens: tuple[int, ...], finish: FinishReason | None, rows: tuple[bytes, ...] = ()
     ) -> str:
         """Text to show for new tokens; sets `finish` when the choice has ended."""
+        if self._is_plain and finish is None:  # most calls
+            self.num_tokens += len(tokens)
+            return self._detokenizer.push(tokens)
         if self._rules.is_mute:
             self.finish = FinishReason.LENGTH if finish is not None else None
             return ""

@@ -128,8 +128,6 @@ class _Format:
 
     def _beside(self, told: list[Told], offset: int) -> tuple[str, str]:
         """(the `logprobs`, what is added to a choice) of an event with these tokens."""
-        if not told:
-            return "null", ""
         logprobs = self._logprobs(told, offset)
         text = "null" if logprobs is None else _dumps(logprobs)
         if not self._details.token_ids:
@@ -184,7 +182,7 @@ class CompletionFormat(_Format):
     def text(
         self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
     ) -> str:
-        logprobs, ids = self._beside(told, offset)
+        logprobs, ids = self._beside(told, offset) if told else ("null", "")
         return self._event(self._choice(index, text, logprobs, "null", ids), usage)
 
     def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
@@ -235,7 +233,7 @@ class ChatFormat(_Format):
     def text(
         self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
     ) -> str:
-        logprobs, ids = self._beside(told, offset)
+        logprobs, ids = self._beside(told, offset) if told else ("null", "")
         delta = f'{{"content":{quote(text)}}}'
         return self._event(self._choice(index, delta, logprobs, "null", ids), usage)
 

@@ -189,7 +189,9 @@ class DecodeRole:
             return Refused(id, "superseded", "this attempt has ended or a later one is known")
         if self._draining:
             return Refused(id, "draining", "the node is shutting down")
-        mistake = self._shell.built.mistake(message.tokens, message.num_prompt_tokens)
+        mistake = self._shell.built.mistake(
+            message.tokens, message.num_prompt_tokens, message.sampling
+        )
         if mistake is not None:
             return Refused(id, "invalid", mistake)
         return self._too_long(message)

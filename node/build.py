@@ -23,8 +23,9 @@ from node.machine import default_kv_memory
 from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
+from wire.logprobs import MAX_PAIRS
 from wire.messages import ModelInfo, TokenizerFiles
-from wire.types import BlockHandle, Role
+from wire.types import BlockHandle, Role, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,18 @@ class BuiltEngine:
         """Whether the KV of so many tokens fits, if nothing else is there."""
         return self.layout.num_blocks(num_tokens) <= self.num_blocks
 
-    def mistake(self, tokens: Sequence[int], num_prompt_tokens: int) -> str | None:
-        """Why no request can have these tokens; None if one can."""
+    def mistake(
+        self, tokens: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams
+    ) -> str | None:
+        """Why no request can have these tokens and this sampling; None if one can."""
         if not 0 < num_prompt_tokens <= len(tokens):
             return f"a prompt of {num_prompt_tokens} tokens among {len(tokens)}"
         if max(tokens) >= self.model.vocab_size:
             return f"token {max(tokens)} is not below {self.model.vocab_size}"
+        room = max(0, self.model.max_model_len - num_prompt_tokens)
+        num_output = min(sampling.max_tokens, room)
+        if sampling.num_logprob_pairs(num_prompt_tokens, num_output) > MAX_PAIRS:
+            return "more logprobs than a message holds"
         return None
 
     @property

@@ -112,7 +112,7 @@ class PrefillRole:
     def _admit(self, link: RouterLink, message: Prefill) -> None:
         id = message.id
         built = self._shell.built
-        mistake = built.mistake(message.tokens, message.num_prompt_tokens)
+        mistake = built.mistake(message.tokens, message.num_prompt_tokens, message.sampling)
         if mistake is not None:
             self._refuse(link, id, "invalid", mistake, retryable=False)
             return

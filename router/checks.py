@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from router.api import CompletionBody
 from router.api_chat import ChatBody, ChatRendering
 from router.errors import bad_request
-
-MAX_PROMPT_PAIRS = 4 << 20
-"""(token, logprob) pairs of one prompt's logprobs: 32 MiB on the wire."""
+from wire.logprobs import MAX_PAIRS
+from wire.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,13 @@ def check_body(body: CompletionBody | ChatBody, limits: ServerLimits) -> None:
         _check_completion(body, limits)
 
 
-def check_prompt_logprobs(num_tokens: int, num_top: int | None) -> None:
-    """Raise ApiError where a prompt's logprobs would be more than a message holds."""
-    if num_top is not None and num_tokens * (1 + num_top) > MAX_PROMPT_PAIRS:
+def check_num_pairs(num_prompt_tokens: int, sampling: SamplingParams) -> None:
+    """Raise ApiError for more logprobs than nodes take on."""
+    if sampling.num_logprob_pairs(num_prompt_tokens, sampling.max_tokens) > MAX_PAIRS:
         raise bad_request(
-            f"Logprobs of {num_tokens} prompt tokens with {num_top} alternatives are too many; "
-            "ask for fewer alternatives.",
-            "prompt_logprobs",
+            "These are too many logprobs for one request; ask for fewer alternatives, or limit "
+            "the number of tokens.",
+            "logprobs" if sampling.logprobs is not None else "prompt_logprobs",
         )
 
 

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from router.api import parse_completion
 from router.api_chat import parse_chat
-from router.checks import check_prompt_logprobs
+from router.checks import check_num_pairs
 from router.choice import Choice, Listener
 from router.choice_text import ChoiceText
 from router.chunks import AnswerFormat, ChatFormat, CompletionFormat, TokenDetails
@@ -266,12 +266,12 @@ class Serving:
         self._metrics.for_model(info.name).observe(names.REQUEST_N, params.n)
         choices: list[Choice] = []
         for encoded in asked.prompts:
-            check_prompt_logprobs(len(encoded.ids), params.prompt_logprobs)
             prompt = Prompt(tuple(encoded.ids), params.cache_salt)
             tokenizer = asked.served.tokenizer
             echo = echo_of(encoded.ids, encoded.added, tokenizer) if params.echo else None
             for number in range(params.num_choices):
                 sampling = params.sampling(number, len(encoded.ids), info.max_model_len)
+                check_num_pairs(len(encoded.ids), sampling)
                 work = Work(f"{asked.id}-{len(choices)}", prompt, sampling)
                 choices.append(self._choice(len(choices), work, echo, asked, listener))
         return choices

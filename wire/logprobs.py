@@ -19,6 +19,10 @@ MAX_TOP_LOGPROBS = 128
 """No request gets more alternatives per token than this, whatever its router allows."""
 
 PAIR_BYTES = 8
+MAX_PAIRS = 4 << 20
+"""Pairs of one request, its prompt and its longest output together: 32 MiB, a quarter of the
+largest message, since whoever takes a request over tells all of them at once."""
+
 UNKNOWN = b""
 """In place of a row that its sender does not have: the token came from an earlier attempt."""
 

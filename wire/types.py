@@ -98,6 +98,15 @@ class SamplingParams:
     logprobs: NumLogprobs | None = None  # of each output token, and of so many best
     prompt_logprobs: NumLogprobs | None = None  # the same for the prompt, from the prefill node
 
+    def num_logprob_pairs(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
+        """Pairs (`wire/logprobs.py`) of a request that comes to so many tokens."""
+        pairs = 0
+        if self.prompt_logprobs is not None:
+            pairs += num_prompt_tokens * (1 + self.prompt_logprobs)
+        if self.logprobs is not None:
+            pairs += num_output_tokens * (1 + self.logprobs)
+        return pairs
+
 
 @dataclass(frozen=True, slots=True)
 class BlockHandle:

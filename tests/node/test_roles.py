@@ -734,3 +734,16 @@ def test_a_commit_with_too_few_logprobs_contradicts(monkeypatch: pytest.MonkeyPa
         assert p.decode.link.failures()[0].cause == "manifest"
 
     run(scenario)
+
+
+def test_more_logprobs_than_a_message_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(p: Pair) -> None:
+        monkeypatch.setattr("node.build.MAX_PAIRS", 2 * len(PROMPT))
+        refused = p.reserve(ID, PROMPT, TELLING)
+        assert isinstance(refused, Refused)
+        assert refused.cause == "invalid"
+        p.start(None, ID, PROMPT, replace(TELLING, max_tokens=1))
+        (failure,) = p.prefill.link.failures()
+        assert failure.cause == "invalid"
+
+    run(scenario)

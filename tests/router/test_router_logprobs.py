@@ -231,6 +231,24 @@ def test_the_server_bounds_what_may_be_asked() -> None:
     asyncio.run(scenario())
 
 
+def test_all_logprobs_of_a_request_fit_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.checks.MAX_PAIRS", 100)
+
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            assert (await harness.complete(max_tokens=50, logprobs=1)).status == 200
+            cases: list[tuple[dict[str, Any], str]] = [
+                ({"max_tokens": 51, "logprobs": 1}, "logprobs"),
+                ({"prompt": "x" * 51, "prompt_logprobs": 1}, "prompt_logprobs"),
+                ({"prompt": "x" * 40, "echo": True, "max_tokens": 11, "logprobs": 1}, "logprobs"),
+            ]
+            for fields, param in cases:
+                refused = await harness.complete(**fields)
+                assert (refused.status, refused.error["param"]) == (400, param)
+
+    asyncio.run(scenario())
+
+
 # ---------------------------------------------------------------- best_of
 
 

@@ -6,7 +6,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype clean help
+.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +57,9 @@ bench-digest: $(VENV)/.dev  ## what candidates for the units' digest cost beside
 
 bench-curve: $(VENV)/.dev  ## what the fleet's key costs: TCP with CURVE and without
 	$(BIN)/python -m benchmarks.bench_curve $(ARGS)
+
+bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers; the last line is JSON
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_engine $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

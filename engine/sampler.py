@@ -28,6 +28,14 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows fp32."""
 
 
+class NotFiniteError(FloatingPointError):
+    """Logits with a NaN or an infinite maximum; those of the step's other requests are sound."""
+
+    def __init__(self, request_ids: tuple[str, ...]) -> None:
+        super().__init__(f"logits are not finite for {', '.join(request_ids)}")
+        self.request_ids = request_ids
+
+
 class Sampler:
     """Chooses one token per row of logits."""
 
@@ -38,7 +46,7 @@ class Sampler:
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
         """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
 
-        Raises FloatingPointError where a row has a NaN or its maximum is infinite.
+        Raises NotFiniteError where a row has a NaN or its maximum is infinite.
         """
         if not requests:
             return []
@@ -76,8 +84,8 @@ class Sampler:
 def _check_finite(logits: Tensor, requests: Sequence[Request]) -> None:
     finite = logits.amax(-1).isfinite()  # a NaN anywhere in the row is its maximum
     if not finite.all():
-        bad = [r.request_id for r, ok in zip(requests, finite.tolist(), strict=True) if not ok]
-        raise FloatingPointError(f"logits are not finite for {', '.join(bad)}")
+        pairs = zip(requests, finite.tolist(), strict=True)
+        raise NotFiniteError(tuple(request.request_id for request, ok in pairs if not ok))
 
 
 def _adjusts(request: Request) -> bool:

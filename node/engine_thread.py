@@ -17,6 +17,7 @@ from functools import partial
 
 from engine.engine import Engine
 from engine.plan import OnLayers, StepResult
+from engine.sampler import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class EngineThread:
         on_result: called in the event loop after every step.
         on_layers: called in the event loop in the middle of a step (see Engine.step).
         on_failure: called in the event loop when a step raised, with the error and the ids of the
-            requests in it, which must be ended there; the next step waits for that.
+            requests to blame, which must be ended there; the next step waits for that.
         on_death: called in the event loop when steps keep failing.
     """
 
@@ -119,9 +120,12 @@ class EngineThread:
         return not self._stopping
 
     def _tell_failure(self, error: Exception) -> None:
-        """Wait until the loop has ended the step's requests: they would fail again."""
+        """Wait until the loop has ended the requests to blame: they would fail again."""
         self._failing = True
-        self._post(self._handle_failure, error, self._engine.step_request_ids)
+        blamed = self._engine.step_request_ids  # any of them may have been it
+        if isinstance(error, NotFiniteError):
+            blamed = error.request_ids
+        self._post(self._handle_failure, error, blamed)
         with self._wakeup:
             self._wakeup.wait_for(lambda: not self._failing or self._stopping)
 

@@ -46,6 +46,7 @@ from wire.types import AttemptId, FinishReason, NodeId
 MAX_DEATHS = 2
 MAX_DIGEST_FAILURES = 2
 MAX_DIVERGENCES = 2
+MAX_INTERNAL_FAILURES = 2
 MAX_FAILURES = 6
 
 # A prefill node's own failures; others end the lease too, and there is nothing left to rebind.
@@ -379,6 +380,7 @@ class Dispatch:
             failures.get("node_lost", 0) >= MAX_DEATHS
             or failures.get("digest", 0) >= MAX_DIGEST_FAILURES
             or failures.get("divergence", 0) >= MAX_DIVERGENCES
+            or failures.get("internal", 0) >= MAX_INTERNAL_FAILURES
             or sum(failures.values()) >= MAX_FAILURES
         )
 

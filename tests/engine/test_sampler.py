@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from engine.request import Request
-from engine.sampler import Sampler
+from engine.sampler import NotFiniteError, Sampler
 from kernels.noise import GUMBEL_MAX, GUMBEL_MIN, gumbel, random_integers, row_keys
 from kernels.sampling import filter_floor
 from wire.types import SamplingParams
@@ -349,5 +349,6 @@ def test_broken_logits_name_their_request(value: float) -> None:
     logits[1, 4] = value
     broken = make_request()
     broken.request_id = "broken"
-    with pytest.raises(FloatingPointError, match="broken"):
+    with pytest.raises(NotFiniteError, match="broken") as caught:
         sample(logits, [make_request(), broken])
+    assert caught.value.request_ids == ("broken",)

@@ -303,14 +303,14 @@ def test_a_stalled_node_lives_and_is_told() -> None:
     assert aborted(dispatch.node_lost(D1, 1, alive=True)) == {(P1, 1), (D1, 1)}
 
 
-@pytest.mark.parametrize("cause", ["digest", "divergence", "node_lost"])
+@pytest.mark.parametrize("cause", ["digest", "divergence", "internal", "node_lost"])
 def test_two_poisonings_end_the_request(cause: str) -> None:
     dispatch = prefilling()
     for attempt in (1, 2):
         assert dispatch.num_attempts == attempt
         assert dispatch.decode is not None
         dispatch.granted(dispatch.decode, Granted(dispatch.id, grant(dispatch.decode)), 0)
-        if cause == "digest":
+        if cause in ("digest", "internal"):
             effects = dispatch.attempt_failed(dispatch.decode, failed(dispatch, cause), 0)
         elif cause == "node_lost":
             effects = dispatch.node_lost(dispatch.decode, 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
+from router.access import Access, request_id
 from router.control import Control
 from router.debug_pages import DebugPages
 from router.errors import ApiError, model_not_found, server_error
@@ -33,13 +34,17 @@ def make_app(
     serving: Serving,
     control: Control,
     metrics: RouterMetrics,
+    access: Access,
     max_body_bytes: int,
     debug: DebugPages | None = None,
 ) -> web.Application:
     """The router's HTTP application; with `debug`, its debug routes too."""
     pages = _Pages(serving, control, metrics)
     tokens = TokenizePages(serving)
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors(metrics)])
+    app = web.Application(
+        client_max_size=max_body_bytes, middlewares=[_errors(metrics), access.middleware()]
+    )
+    access.install(app)
     app.add_routes(
         [
             web.post("/v1/completions", serving.completions),
@@ -164,7 +169,7 @@ def _errors(metrics: RouterMetrics) -> Any:
             metrics.disconnects.inc()
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s %s failed", request.method, request.path, request_id(request))
             response = _error_response(server_error("Internal error.", "internal_error"))
         metrics.answered(_route(request), request.method, response.status)
         return response

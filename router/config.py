@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from router.access_config import AccessConfig, access_from_args, add_access_arguments
 from router.checks import ServerLimits
 from router.dispatch import DispatchLimits
 from wire.errors import ConfigError
@@ -41,6 +42,7 @@ class RouterConfig:
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
     key_file: Path | None = None
+    access: AccessConfig = field(default_factory=AccessConfig)
     insecure: bool = False
     log_level: str = "info"
 
@@ -61,10 +63,10 @@ class RouterConfig:
         """What other machines reach must be protected, or be meant to be open."""
         if self.insecure:
             return
-        if not is_loopback(self.host):
+        if not is_loopback(self.host) and not self.access.has_keys:
             raise ConfigError(
-                f"--host {self.host} is reachable from other machines and nothing protects it; "
-                "bind a loopback address, or say --insecure to accept that"
+                f"--host {self.host} is reachable from other machines: give API keys with "
+                "--api-key-file (or say --insecure to serve whoever asks)"
             )
         if not is_loopback(self.control_host) and self.key_file is None:
             raise ConfigError(
@@ -171,6 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="allow addresses that other machines reach, without keys",
     )
+    add_access_arguments(parser)
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
@@ -181,6 +184,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> RouterConfig:
     """Raises ConfigError where the flags contradict each other."""
-    given = {field.name: getattr(args, field.name) for field in fields(RouterConfig)}
+    names = {field.name for field in fields(RouterConfig)} - {"access"}
+    given = {name: getattr(args, name) for name in names}
+    given["access"] = access_from_args(args)
     given["served_model_name"] = tuple(args.served_model_name)
     return RouterConfig(**given)

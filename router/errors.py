@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MAX_MESSAGE_CHARS = 500
@@ -26,6 +27,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -34,6 +36,7 @@ class ApiError(Exception):
         self.param = None if param is None else shorten(param, 100)
         self.code = code
         self.retry_after_s = retry_after_s
+        self.more_headers = dict(more_headers or {})
 
     def body(self) -> dict[str, Any]:
         return {
@@ -50,8 +53,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+            return self.more_headers
+        return {**self.more_headers, "Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:

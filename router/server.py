@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from router.access import Access
 from router.admission import Admission
 from router.app import make_app
 from router.choice import Choice
@@ -43,6 +44,8 @@ class RouterServer:
         self._clock = clock
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
+        self._access = Access(config.access, clock)
+        self._ssl = config.access.ssl_context()
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
         self.control = Control(
             config.control_url,
@@ -53,7 +56,9 @@ class RouterServer:
             key=load_key(config.key_file),
             clock=clock,
         )
-        self.serving = Serving(config, self.control, self._metrics, self._log, clock)
+        self.serving = Serving(
+            config, self.control, self._metrics, self._log, self._access.charge, clock
+        )
         self.http_url = ""
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
@@ -64,13 +69,20 @@ class RouterServer:
         """Bind HTTP and begin to serve. Raises ConfigError."""
         config = self._config
         app = make_app(
-            self.serving, self.control, self._metrics, config.max_body_bytes, self._debug_pages()
+            self.serving,
+            self.control,
+            self._metrics,
+            self._access,
+            config.max_body_bytes,
+            self._debug_pages(),
         )
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, config.host, config.port, backlog=1024)
+        self._site = web.TCPSite(
+            self._runner, config.host, config.port, backlog=1024, ssl_context=self._ssl
+        )
         try:
             await self._site.start()
         except OSError as error:
@@ -78,7 +90,10 @@ class RouterServer:
                 f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
             ) from error
         host, port = self._runner.addresses[0][:2]
-        self.http_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._ssl is None else "https"
+        self.http_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        if self._ssl is None and config.access.has_keys and not is_loopback(config.host):
+            log.warning("API keys travel unencrypted: give --ssl-certfile, or put a proxy in front")
         self.control.start()
 
     def _debug_pages(self) -> DebugPages | None:

@@ -62,7 +62,11 @@ class _Asked:
 
 
 class Serving:
-    """Answers completions and chat."""
+    """Answers completions and chat.
+
+    Args:
+        charge: told how many tokens a request uses, its prompt's first.
+    """
 
     def __init__(
         self,
@@ -70,12 +74,14 @@ class Serving:
         control: Control,
         metrics: RouterMetrics,
         log: RequestLog,
+        charge: Callable[[web.Request, int], None],
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._control = control
         self._metrics = metrics
         self._log = log
+        self._charge = charge
         self._clock = clock
         self.limits = config.server_limits
         self.closing = False
@@ -161,6 +167,7 @@ class Serving:
         params = asked.params
         asked.timeline.tokenized(self._clock())
         self._check_room(asked)
+        self._charge(request, sum(len(prompt.ids) for prompt in asked.prompts))
         format = make_format(
             asked.id,
             asked.served.name,
@@ -180,6 +187,7 @@ class Serving:
             return web.json_response(answer, headers=timing_headers(record))
         finally:
             generation.cancel()
+            self._charge(request, generation.usage().num_output_tokens)
             self._finish_record(record, asked)
 
     async def _stream(
@@ -201,6 +209,7 @@ class Serving:
             return await self._write_events(request, generation, record)
         finally:
             generation.cancel()
+            self._charge(request, generation.usage().num_output_tokens)
             self._finish_record(record, asked)
 
     async def _write_events(

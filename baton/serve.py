@@ -82,7 +82,11 @@ def given_flags(add_arguments: AddArguments, args: argparse.Namespace) -> list[s
         value = getattr(args, action.dest)
         if value == action.default:
             continue
-        flags.append(action.option_strings[-1])
+        flag = action.option_strings[-1]
+        if isinstance(action, argparse._AppendAction):
+            flags.extend(f"{flag}={item}" for item in value)
+            continue
+        flags.append(flag)
         if action.nargs != 0:
             flags.extend(map(str, value) if isinstance(value, list | tuple) else [str(value)])
     return flags

@@ -63,12 +63,11 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("access")
     group.add_argument(
         "--api-key",
-        nargs="+",
-        action="extend",
-        default=None,
+        action="append",
         metavar="KEY",
-        help="clients must send one of these keys; covers every route but /health, /ready, /ping "
-        "and /metrics. Other users of this machine see the command line: prefer --api-key-file",
+        help="clients must send this key (or another one: repeatable); covers every route but "
+        "/health, /ready, /ping and /metrics. Other users of this machine see command lines: "
+        "prefer --api-key-file",
     )
     group.add_argument(
         "--api-key-file",

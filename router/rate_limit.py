@@ -77,6 +77,8 @@ class KeyLimiter:
         self._limits = limits
         self._requests = _bucket(limits.requests_per_minute)
         self._tokens = _bucket(limits.tokens_per_minute)
+        both = (("requests", self._requests), ("tokens", self._tokens))
+        self._buckets = [(what, bucket) for what, bucket in both if bucket is not None]
         self.num_running = 0
 
     def enter(self, now: float) -> Denial | None:
@@ -84,12 +86,13 @@ class KeyLimiter:
         limits = self._limits
         if limits.max_concurrency and self.num_running >= limits.max_concurrency:
             return Denial(f"{limits.max_concurrency} requests at the same time", _BUSY_RETRY_S)
-        if self._requests is not None and not self._requests.available(now):
-            what = f"{limits.requests_per_minute} requests per minute"
-            return Denial(what, self._requests.wait_s(now))
-        if self._tokens is not None and not self._tokens.available(now):
-            what = f"{limits.tokens_per_minute} tokens per minute"
-            return Denial(what, self._tokens.wait_s(now))
+        denials = [
+            Denial(f"{bucket.per_minute} {what} per minute", bucket.wait_s(now))
+            for what, bucket in self._buckets
+            if not bucket.available(now)
+        ]
+        if denials:
+            return max(denials, key=lambda denial: denial.retry_after_s)
         if self._requests is not None:
             self._requests.take(1, now)
         self.num_running += 1
@@ -105,11 +108,10 @@ class KeyLimiter:
     def headers(self, now: float) -> dict[str, str]:
         """OpenAI's `x-ratelimit-…`."""
         found = {}
-        for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
-            if bucket is not None:
-                found[f"x-ratelimit-limit-{name}"] = str(bucket.per_minute)
-                found[f"x-ratelimit-remaining-{name}"] = str(bucket.available(now))
-                found[f"x-ratelimit-reset-{name}"] = duration(bucket.reset_s(now))
+        for name, bucket in self._buckets:
+            found[f"x-ratelimit-limit-{name}"] = str(bucket.per_minute)
+            found[f"x-ratelimit-remaining-{name}"] = str(bucket.available(now))
+            found[f"x-ratelimit-reset-{name}"] = duration(bucket.reset_s(now))
         return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 
 from benchmarks.stub_node import Script, StubPair, model_info
 from router.config import RouterConfig
@@ -97,6 +98,12 @@ class Harness:
     @property
     def url(self) -> str:
         return self.server.http_url
+
+    @property
+    def routes(self) -> list[web.AbstractResource]:
+        runner = self.server._runner
+        assert runner is not None
+        return list(runner.app.router.resources())
 
     async def post(self, path: str, body: Any) -> Answer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

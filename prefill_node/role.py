@@ -168,13 +168,31 @@ class PrefillRole:
     # ------------------------------------------------------------ steps
 
     def on_step(self, result: StepResult) -> None:
+        """First tokens leave first: to seal and send what is left takes longer than to say them."""
         now = time.monotonic()
-        for progress in result.progress:
-            work = self._by_key(progress.request_id)
-            if work is not None:
-                work.clock.step_over(now, result.seconds)
-                self._try_advance(work, partial(self._advance, work, progress))
+        known = [(self._by_key(progress.request_id), progress) for progress in result.progress]
+        works = [(work, progress) for work, progress in known if work is not None]
+        for work, progress in works:
+            work.clock.step_over(now, result.seconds)
+            self._tell(work, progress)
         self._outbox.flush()
+        for work, progress in works:
+            if self._work.get(work.id.request) is work:  # else its router got lost a moment ago
+                self._try_advance(work, partial(self._advance, work, progress))
+
+    def _tell(self, work: _Work, progress: RequestProgress) -> None:
+        """Queue the first token for the router."""
+        if not progress.new_tokens:
+            return
+        self._shell.stats.count_lookup(len(work.request.tokens) - 1, progress.num_cached_tokens)
+        self._outbox.add(
+            work.id,
+            progress.new_tokens,
+            progress.finish_reason,
+            progress.num_cached_tokens,
+            progress.logprobs,
+            work.clock.timing(),
+        )
 
     def on_layers(self, progress: LayerProgress) -> None:
         """The blocks of a step leave layer group by layer group, while the next ones compute."""
@@ -203,21 +221,11 @@ class PrefillRole:
             self._sender.blocks_finished(work.id, progress.finished_blocks)
         if self._work.get(work.id.request) is not work or not progress.new_tokens:
             return  # the handoff failed just now, or the prompt is not done yet
-        self._shell.stats.count_lookup(len(work.request.tokens) - 1, progress.num_cached_tokens)
-        self._outbox.add(
-            work.id,
-            progress.new_tokens,
-            progress.finish_reason,
-            progress.num_cached_tokens,
-            progress.logprobs,
-            work.clock.timing(),
-        )
         if progress.finish_reason is not None:
             self._drop(work, "finished")
         elif work.handed_over:
             outputs = work.request.output_tokens
             self._sender.first_token(work.id, outputs, _of_all(progress.logprobs, len(outputs)))
-            self._outbox.flush()
         else:
             self._fail(work, "internal", "no grant, but the request goes on", retryable=True)
 

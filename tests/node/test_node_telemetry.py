@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,5 +66,25 @@ def test_transfers_under_way_are_known_by_state() -> None:
             await p.until(lambda: not any(p.prefill.role.open_transfers.values()))
             assert not any(p.decode.role.open_transfers.values())
             assert p.prefill.role.stats.handoffs == p.decode.role.stats.handoffs == {"committed": 1}
+
+    asyncio.run(scenario())
+
+
+def test_the_first_token_leaves_before_what_is_left_is_sealed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        async with pair() as p:
+            sender = p.prefill.role._sender
+            seal, told = sender.blocks_finished, []
+
+            def watched(*args: Any) -> None:
+                told.append(len(p.prefill.link.updates()))
+                seal(*args)
+
+            monkeypatch.setattr(sender, "blocks_finished", watched)
+            p.start(p.grant())
+            await p.finish()
+            assert told[-1] == 1
 
     asyncio.run(scenario())

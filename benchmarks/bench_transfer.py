@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch
 
+from baton.config import UCX_ENVIRONMENT
 from benchmarks.bench_serve import make_random_model
 from benchmarks.serve.overlap import Overlap, measure_overlap
 from benchmarks.transfer_receiver import FLOORS, Case, Rates, measure
+from kvtransfer.ucx_worker import why_unavailable
 
 BLOCK_KB = (16, 64, 96, 384, 1024)  # 384: of the 88 M model
 OFF_ON = ("off", "on")
@@ -52,7 +54,7 @@ def measure_rates(cases: Iterable[Case], rounds: int) -> dict[Case, Rates]:
 def rate_figures(found: dict[Case, Rates], block_bytes: int) -> Figures:
     """The figures of one block size."""
     figures: Figures = {}
-    for transport, floor in {**FLOORS, "ucx": "bare"}.items():
+    for transport, floor in FLOORS.items():
         for digests, suffix in ((False, ""), (True, "_digests")):
             rates = found.get(Case(transport, block_bytes, digests))
             name = f"{transport}_vs_{floor}{suffix}"
@@ -107,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--transports", nargs="+", default=list(FLOORS), choices=FLOORS)
+    os.environ.update(UCX_ENVIRONMENT)
+    here = [name for name in FLOORS if name != "ucx" or why_unavailable() is None]
+    parser.add_argument("--transports", nargs="+", default=here, choices=FLOORS)
     parser.add_argument("--block-kb", nargs="+", type=int, default=BLOCK_KB)
     parser.add_argument("--rounds", type=int, default=40, help="handoffs per case")
     parser.add_argument(

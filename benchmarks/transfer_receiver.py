@@ -9,8 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ import zmq
 import kvtransfer.digest
 import kvtransfer.receiver
 from benchmarks.transfer_sender import Blocks, layout_of, leave_digests_out
+from benchmarks.ucx_bare import BarePair
 from engine.kv_store import KVStore
 from kvtransfer.lease import Lease, LeaseState, LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.shm_transport import ShmUnitReceiver
 from kvtransfer.transport import Landing, TransferStats, UnitReceiver
+from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.zmq_transport import ZmqUnitReceiver
 from wire.codec import Envelope
 from wire.geometry import geometry_for
@@ -31,7 +33,7 @@ from wire.messages import Grant, Prefill, UnitHeader
 from wire.sockets import Hub
 from wire.types import AttemptId, NodeId, SamplingParams
 
-FLOORS = {"shm": "memcpy", "zmq": "tcp"}
+FLOORS = {"shm": "memcpy", "zmq": "tcp", "ucx": "bare"}
 """What each transport is compared with."""
 
 
@@ -91,11 +93,12 @@ class ReceiverNode:
             model_fingerprint="model",
             stats=stats,
         )
-        self.units: UnitReceiver = (
-            ShmUnitReceiver(self.me, self, stats)
-            if case.transport == "shm"
-            else ZmqUnitReceiver(self.me, "tcp://127.0.0.1:*", self, stats, self.context)
-        )
+        make: dict[str, Callable[[], UnitReceiver]] = {
+            "shm": lambda: ShmUnitReceiver(self.me, self, stats),
+            "zmq": lambda: ZmqUnitReceiver(self.me, "tcp://127.0.0.1:*", self, stats, self.context),
+            "ucx": lambda: UcxUnitReceiver(self.me, self, stats),
+        }
+        self.units = make[case.transport]()
         self.started = 0.0
         self.ended: asyncio.Future[Lease]
 
@@ -222,15 +225,17 @@ async def measure(case: Case, rounds: int) -> Rates:
     other = Blocks(KVStore(node.blocks.layout, case.num_blocks))
     other.store.blocks.normal_()
     times = []
-    with sender_process(case, node.hub.url) as peer:
+    with sender_process(case, node.hub.url) as peer, ExitStack() as closing:
+        floors_of: dict[str, Callable[[], float]] = {
+            "shm": lambda: seconds_of_memcpy(other, node.blocks),
+            "zmq": lambda: seconds_of_tcp(peer, node.blocks),
+        }
+        if case.transport == "ucx":
+            pair = closing.enter_context(BarePair(case.block_bytes, case.num_blocks))
+            floors_of["ucx"] = pair.seconds
         for number in range(rounds + 1):
             transfer = await node.take_over(number)
-            floor = (
-                seconds_of_memcpy(other, node.blocks)
-                if case.transport == "shm"
-                else await asyncio.to_thread(seconds_of_tcp, peer, node.blocks)
-            )
-            times.append((transfer, floor))
+            times.append((transfer, await asyncio.to_thread(floors_of[case.transport])))
     node.close()
     gigabytes = case.num_bytes / 1e9
     transfers, floors = zip(*times[1:], strict=True)

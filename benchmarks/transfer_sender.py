@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kvtransfer.sender import KVSender
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_transport import ShmUnitSender
 from kvtransfer.transport import TransferStats, UnitSender
+from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.units import Unit
 from kvtransfer.zmq_transport import ZmqUnitSender
 from wire.codec import Envelope
@@ -93,14 +94,15 @@ class SenderNode:
         pool = SharedMemory(num_blocks * layout.block_bytes)
         self.blocks = Blocks(KVStore(layout, num_blocks, buffer=pool.buffer))
         self.blocks.store.blocks.normal_()
-        senders: dict[str, UnitSender] = {
-            "shm": ShmUnitSender(self.me, pool),
-            "zmq": ZmqUnitSender(self.me, context),
+        make: dict[str, Callable[[], UnitSender]] = {
+            "shm": lambda: ShmUnitSender(self.me, pool),
+            "zmq": lambda: ZmqUnitSender(self.me, context),
+            "ucx": lambda: UcxUnitSender(self.me),
         }
         self.link = Link(self.me, url, self.receive, context)
         self.sender = KVSender(
             memory=self.blocks,
-            transports={transport: senders[transport]},
+            transports={transport: make[transport]()},
             send=lambda grant, message: self.link.send(message, grant.decode),
             on_ended=lambda handoff: None,
             model_fingerprint="model",

@@ -1,0 +1,138 @@
+"""A bare ucxx loop between two processes: the floor of the `ucx` transport.
+
+Tagged sends of one buffer, received into a few others by receives that are posted before; the same
+settings, devices and number of bytes under way as the transport's, connected before the clock
+starts. Nothing is asked, checked or awaited but UCX. Both sides sleep in `epoll` when UCX has
+nothing to do: spinning is four times slower as soon as the machine has other work.
+
+`python -m benchmarks.ucx_bare BYTES COUNT` is the receiving process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self
+
+from kvtransfer.ucx_lane import POSTED_BYTES
+from kvtransfer.ucx_worker import array, load, new_context, settings
+
+_DATA, _READY, _OVER = 1, 2, 3  # tags
+
+
+class BareLoop:
+    """A UCX worker without asyncio."""
+
+    def __init__(self) -> None:
+        self.ucx = load()
+        self.worker = self.ucx.UCXWorker(new_context(settings()))
+        self.worker.init_blocking_progress_mode()
+        self.endpoint: Any = None
+
+    @property
+    def address(self) -> str:
+        return bytes(self.worker.address.tobytes()).hex()
+
+    def connect(self, address: str) -> None:
+        there = self.ucx.UCXAddress.create_from_buffer(bytes.fromhex(address))
+        self.endpoint = self.worker.create_endpoint_from_worker_address(there, True)
+
+    def send(self, data: Any, tag: int) -> Any:
+        return self.endpoint.tag_send(data, self.ucx.UCXXTag(tag))
+
+    def receive(self, into: Any, tag: int) -> Any:
+        return self.worker.tag_recv(into, self.ucx.UCXXTag(tag))
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self.worker.progress_worker_event(10)
+
+    def keep_under_way(self, most: int, count: int, post: Callable[[int], Any]) -> None:
+        """Post `count` requests, never more than `most` at a time, and wait for all."""
+        requests: deque[Any] = deque()
+        for i in range(count):
+            if len(requests) == most:
+                oldest = requests.popleft()
+                self.until(lambda oldest=oldest: oldest.completed)  # type: ignore[misc]
+            requests.append(post(i))
+        self.until(lambda: all(request.completed for request in requests))
+
+    def tell(self, tag: int) -> None:
+        word = array(b"!")
+        sent = self.send(word, tag)
+        self.until(lambda: bool(sent.completed))
+
+    def hear(self, tag: int) -> None:
+        word = array(bytearray(1))
+        heard = self.receive(word, tag)
+        self.until(lambda: bool(heard.completed))
+
+
+def under_way(num_bytes: int) -> int:
+    """Messages at a time: as many as the transport gives UCX."""
+    return max(2, POSTED_BYTES // num_bytes)
+
+
+class BarePair:
+    """This process sends, another one receives."""
+
+    def __init__(self, num_bytes: int, count: int) -> None:
+        self._num_bytes = num_bytes
+        self._count = count
+        self._loop = BareLoop()
+        self._data = array(bytes(num_bytes))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.ucx_bare", str(num_bytes), str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None, "asked for a pipe"
+        self._loop.connect(self._process.stdout.readline().strip())
+        self._tell_process(self._loop.address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def seconds(self) -> float:
+        """How long all messages take, until the last one is there."""
+        self._tell_process("go")
+        self._loop.hear(_READY)
+        start = time.perf_counter()
+        most = under_way(self._num_bytes)
+        self._loop.keep_under_way(most, self._count, lambda _: self._loop.send(self._data, _DATA))
+        self._loop.hear(_OVER)
+        return time.perf_counter() - start
+
+    def _tell_process(self, line: str) -> None:
+        assert self._process.stdin is not None, "asked for a pipe"
+        print(line, file=self._process.stdin, flush=True)
+
+
+def receive(num_bytes: int, count: int) -> None:
+    """The other process."""
+    loop = BareLoop()
+    print(loop.address, flush=True)
+    loop.connect(sys.stdin.readline().strip())
+    blocks = [array(bytearray(num_bytes)) for _ in range(min(count, under_way(num_bytes)))]
+    first: deque[Any] = deque()
+    for _ in sys.stdin:  # "go"
+        first.extend(loop.receive(block, _DATA) for block in blocks)
+        loop.tell(_READY)
+        loop.keep_under_way(
+            len(blocks),
+            count,
+            lambda i: first.popleft() if first else loop.receive(blocks[i % len(blocks)], _DATA),
+        )
+        loop.tell(_OVER)
+
+
+if __name__ == "__main__":
+    receive(int(sys.argv[1]), int(sys.argv[2]))

@@ -63,7 +63,8 @@ class Lease:
     cause: str = ""  # why it ended, where it was not committed
     landing: set[int] = field(default_factory=set)  # units whose bytes are being written now
     landed: dict[int, bytes] = field(default_factory=dict)  # unit: digest of what arrived
-    manifest: dict[int, UnitSeal] | None = None
+    seals: dict[int, UnitSeal] = field(default_factory=dict)  # of the commits so far
+    manifest: dict[int, UnitSeal] | None = None  # the seals of all units, once they are known
     output_tokens: tuple[int, ...] = ()
     logprobs: Logprobs | None = None  # what came with them; nothing here looks into it
 
@@ -240,19 +241,18 @@ class LeaseTable:
         lease = self._claimed(message.lease, message.capability, sender)
         if lease.id != message.id:
             raise TransferError("refused", f"lease {message.lease} is another attempt's")
-        manifest = {seal.unit: seal for seal in message.units}
-        if lease.manifest is not None:
-            if (manifest, message.output_tokens) != (lease.manifest, lease.output_tokens):
-                self._end(lease, LeaseState.REJECTED, "manifest", now)
-        elif not _covers(manifest, lease.units):
+        seals = {seal.unit: seal for seal in message.units}
+        if not _agrees(lease, seals, message.output_tokens):
             self._end(lease, LeaseState.REJECTED, "manifest", now)
-        else:
+        elif lease.manifest is None:
             self._renew(lease, now)
-            lease.state = LeaseState.COMMITTING
-            lease.manifest = manifest
+            lease.seals |= seals
             lease.output_tokens = message.output_tokens
-            lease.logprobs = message.logprobs
-            self._judge(lease, manifest, lease.landed, now)
+            lease.logprobs = lease.logprobs or message.logprobs
+            if lease.seals.keys() == lease.units.keys():  # else other ranks have yet to say theirs
+                lease.state = LeaseState.COMMITTING
+                lease.manifest = lease.seals
+                self._judge(lease, lease.manifest, lease.landed, now)
         return lease
 
     def _judge(
@@ -364,6 +364,19 @@ class LeaseTable:
 
 def _proves(lease: Lease, capability: bytes) -> bool:
     return compare_digest(lease.capability, capability)
+
+
+def _agrees(lease: Lease, seals: dict[int, UnitSeal], output_tokens: tuple[int, ...]) -> bool:
+    """Whether a commit names all units of one or more sending ranks, and contradicts no other."""
+    heads = {lease.units[index].head_start for index in seals if index in lease.units}
+    part = {index: unit for index, unit in lease.units.items() if unit.head_start in heads}
+    first = lease.manifest is None and not lease.seals
+    return (
+        bool(seals) == bool(lease.units)
+        and _covers(seals, part)
+        and all(lease.seals.get(index, seal) == seal for index, seal in seals.items())
+        and (first or output_tokens == lease.output_tokens)
+    )
 
 
 def _covers(manifest: dict[int, UnitSeal], units: dict[int, Unit]) -> bool:

@@ -29,6 +29,7 @@ from tests.proof.packets import (
 )
 from wire.codec import Envelope
 from wire.errors import CapacityError
+from wire.geometry import Geometry
 from wire.messages import Abort, Grant, Message, Prefill, Reserve, UnitHeader
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
@@ -87,6 +88,7 @@ class DecodeModel:
         num_blocks: int,
         ways_to_land: tuple[str, ...],
         table_supersedes: bool,
+        geometry: Geometry,
     ) -> None:
         self.me = me
         self.now = 0.0
@@ -94,6 +96,7 @@ class DecodeModel:
         self.layout = LAYOUT
         self.ways_to_land = ways_to_land
         self.table_supersedes = table_supersedes
+        self.geometry = geometry
         self.pool = BlockPool(num_blocks, epoch=me.incarnation)
         self.cache = PrefixCache(self.pool, LAYOUT.block_size, "model")
         self.reservations = Reservations(self.pool, self.cache, LAYOUT.block_size)
@@ -214,6 +217,7 @@ class DecodeModel:
             handles=reservation.handles,
             cache_salt="",
             deadline_s=message.deadline_s,
+            geometry=self.geometry,
         )
         self.num_granted += 1
         granted = (
@@ -235,6 +239,7 @@ class DecodeModel:
             handles=reservation.handles,
             num_cached_tokens=reservation.num_cached_tokens,
             ttl_s=TTL,
+            geometry=self.geometry,
         )
         return Prefill(
             message.id,
@@ -366,8 +371,11 @@ class DecodeModel:
         """What others may find is whole, and some attempt's."""
         for block_id, block in enumerate(self.memory):
             if self.pool.content_hash(block_id) is not None:
-                cells = {bytes(block[i : i + 4]) for i in range(0, len(block), 4)}
-                must(len(cells) == 1 and b"\0" not in cells, f"block {block_id} is cached broken")
+                half = len(block) // LAYOUT.num_layers
+                for layer in (block[:half], block[half:]):
+                    cells = {bytes(layer[i : i + 4]) for i in range(0, half, 4)}
+                    whole = len(cells) == 1 and b"\0" not in cells
+                    must(whole, f"block {block_id} is cached broken")
 
     def drain(self) -> None:
         """Everything is lost, time passes, writes land: all blocks must come back."""

@@ -166,6 +166,17 @@ def _no_supersede(original: Callable[..., Lease]) -> Callable[..., Lease]:
     return grant
 
 
+def _no_layers(original: Callable[..., None]) -> Callable[..., None]:
+    """A block is taken for finished when its first layers are."""
+
+    def blocks_finished(
+        sender: KVSender, id: AttemptId, blocks: Any, num_layers: int | None = None
+    ) -> None:
+        original(sender, id, blocks)
+
+    return blocks_finished
+
+
 def _something_landed(lease: Lease) -> bool:
     return bool(lease.landed)
 
@@ -210,6 +221,11 @@ MUTATIONS = (
             (BlockPool, "begin_io", _no_sender_io(BlockPool.begin_io)),
             (BlockPool, "end_io", _end_io_if_begun(BlockPool.end_io)),
         ),
+    ),
+    Mutation(
+        "layers sent before they are computed",
+        "one attempt, two layer groups, damage",
+        ((KVSender, "blocks_finished", _no_layers(KVSender.blocks_finished)),),
     ),
     Mutation("handoffs without a deadline", TWO, ((KVSender, "tick", _never_deadline),)),
     Mutation("mail for another life heard", REBIRTH, ((Inbox, "receive", _hear_everything),)),

@@ -1,8 +1,8 @@
 """What is on the way between the model's nodes, and the few things that all of them know.
 
-One unit is one block of two tokens. What a block should hold is a symbol, four bytes per cell:
-(request, attempt, unit, life of the prefill node); so a block of another request, of an earlier
-attempt, of another place or of a dead process never looks right.
+A block holds two tokens in two layers; it is one unit, or one per layer. What it should hold is a
+symbol, four bytes per cell: (request, attempt, block and layer, life of the prefill node); so what
+is of another request, an earlier attempt, another place or a dead process never looks right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from wire.layout import KVLayout
 from wire.messages import Message
 from wire.types import AttemptId, NodeId, TransportAddress
 
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=2, dtype="float32")
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=1, block_size=2, dtype="float32")
 ROUTER = NodeId("router", 1)
 ADDRESS = TransportAddress("model", "model://decode")
 TTL = 100.0
@@ -72,10 +72,11 @@ def tokens_of(request: str, num_tokens: int) -> tuple[int, ...]:
     return tuple(ord(request) * 100 + position for position in range(num_tokens))
 
 
-def content(id: AttemptId, unit: int, num_tokens: int, prefill: NodeId) -> bytes:
-    """The bytes of a unit that this life of a prefill node computes for this attempt."""
-    cell = bytes([ord(id.request), id.attempt, unit, prefill.incarnation])
-    return cell * (num_tokens * LAYOUT.bytes_per_token // 4)
+def content(id: AttemptId, block: int, num_tokens: int, prefill: NodeId) -> bytes:
+    """The first slots of a block that this life of a prefill node computes for this attempt."""
+    places = (block * LAYOUT.num_layers + layer for layer in range(LAYOUT.num_layers))
+    cells = (bytes([ord(id.request), id.attempt, at, prefill.incarnation]) for at in places)
+    return b"".join(cell * (2 * num_tokens) for cell in cells)
 
 
 def secret(*names: object) -> bytes:

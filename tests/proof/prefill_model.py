@@ -30,6 +30,8 @@ class Work:
     id: AttemptId
     tokens: tuple[int, ...]
     block_ids: list[int]
+    num_groups: int  # of layers
+    groups_left: int = 0  # of the last block
     handed_over: bool = True
 
 
@@ -80,7 +82,7 @@ class PrefillModel:
             *[
                 ("compute", ord(work.id.request))
                 for work in works
-                if len(work.block_ids) < LAYOUT.num_blocks(len(work.tokens))
+                if work.groups_left or len(work.block_ids) < LAYOUT.num_blocks(len(work.tokens))
             ],
             *[("carry out send", index) for index in range(len(self.sends))],
             *([("renew", 0), ("tick", 0)] if self.work else []),
@@ -128,21 +130,30 @@ class PrefillModel:
             cache_salt="",
             deadline_s=message.deadline_s,
         )
-        self.work[id.request] = Work(id, message.tokens, [])
+        num_groups = message.grant.geometry.num_layer_groups
+        self.work[id.request] = Work(id, message.tokens, [], num_groups)
 
     def compute(self, work: Work) -> None:
-        """One chunk of one block; the last one brings the first token."""
-        index = len(work.block_ids)
-        try:
-            [block_id] = self.pool.allocate(1, Owner.RUNNING)
-        except CapacityError:
-            return  # it waits for blocks
-        work.block_ids.append(block_id)
-        num_blocks = LAYOUT.num_blocks(len(work.tokens))
-        block = self.memory[block_id]
-        block[:] = content(work.id, index, LAYOUT.block_size, self.me)
-        self.sender.blocks_finished(work.id, [(index, self.pool.handle(block_id))])
-        if self.work.get(work.id.request) is work and index + 1 == num_blocks:
+        """A layer group of a chunk of one block; the last one brings the first token."""
+        if not work.groups_left:
+            try:
+                work.block_ids += self.pool.allocate(1, Owner.RUNNING)
+            except CapacityError:
+                return  # it waits for blocks
+            work.groups_left = work.num_groups
+        work.groups_left -= 1
+        index, block_id = len(work.block_ids) - 1, work.block_ids[-1]
+        num_layers = LAYOUT.num_layers * (work.num_groups - work.groups_left) // work.num_groups
+        end = LAYOUT.block_bytes * num_layers // LAYOUT.num_layers
+        computed = content(work.id, index, LAYOUT.block_size, self.me)
+        self.memory[block_id][:end] = computed[:end]
+        finished = [(index, self.pool.handle(block_id))]
+        if work.groups_left:
+            self.sender.blocks_finished(work.id, finished, num_layers)
+            return
+        self.sender.blocks_finished(work.id, finished)
+        last = index + 1 == LAYOUT.num_blocks(len(work.tokens))
+        if self.work.get(work.id.request) is work and last:
             self.sender.first_token(work.id, (7,))
 
     def handoff_ended(self, handoff: Handoff) -> None:

@@ -15,6 +15,8 @@ from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
+
 from kvtransfer.transfer_meter import TransferMeter
 from kvtransfer.transport import TransferStats
 
@@ -82,7 +84,7 @@ def _freeze_contents(x: Any, kind: Any, walk: Callable[[Any], Any]) -> Frozen:
         return (bytearray, bytes(x))
     if kind is memoryview:
         assert type(x.obj) is bytearray, "a view of memory that is not the model's"
-        return (memoryview, walk(x.obj))
+        return (memoryview, walk(x.obj), _address(x) - _address(x.obj), x.nbytes)
     if issubclass(kind, dict):
         return (kind, *[(walk(key), walk(value)) for key, value in x.items()])
     if kind is set:
@@ -91,6 +93,10 @@ def _freeze_contents(x: Any, kind: Any, walk: Callable[[Any], Any]) -> Frozen:
         return (kind, *[walk(item) for item in x])
     names = _fields(kind) or tuple(x.__dict__)
     return (kind, *[(name, walk(getattr(x, name))) for name in names])
+
+
+def _address(buffer: bytearray | memoryview) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
 
 
 def thaw(frozen: Frozen) -> Any:
@@ -121,7 +127,7 @@ def _thaw_contents(f: Any, kind: Any, walk: Callable[[Any], Any], seen: list[Any
     if kind is memoryview:
         at = len(seen)
         seen.append(None)
-        seen[at] = memoryview(walk(f[1]))
+        seen[at] = memoryview(walk(f[1]))[f[2] : f[2] + f[3]]
         return seen[at]
     x = kind() if kind in _MADE_EMPTY else kind.__new__(kind)
     seen.append(x)

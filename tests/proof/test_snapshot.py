@@ -17,6 +17,7 @@ class Thing:
         self.me = self
         self.memory = [bytearray(b"abc"), bytearray(b"abc")]
         self.view = memoryview(self.memory[1])
+        self.part = self.view[1:2]
         self.ordered = OrderedDict([("b", {3, 1, 2}), ("a", deque([1]))])
         self.counted = Counter("aab")
         self.numbers = count(5)
@@ -35,9 +36,11 @@ def test_a_copy_is_equal_and_independent() -> None:
     assert freeze(copy) == frozen
     copy.add()
     copy.view[0] = ord("x")
+    assert bytes(copy.part) == b"b"
+    copy.part[0] = ord("y")
     assert copy.me is copy
     assert (copy.extra, thing.extra) == ([7], [])
-    assert (bytes(copy.memory[0]), bytes(copy.memory[1])) == (b"abc", b"xbc")
+    assert (bytes(copy.memory[0]), bytes(copy.memory[1])) == (b"abc", b"xyc")
     assert bytes(thing.memory[1]) == b"abc"
     assert list(copy.ordered) == ["b", "a"]
     assert next(copy.numbers) == 6

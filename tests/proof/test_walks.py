@@ -35,6 +35,7 @@ class Walk:
             num_tokens=self.random.choice([2, 3, 5]),
             num_decode_blocks=self.random.choice([3, 5, 8]),
             num_prefill_blocks=12,
+            num_layer_groups=self.random.choice([1, 2]),
             ways_to_land=self.random.choice([("land",), ANYTHING]),
         )
         self.lives = {name: NodeId(name, 1) for name in "dab"}

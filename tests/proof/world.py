@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from tests.proof.decode_model import DecodeModel
 from tests.proof.packets import DEADLINE_S, ROUTER, TTL, Packet, tokens_of
 from tests.proof.prefill_model import PrefillModel
+from wire.geometry import Geometry
 from wire.messages import Abort, Commit, Message, ReleaseLease, RenewLeases, Reserve, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId, SamplingParams
 
@@ -58,6 +59,7 @@ class Scenario:
     num_tokens: int = 2
     num_decode_blocks: int = 2
     num_prefill_blocks: int = 2
+    num_layer_groups: int = 1
     aborts: tuple[AttemptId, ...] = ()
     restarts: tuple[NodeId, ...] = ()
     times: tuple[float, ...] = RENEWABLE
@@ -75,7 +77,11 @@ class Scenario:
         """A node as it starts."""
         if node.name == DECODE.name:
             return DecodeModel(
-                node, self.num_decode_blocks, self.ways_to_land, self.table_supersedes
+                node,
+                self.num_decode_blocks,
+                self.ways_to_land,
+                self.table_supersedes,
+                Geometry(self.num_layer_groups),
             )
         return PrefillModel(node, self.num_prefill_blocks)
 
@@ -170,6 +176,21 @@ SCENARIOS = (
         _attempts(A, B),
         num_tokens=3,
         num_decode_blocks=4,
+        times=TIMELESS,
+    ),
+    Scenario(
+        "one attempt, two layer groups, damage",
+        _attempts(A),
+        num_decode_blocks=1,
+        num_layer_groups=2,
+        aborts=(R1,),
+        times=PAST_TTL,
+        ways_to_land=ANYTHING,
+    ),
+    Scenario(
+        "two attempts, two layer groups each",
+        _attempts(A, B),
+        num_layer_groups=2,
         times=TIMELESS,
     ),
     Scenario("two attempts on one prefill node", _attempts(A, A), times=PAST_TTL),

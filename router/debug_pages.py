@@ -1,7 +1,7 @@
 """`/debug/requests`: what the router remembers of requests, for whoever runs it.
 
 As JSON, or as text with `?format=text` or `Accept: text/plain`. Node names and times are nobody
-else's business: the routes exist only where the address is one of this machine.
+else's business: the routes exist only where the address is one of this machine, or a key is asked.
 """
 
 from __future__ import annotations

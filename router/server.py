@@ -98,7 +98,8 @@ class RouterServer:
 
     def _debug_pages(self) -> DebugPages | None:
         """They are for whoever runs the router: nobody else must reach them."""
-        if not self._log.enabled or not is_loopback(self._config.host):
+        protected = is_loopback(self._config.host) or self._config.access.has_keys
+        if not self._log.enabled or not protected:
             return None
         return DebugPages(self._log, self._clock)
 

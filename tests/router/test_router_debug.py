@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from router.access_config import AccessConfig
 from tests.router.harness import Answer, Harness, alphabet, endless, eventually, router
 from tests.router.test_router_app import completion_text
 from wire.messages import AttemptFailed, HandoffDone, Prefill, PrefillTiming, TransferRecord
@@ -192,6 +193,20 @@ def test_where_others_could_read_them_there_are_no_debug_pages(options: dict[str
             assert "Server-Timing" in answer.headers
             for path in ("/debug/requests", f"/debug/requests/{answer.json['id']}"):
                 assert (await harness.get(path)).status == 404
+
+    asyncio.run(scenario())
+
+
+def test_keys_open_the_debug_pages_to_other_machines() -> None:
+    async def scenario() -> None:
+        access = AccessConfig(api_keys=("secret",))
+        async with router(endless, host="0.0.0.0", access=access) as harness:
+            url = harness.url + "/debug/requests"
+            async with harness.session.get(url) as response:
+                assert response.status == 401
+            bearer = {"Authorization": "Bearer secret"}
+            async with harness.session.get(url, headers=bearer) as response:
+                assert (response.status, await response.json()) == (200, {"requests": []})
 
     asyncio.run(scenario())
 

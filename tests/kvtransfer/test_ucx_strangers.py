@@ -173,3 +173,17 @@ def test_who_does_not_know_the_pass_gets_no_lane(tag: int, begin: bytes) -> None
         both.close()
 
     run(body())
+
+
+def test_a_good_hello_with_another_pass_gets_no_lane() -> None:
+    async def body() -> None:
+        both = UcxRig()
+        hostile = Hostile(both.receiver.address.url)
+        hello = pack_hello(PREFILL, RIG_DECODE, bytes(16), hostile.driver.address)
+        hostile.send(HELLO_TAG, hello)
+        await hostile.close()
+        await until(lambda: both.rig.received.units_dropped["malformed"])
+        assert not both.receiver._lanes
+        both.close()
+
+    run(body())

@@ -35,6 +35,7 @@ class RouterConfig:
     node_stall_s: float = 60.0
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
+    idle_connection_s: float = 75.0
     stream_buffer_bytes: int = 256 << 10
     hold_headers_s: float = 10.0
     debug_requests: int = 1000
@@ -48,7 +49,13 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         self._check_exposure()
-        for limit in ("max_streams", "max_body_bytes", "heartbeat_s", "node_timeout_s"):
+        for limit in (
+            "max_streams",
+            "max_body_bytes",
+            "heartbeat_s",
+            "node_timeout_s",
+            "idle_connection_s",
+        ):
             if getattr(self, limit) <= 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
         if not 0 <= self.max_logprobs <= MAX_TOP_LOGPROBS:
@@ -121,6 +128,7 @@ _HELP: dict[str, str] = {
     "node_stall_s": "a node without progress for so long loses its requests",
     "max_body_bytes": "largest request body; beyond it the answer is 413",
     "body_timeout_s": "how long a client may take to send a body",
+    "idle_connection_s": "a connection that brings no whole request head for so long is closed",
     "stream_buffer_bytes": "what may wait for a client that does not read its stream",
     "max_logprobs": "most alternatives per token that a client may ask for",
     "hold_headers_s": "how long a stream's status waits for the first token, so that an earlier "

@@ -77,7 +77,11 @@ class RouterServer:
             self._debug_pages(),
         )
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1.0,
+            keepalive_timeout=config.idle_connection_s,
         )
         await self._runner.setup()
         self._site = web.TCPSite(

@@ -338,6 +338,23 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("head", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nA: b\r\n"])
+def test_a_connection_without_a_request_is_closed(head: bytes) -> None:
+    """Else anybody, with no key at all, could take every file descriptor of the router."""
+
+    async def scenario() -> None:
+        async with router(endless, idle_connection_s=0.3, step_s=0.05) as harness:
+            host, port = harness.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head)
+            long = asyncio.create_task(harness.complete(max_tokens=30))
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+            assert (await long).status == 200  # a slow answer is no idle connection
+
+    asyncio.run(scenario())
+
+
 def test_a_full_fleet_makes_requests_wait_and_a_full_queue_turns_them_away() -> None:
     async def scenario() -> None:
         async with router(endless, max_queue=2) as harness:

@@ -6,7 +6,7 @@ any time after the receiver allowed it, also when the lease has ended long ago.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import kvtransfer.receiver
 from engine.block_pool import BlockPool, BlockState, Owner
@@ -30,7 +30,7 @@ from tests.proof.packets import (
 from wire.codec import Envelope
 from wire.errors import CapacityError
 from wire.geometry import Geometry
-from wire.messages import Abort, Grant, Message, Prefill, Reserve, UnitHeader
+from wire.messages import Abort, Grant, Message, Prefill, Rebind, Reserve, UnitHeader
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
 
@@ -115,7 +115,7 @@ class DecodeModel:
         self.pending: dict[str, Pending] = {}
         self.running: dict[str, Running] = {}
         self.writes: list[Write] = []
-        self.num_granted = 0
+        self.num_granted = self.num_rebound = 0
         self.ended: dict[int, LeaseState] = {}  # every lease that was given out
         self.aborted: dict[str, int] = {}
         self.broken = ""  # found within a callback, whose errors the receiver logs and survives
@@ -167,6 +167,8 @@ class DecodeModel:
         message = envelope.message
         if isinstance(message, Reserve):
             self.reserve(message)
+        elif isinstance(message, Rebind):
+            self.rebind(message)
         elif isinstance(message, Abort):
             known = self.aborted.get(message.id.request, 0)
             self.aborted[message.id.request] = max(known, message.id.attempt)
@@ -194,6 +196,32 @@ class DecodeModel:
             return  # refused
         self.grant(message, reservation)
 
+    def rebind(self, message: Rebind) -> None:
+        id, pending = message.id, self.pending.get(message.id.request)
+        if pending is not None and pending.message.id == id:
+            self.out += pending.granted
+        elif not self.rebound(message):  # refused: the attempt before is over all the same
+            if pending is not None and pending.message.id.attempt < id.attempt:
+                self.receiver.abort(pending.message.id)
+            self.end_running(AttemptId(id.request, id.attempt - 1))
+
+    def rebound(self, message: Rebind) -> bool:
+        live = self.receiver.rebindable(message.id, message.lease)
+        pending = self.pending.get(message.id.request)
+        if pending is None or not live or self.table.superseded(message.id):
+            return False
+        tokens = (*pending.message.tokens, *message.output_tokens)
+        reserve = replace(pending.message, id=message.id, tokens=tokens, prefill=message.prefill)
+        received = self.reservations.peek(pending.reservation.id).received_ids
+        returning = len(received) - self.pool.num_in_transfer(received)
+        if LAYOUT.num_blocks(len(tokens)) > self.pool.num_available + returning:
+            return False
+        hashes = self.cache.hashes(tokens, "")
+        reservation = self.reservations.rebind(pending.reservation.id, tokens, hashes, [])
+        self.grant(reserve, reservation, rebinds=True)
+        self.num_rebound += 1
+        return True
+
     def found(self, message: Reserve) -> tuple[list[bytes], list[int]]:
         """The scheduler's part of a reservation: hashes and cached blocks, if the rest fits."""
         hashes = self.cache.hashes(message.tokens, "")
@@ -203,7 +231,7 @@ class DecodeModel:
             raise CapacityError("no room")
         return hashes, matched
 
-    def grant(self, message: Reserve, reservation: Reservation) -> None:
+    def grant(self, message: Reserve, reservation: Reservation, rebinds: bool = False) -> None:
         must(
             message.id.attempt > self.aborted.get(message.id.request, 0),
             f"{message.id} is granted after its abort",
@@ -218,6 +246,7 @@ class DecodeModel:
             cache_salt="",
             deadline_s=message.deadline_s,
             geometry=self.geometry,
+            rebinds=rebinds,
         )
         self.num_granted += 1
         granted = (
@@ -263,7 +292,9 @@ class DecodeModel:
             pending = self.pending.pop(lease.id.request)
             must(pending.message.id == lease.id, "a lease ended under another's name")
             self.ended[lease.number] = lease.state
-            if lease.state is LeaseState.COMMITTED:
+            if lease.cause == "rebound":
+                must(pending.reservation.id not in self.reservations._reserved, "room held twice")
+            elif lease.state is LeaseState.COMMITTED:
                 self.adopt(lease, pending)
             else:
                 self.reservations.cancel(pending.reservation.id)

@@ -145,6 +145,7 @@ class NodeStates:
         if isinstance(node, DecodeModel):
             for state in node.ended.values():
                 self.outcomes[state.name] = self.outcomes.get(state.name, 0) + 1
+            self.outcomes["REBOUND"] = self.outcomes.get("REBOUND", 0) + bool(node.num_rebound)
             quarantined = node.pool.counts().quarantined
             self.outcomes["QUARANTINED"] = self.outcomes.get("QUARANTINED", 0) + bool(quarantined)
         node.now = now

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from engine.block_pool import BlockPool, BlockState, _Block
+from engine.reservations import Reservation, Reservations
 from kvtransfer import lease as lease_module
 from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
@@ -177,6 +178,42 @@ def _no_layers(original: Callable[..., None]) -> Callable[..., None]:
     return blocks_finished
 
 
+def _rebound_with(original: Callable[..., Lease], keep: tuple[str, ...]) -> Callable[..., Lease]:
+    """A rebound lease that has something of the old one."""
+
+    def grant(table: LeaseTable, id: AttemptId, **rest: Any) -> Lease:
+        older = table._by_request.get(id.request)
+        lease = original(table, id, **rest)
+        if rest.get("rebinds") and older is not None:
+            for name in keep:
+                setattr(lease, name, getattr(older, name))
+        return lease
+
+    return grant
+
+
+def _rebound_beside(original: Callable[..., Lease]) -> Callable[..., Lease]:
+    """The old lease lives on."""
+
+    def grant(table: LeaseTable, id: AttemptId, **rest: Any) -> Lease:
+        if rest.get("rebinds"):
+            table._by_request.pop(id.request)
+        return original(table, id, **rest)
+
+    return grant
+
+
+def _same_blocks(
+    reservations: Reservations, reservation_id: int, tokens: Any, hashes: Any, matched: Any
+) -> Reservation:
+    """All blocks stay, whoever may still write them."""
+    old = reservations._reserved.pop(reservation_id)
+    handles = reservations._pool.handles(old.block_ids)
+    new = Reservation(next(reservations._ids), handles, len(tokens), 0)
+    reservations._reserved[new.id] = old
+    return new
+
+
 def _something_landed(lease: Lease) -> bool:
     return bool(lease.landed)
 
@@ -186,6 +223,8 @@ ROOM = "two attempts, one unit of room"
 DAMAGE = "one attempt, two units, damage"
 CONFUSED = "a confused sender"
 CONFUSED_UNITS = "a confused sender, two units"
+REBOUND = "rebound to another prefill node"
+CONFUSED_REBIND = "a confused sender after a rebind"
 REBIRTH = "the decode node restarts"
 
 MUTATIONS = (
@@ -228,5 +267,26 @@ MUTATIONS = (
         ((KVSender, "blocks_finished", _no_layers(KVSender.blocks_finished)),),
     ),
     Mutation("handoffs without a deadline", TWO, ((KVSender, "tick", _never_deadline),)),
+    Mutation(
+        "a rebound lease keeps its capability",
+        CONFUSED_REBIND,
+        ((LeaseTable, "grant", _rebound_with(LeaseTable.grant, ("capability",))),),
+    ),
+    Mutation(
+        "what came before a rebind counts",
+        REBOUND,
+        (
+            (LeaseTable, "grant", _rebound_with(LeaseTable.grant, ("landed",))),
+            (UnitSealer, "digest", _sealed_loosely),
+        ),
+    ),
+    Mutation(
+        "a commit of the old lease counts after a rebind",
+        REBOUND,
+        ((LeaseTable, "grant", _rebound_beside(LeaseTable.grant)),),
+    ),
+    Mutation(
+        "a rebind reuses blocks under a write", REBOUND, ((Reservations, "rebind", _same_blocks),)
+    ),
     Mutation("mail for another life heard", REBIRTH, ((Inbox, "receive", _hear_everything),)),
 )

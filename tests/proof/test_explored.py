@@ -17,6 +17,8 @@ def test_no_reachable_state_breaks_an_invariant(scenario: Scenario) -> None:
     print(report)
     assert report.complete
     assert report.outcomes["COMMITTED"], "the model never gets to the point"
+    rebinds = any(attempt.rebinds for attempt in scenario.attempts)
+    assert bool(report.outcomes["REBOUND"]) == rebinds
 
 
 def test_every_way_to_end_is_among_what_is_explored() -> None:

@@ -15,7 +15,7 @@ from tests.proof.explore import chosen_secrets
 from tests.proof.packets import ROUTER, TTL, Packet
 from tests.proof.prefill_model import PrefillModel
 from tests.proof.world import ANYTHING, Attempt, Node, Scenario, reborn
-from wire.messages import Abort
+from wire.messages import Abort, UnitHeader
 from wire.types import AttemptId, NodeId
 
 NUM_WALKS = 60
@@ -46,6 +46,8 @@ class Walk:
         self.wire: list[Packet] = []
         self.now = 0.0
         self.num_committed = 0
+        self.num_rebound = 0
+        self.hopeless: set[bytes] = set()  # capabilities of leases whose units were lost
 
     def step(self) -> None:
         dice = self.random.random()
@@ -62,13 +64,26 @@ class Walk:
         elif dice < 0.98:
             self.restart(self.random.choice("dab"))
         while len(self.wire) > MAX_ON_THE_WIRE:
-            self.wire.pop(self.random.randrange(len(self.wire)))
+            lost = self.wire.pop(self.random.randrange(len(self.wire))).message
+            if isinstance(lost, UnitHeader):  # units are sent once: their lease has to expire
+                self.hopeless.add(lost.capability)
 
     def new_attempt(self, request: str) -> None:
         self.attempts[request] = min(255, self.attempts[request] + 1)
         id = AttemptId(request, self.attempts[request])
         prefill = self.lives[self.random.choice("ab")]
-        self.wire.append(self.scenario.reserve(Attempt(id, prefill, self.lives["d"])))
+        rebinds = self.lease_of(request) if self.random.random() < 0.7 else 0
+        self.wire.append(self.scenario.ask(Attempt(id, prefill, self.lives["d"], rebinds)))
+        if rebinds:
+            self.deliver(self.wire[-1])
+            self.num_rebound += self.lease_of(request) > rebinds
+
+    def lease_of(self, request: str) -> int:
+        """As its router would know from the grant; 0: there is none."""
+        decode = self.nodes["d"]
+        assert isinstance(decode, DecodeModel)
+        pending = decode.pending.get(request)
+        return 0 if pending is None else pending.lease
 
     def abort(self, request: str) -> None:
         id = AttemptId(request, self.attempts[request])
@@ -114,7 +129,10 @@ class Walk:
             assert isinstance(prefill, PrefillModel)
             work = prefill.work.get(pending.message.id.request)
             alive = prefill.me == pending.message.prefill
-            assert not (alive and work and work.id == pending.message.id), f"{work} is stuck"
+            lease = decode.table._leases[pending.lease]
+            assert lease.capability in self.hopeless or not (
+                alive and work and work.id == pending.message.id
+            ), f"{work} is stuck"
 
     def work_off(self) -> None:
         """Everything that nodes can do by themselves, without damage."""
@@ -149,6 +167,15 @@ def test_walk(seed: int) -> None:
             walk.step()
         walk.come_to_rest()
         walk.end()
+
+
+def test_walks_rebind() -> None:
+    with chosen_secrets():
+        walks = [Walk(seed) for seed in range(8)]
+        for walk in walks:
+            for _ in range(NUM_EVENTS):
+                walk.step()
+    assert sum(walk.num_rebound for walk in walks) > 5
 
 
 def test_walks_get_somewhere() -> None:

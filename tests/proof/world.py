@@ -13,7 +13,16 @@ from tests.proof.decode_model import DecodeModel
 from tests.proof.packets import DEADLINE_S, ROUTER, TTL, Packet, tokens_of
 from tests.proof.prefill_model import PrefillModel
 from wire.geometry import Geometry
-from wire.messages import Abort, Commit, Message, ReleaseLease, RenewLeases, Reserve, UnitHeader
+from wire.messages import (
+    Abort,
+    Commit,
+    Message,
+    Rebind,
+    ReleaseLease,
+    RenewLeases,
+    Reserve,
+    UnitHeader,
+)
 from wire.types import AttemptId, BlockHandle, NodeId, SamplingParams
 
 Node = DecodeModel | PrefillModel
@@ -38,6 +47,8 @@ class Attempt:
     id: AttemptId
     prefill: NodeId
     decode: NodeId = DECODE
+    rebinds: int = 0  # the lease whose room it asks for; 0: it reserves
+    output_tokens: tuple[int, ...] = ()  # that the client has by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +100,18 @@ class Scenario:
         """What the router may say as long as nobody has restarted."""
         asked = [a for a in self.attempts if a.prefill.incarnation == a.decode.incarnation == 1]
         aborts = [Packet(ROUTER, node, Abort(id)) for id in self.aborts for node in self.nodes]
-        return [*map(self.reserve, asked), *aborts]
+        return [*map(self.ask, asked), *aborts]
 
     def packets_after_restart(self, node: NodeId) -> list[Packet]:
         """What the router may say from the restart on; `node` is the new life."""
-        return [self.reserve(a) for a in self.attempts if node in (a.prefill, a.decode)]
+        return [self.ask(a) for a in self.attempts if node in (a.prefill, a.decode)]
+
+    def ask(self, attempt: Attempt) -> Packet:
+        """The router's question for room."""
+        if not attempt.rebinds:
+            return self.reserve(attempt)
+        message = Rebind(attempt.id, attempt.rebinds, attempt.prefill, attempt.output_tokens)
+        return Packet(ROUTER, attempt.decode, replace(message, deadline_s=DEADLINE_S))
 
     def reserve(self, attempt: Attempt) -> Packet:
         message = Reserve(
@@ -149,6 +167,12 @@ def _attempts(*prefills: NodeId, request: str = "r") -> tuple[Attempt, ...]:
     return tuple(
         Attempt(AttemptId(request, number), node) for number, node in enumerate(prefills, 1)
     )
+
+
+def _rebinding(first: NodeId, second: NodeId, *output_tokens: int) -> tuple[Attempt, ...]:
+    """The second attempt asks for the room of the first one's lease."""
+    rebind = Attempt(AttemptId("r", 2), second, rebinds=1, output_tokens=output_tokens)
+    return (*_attempts(first), rebind)
 
 
 R1, R2 = AttemptId("r", 1), AttemptId("r", 2)
@@ -220,6 +244,32 @@ SCENARIOS = (
         "a confused sender, two units",
         _attempts(A),
         num_tokens=3,
+        confused=True,
+        times=TIMELESS,
+    ),
+    Scenario("rebound to another prefill node", _rebinding(A, B), times=PAST_TTL),
+    Scenario(
+        "rebound with more tokens, one block to spare",
+        _rebinding(A, B, 7),
+        num_decode_blocks=3,
+        times=PAST_TTL,
+    ),
+    Scenario(
+        "rebound or reserved anew, one unit of room",
+        (*_rebinding(A, B), *_attempts(A, B)[1:]),
+        num_decode_blocks=1,
+        times=PAST_TTL,
+    ),
+    Scenario(
+        "rebound to the restarted prefill node",
+        _rebinding(A, reborn(A)),
+        restarts=(A,),
+        times=PAST_TTL,
+    ),
+    Scenario(
+        "a confused sender after a rebind",
+        _rebinding(A, A),
+        num_prefill_blocks=1,
         confused=True,
         times=TIMELESS,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import urllib.request
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from baton.bundled_model import DEFAULT_MODEL
+from tests.e2e.client import Answer, Client
 from tests.e2e.conftest import MakeFleet
+from tests.e2e.test_faults import num_moved, until_busy
 
 TOLERANCE = 1e-4
 
@@ -122,4 +125,52 @@ def test_logprobs_of_output_equal_transformers(make_fleet: MakeFleet) -> None:
             assert told[str(token)]["logprob"] == pytest.approx(float(row[token]), abs=TOLERANCE)
     decode = fleet.nodes["decode-0"].metrics()
     assert decode['baton_handoffs_total{outcome="committed"}'] >= len(make_prompts())
+    fleet.assert_balanced()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_logprobs_survive_a_killed_decode_node(make_fleet: MakeFleet) -> None:
+    """Two attempts tell about the same tokens: each logprob arrives once, and is right."""
+    fleet = make_fleet().start(prefill=1, decode=2)
+    prompts = [prompt[:200] for prompt in make_prompts()]
+
+    async def ask() -> list[Answer]:
+        async with Client(fleet.url) as client:
+            streams = [
+                asyncio.ensure_future(
+                    client.stream(
+                        prompt=prompts[index % len(prompts)],
+                        max_tokens=80,
+                        temperature=0.8,
+                        seed=index,
+                        ignore_eos=True,
+                        logprobs=2,
+                        echo=index % 2 == 0,
+                        return_token_ids=True,
+                    )
+                )
+                for index in range(8)
+            ]
+            await until_busy(fleet, "decode-0", 40)
+            fleet.kill("decode-0")
+            return await asyncio.gather(*streams)
+
+    answers = asyncio.run(ask())
+    assert num_moved(fleet) > 0, "the node died too late to disturb anybody"
+    reference = Reference()
+    for index, answer in enumerate(answers):
+        prompt = prompts[index % len(prompts)]
+        choices = [chunk["choices"][0] for chunk in answer.chunks if chunk["choices"]]
+        output = [token for choice in choices for token in choice.get("token_ids", [])]
+        assert len(output) == 80
+        told: dict[str, list[Any]] = {"token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for choice in choices:
+            for key, values in told.items():
+                values += (choice["logprobs"] or {}).get(key, [])
+        tokens = [*prompt, *output]
+        first = 0 if index % 2 == 0 else len(prompt)
+        assert len(told["token_logprobs"]) == len(tokens) - first
+        assert told["text_offset"] == sorted(told["text_offset"])
+        check(told, tokens, reference.logprobs(tokens), first)
     fleet.assert_balanced()

@@ -8,7 +8,8 @@ having none behind; prefill, chunked prefill, decode and recomputation are the s
     3. then waiting requests are admitted, first come first served, while they fit.
 
 Nobody starves: seats are no more than the budget, so each running request of kind 2 leaves at least
-its own token over from kind 1, and the oldest of them gets all that is left.
+its own token over from kind 1, and the oldest of them gets all that is left, or, where a prompt's
+logprobs are asked for, as many tokens as there is memory for their logits.
 
 A request is admitted if the blocks that it needs now exist, and if the growth that is predicted for
 it and for all who were admitted before fits the available blocks plus the overcommitted ones. Only

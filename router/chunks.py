@@ -61,6 +61,11 @@ class ChoiceResult:
     prompt_tokens: Sequence[int]
     prompt_rows: Sequence[bytes]
 
+    @property
+    def num_details(self) -> int:
+        """How many tokens have to be written out beside the text."""
+        return len(self.told) + len(self.prompt_rows)
+
 
 class AnswerFormat(Protocol):
     """Completions or chat."""

@@ -8,15 +8,16 @@ has spoken, so that they find the prompt in both nodes' prefix caches.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from router.choice import Choice
 from router.choice_text import Told
 from router.chunks import DONE, AnswerFormat, ChoiceResult, Usage, error_event
 from router.errors import ApiError
 from router.logprobs import cumulative
+from router.prompts import INLINE_TOKENS
 from router.requests import Requests
 
 
@@ -94,13 +95,17 @@ class Collected(Generation):
             self._done.set_exception(error)
         self.cancel()
 
-    async def answer(self) -> dict[str, Any]:
-        """The whole answer. Raises ApiError."""
+    async def answer(self) -> bytes:
+        """The whole answer, as JSON. Raises ApiError."""
         await self._done
         results = [self._result(choice) for choice in self._best()]
-        return self._format.whole(
-            [replace(result, index=index) for index, result in enumerate(results)], self.usage()
-        )
+        results = [replace(result, index=index) for index, result in enumerate(results)]
+        if sum(result.num_details for result in results) <= INLINE_TOKENS:
+            return self._write(results)
+        return await asyncio.to_thread(self._write, results)
+
+    def _write(self, results: list[ChoiceResult]) -> bytes:
+        return json.dumps(self._format.whole(results, self.usage())).encode()
 
     def _best(self) -> list[Choice]:
         """Those that are answered, prompt by prompt."""

@@ -24,16 +24,17 @@ from router.chunks import AnswerFormat, ChatFormat, CompletionFormat, TokenDetai
 from router.config import RouterConfig
 from router.control import Control
 from router.dispatch import Dispatch
-from router.echo import Echo, echo_of
-from router.errors import ApiError, bad_request, context_too_long, model_not_found, unavailable
+from router.echo import Echo
+from router.errors import ApiError, model_not_found, unavailable
 from router.event_stream import EventStream
 from router.generation import Collected, Streamed
 from router.logprobs import TokenNames
 from router.metrics import RouterMetrics
-from router.params import GenerationParams, check_tokens, generation_params
+from router.params import GenerationParams, generation_params
+from router.prompts import ReadyPrompt, chat_prompt, completion_prompt
 from router.request_log import RequestLog, RequestRecord
 from router.server_timing import timing_headers
-from router.tokenizer import Encoded, Tokenizer
+from router.tokenizer import Tokenizer
 from router.trace import ChoiceTrace
 from router.work import Prompt, Work
 from telemetry import metrics as names
@@ -55,7 +56,7 @@ class _Asked:
     """A request that was found valid, before any of its choices exists."""
 
     id: str
-    prompts: list[Encoded]
+    prompts: list[ReadyPrompt]
     params: GenerationParams
     served: Served
     timeline: Timeline
@@ -102,7 +103,10 @@ class Serving:
         served = self.served(body.model)
         params = generation_params(body, served.info, self.limits)
         with self._metrics.tokenize.time():
-            prompts = [await _tokens(prompt, params, served) for prompt in body.prompt]
+            prompts = [
+                await completion_prompt(prompt, params, served.tokenizer, served.info)
+                for prompt in body.prompt
+            ]
         asked = _Asked(uuid.uuid4().hex, prompts, params, served, timeline)
         return await self._generate(request, asked, CompletionFormat)
 
@@ -113,10 +117,7 @@ class Serving:
         served = self.served(body.model)
         params = generation_params(body, served.info, self.limits)
         with self._metrics.tokenize.time():
-            tokens = await served.tokenizer.encode_chat(body.messages, params.chat_options)
-        if not tokens:
-            raise bad_request("The chat template gives an empty prompt.", "messages")
-        prompt = _truncated(Encoded(tokens, []), params, served.info)
+            prompt = await chat_prompt(body, params, served.tokenizer, served.info)
         asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
         return await self._generate(request, asked, ChatFormat)
 
@@ -183,8 +184,12 @@ class Serving:
         record = self._begin_record(asked, format, choices)
         try:
             generation.start(choices, params.num_choices)
-            answer = await generation.answer()
-            return web.json_response(answer, headers=timing_headers(record))
+            return web.Response(
+                body=await generation.answer(),
+                content_type="application/json",
+                charset="utf-8",
+                headers=timing_headers(record),
+            )
         finally:
             generation.cancel()
             self._charge(request, generation.usage().num_output_tokens)
@@ -274,15 +279,13 @@ class Serving:
         params, info = asked.params, asked.served.info
         self._metrics.for_model(info.name).observe(names.REQUEST_N, params.n)
         choices: list[Choice] = []
-        for encoded in asked.prompts:
-            prompt = Prompt(tuple(encoded.ids), params.cache_salt)
-            tokenizer = asked.served.tokenizer
-            echo = echo_of(encoded.ids, encoded.added, tokenizer) if params.echo else None
+        for ready in asked.prompts:
+            prompt = Prompt(tuple(ready.tokens), params.cache_salt)
             for number in range(params.num_choices):
-                sampling = params.sampling(number, len(encoded.ids), info.max_model_len)
-                check_num_pairs(len(encoded.ids), sampling)
+                sampling = params.sampling(number, len(ready.tokens), info.max_model_len)
+                check_num_pairs(len(ready.tokens), sampling)
                 work = Work(f"{asked.id}-{len(choices)}", prompt, sampling)
-                choices.append(self._choice(len(choices), work, echo, asked, listener))
+                choices.append(self._choice(len(choices), work, ready.echo, asked, listener))
         return choices
 
     def _choice(
@@ -314,31 +317,3 @@ def _details(asked: _Asked, bytes_prefix: str) -> TokenDetails:
         prompt_logprobs=params.body.prompt_logprobs,
         token_ids=params.return_token_ids,
     )
-
-
-async def _tokens(prompt: str | list[int], params: GenerationParams, served: Served) -> Encoded:
-    """One prompt of a completion as tokens. Raises ApiError."""
-    if isinstance(prompt, str):
-        add_special_tokens = params.body.add_special_tokens is not False
-        encoded = await served.tokenizer.encode(prompt, add_special_tokens)
-    else:
-        encoded = Encoded(prompt, [])
-    if not encoded.ids:
-        raise bad_request("The prompt is empty.", "prompt")
-    encoded = _truncated(encoded, params, served.info)
-    limit = served.info.max_model_len
-    if len(encoded.ids) >= limit:  # before work is spent on the others
-        raise context_too_long(limit, len(encoded.ids), 0, "prompt")
-    check_tokens(encoded.ids, served.info)
-    return encoded
-
-
-def _truncated(encoded: Encoded, params: GenerationParams, info: ModelInfo) -> Encoded:
-    """The last `truncate_prompt_tokens` tokens; -1 means as many as leave room for an answer."""
-    limit = params.body.truncate_prompt_tokens
-    if limit is None:
-        return encoded
-    if limit < 0:
-        room = params.max_tokens or params.default_max_tokens or 1
-        limit = max(1, info.max_model_len - room)
-    return Encoded(encoded.ids[-limit:], encoded.added[-limit:])

@@ -249,6 +249,29 @@ def test_all_logprobs_of_a_request_fit_a_message(monkeypatch: pytest.MonkeyPatch
     asyncio.run(scenario())
 
 
+def test_long_answers_are_written_in_a_thread_and_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        async with router(saying("xyz")) as harness:
+            fields = {"prompt": "hé", "echo": True, "logprobs": 1, "prompt_logprobs": 0}
+            inline = (await harness.complete(**fields)).json["choices"]
+            monkeypatch.setattr("router.prompts.INLINE_TOKENS", 1)
+            monkeypatch.setattr("router.generation.INLINE_TOKENS", 1)
+            threads: list[Any] = []
+            to_thread = asyncio.to_thread
+
+            async def watch(work: Any, *args: Any) -> Any:
+                threads.append(work.__name__)
+                return await to_thread(work, *args)
+
+            monkeypatch.setattr("asyncio.to_thread", watch)
+            assert (await harness.complete(**fields)).json["choices"] == inline
+            assert threads == ["echo_of", "_write"]
+
+    asyncio.run(scenario())
+
+
 # ---------------------------------------------------------------- best_of
 
 

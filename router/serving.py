@@ -168,7 +168,7 @@ class Serving:
         params = asked.params
         asked.timeline.tokenized(self._clock())
         self._check_room(asked)
-        self._charge(request, sum(len(prompt.ids) for prompt in asked.prompts))
+        self._charge(request, sum(len(prompt.tokens) for prompt in asked.prompts))
         format = make_format(
             asked.id,
             asked.served.name,

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
-from router.api import NEUTRAL_COMPLETION, CompletionBody
-from router.api_chat import NEUTRAL_CHAT, ChatBody
+from router.api import NEUTRAL_COMPLETION, CompletionBody, parse_completion
+from router.api_chat import NEUTRAL_CHAT, ChatBody, parse_chat
+from router.errors import ApiError
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 ROW = re.compile(r"\| `(\w+)` \| ([^|]*) \| ([^|]*) \| [^|]*\|$")
 Neutral = dict[str, tuple[Any, ...]]
+USER = [{"role": "user", "content": "x"}]
+
+
+def _wrong(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
+    """For each parameter a value that no parameter takes."""
+    for name in model.model_fields:
+        yield name, [[]]
 
 
 def status(name: str, model: type[BaseModel], neutral: Neutral) -> str:
@@ -72,3 +82,36 @@ def test_everything_documented_elsewhere_is_known() -> None:
     chat = {*ChatBody.model_fields, *NEUTRAL_CHAT}
     assert set(DOCUMENTED_COMPLETIONS.split()) <= completions
     assert set(DOCUMENTED_CHAT.split()) <= chat
+
+
+CASES = [
+    *((parse_completion, {"prompt": "x"}, name, value) for name, value in _wrong(CompletionBody)),
+    *((parse_completion, {"prompt": "x"}, name, ["x"]) for name in NEUTRAL_COMPLETION),
+    *((parse_chat, {"messages": USER}, name, value) for name, value in _wrong(ChatBody)),
+    *((parse_chat, {"messages": USER}, name, ["x"]) for name in NEUTRAL_CHAT),
+]
+
+
+@pytest.mark.parametrize(("parse", "body", "name", "value"), CASES)
+def test_what_is_not_honoured_is_refused_by_name(
+    parse: Callable[[bytes], object], body: dict[str, Any], name: str, value: object
+) -> None:
+    parse(json.dumps(body).encode())
+    with pytest.raises(ApiError) as caught:
+        parse(json.dumps({**body, name: value}).encode())
+    assert caught.value.status == 400
+    assert str(caught.value.param).partition(".")[0] == name
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("parse", "body"), [(parse_completion, {"prompt": "x"}), (parse_chat, {"messages": USER})]
+)
+def test_null_asks_for_nothing(parse: Callable[[bytes], object], body: dict[str, Any]) -> None:
+    model = CompletionBody if "prompt" in body else ChatBody
+    neutral = NEUTRAL_COMPLETION if "prompt" in body else NEUTRAL_CHAT
+    nulls = dict.fromkeys([*model.model_fields, *neutral])
+    parse(json.dumps({**nulls, **body}).encode())
+    for name, values in neutral.items():
+        for value in values:
+            parse(json.dumps({**body, name: value}).encode())

@@ -86,7 +86,7 @@ class Handoff:
         self._next_ask = 0.0
         self._ready: deque[ReadyUnit] = deque()
         self._seals: dict[int, UnitSeal] = {}
-        self._unacked_bytes = 0
+        self._acked_bytes = 0
         self._output_tokens: tuple[int, ...] | None = None
         self._logprobs: Logprobs | None = None
 
@@ -110,18 +110,17 @@ class Handoff:
         if self.ended or not self._ready:
             return None
         size = unit_bytes(self._ready[0].unit, self.grant.layout, self.grant.geometry)
-        full = self._unacked_bytes + size > self._window_bytes
-        if full and self._unacked_bytes >= CREDIT_BYTES:
+        unacked = self.bytes_sent - self._acked_bytes
+        if unacked + size > self._window_bytes and unacked >= CREDIT_BYTES:
             return None
         ready = self._ready.popleft()
-        self._unacked_bytes += size
         self.bytes_sent += size
         self._update_state()
         return self._header(ready.unit, size), ready
 
     def acknowledged(self, num_bytes: int) -> None:
-        """The receiver has taken this many bytes off the wire."""
-        self._unacked_bytes = max(0, self._unacked_bytes - num_bytes)
+        """The receiver has taken this many bytes off the wire, of all that were sent."""
+        self._acked_bytes = max(self._acked_bytes, min(num_bytes, self.bytes_sent))
 
     def finish(self, output_tokens: tuple[int, ...], logprobs: Logprobs | None = None) -> None:
         """The prompt is computed and the next token sampled; the commit is due from now on."""

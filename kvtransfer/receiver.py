@@ -43,7 +43,8 @@ class _Incoming:
     lease: Lease
     sealer: UnitSealer
     geometry: Geometry
-    credit: int = 0  # bytes that arrived and were not acknowledged yet
+    num_bytes: int = 0  # that have arrived
+    num_acknowledged: int = 0  # of these
 
 
 class KVReceiver:
@@ -153,6 +154,7 @@ class KVReceiver:
             self._release(sender, message, now)
         elif isinstance(message, RenewLeases):
             self.table.renew(message.claims, sender, now)
+            self._repeat_received(sender, message)
         self._settle()
 
     def _release(self, sender: NodeId, message: ReleaseLease, now: float) -> None:
@@ -199,7 +201,7 @@ class KVReceiver:
             self._stats.units_received += 1
             self._stats.bytes_received += num_bytes
             if incoming := self._incoming.get(landing.lease.number):
-                incoming.credit += num_bytes
+                incoming.num_bytes += num_bytes
                 self._acknowledge(incoming)
             self.table.end_unit(landing.lease, landing.unit.index, digest, self._clock())
             self._settle()
@@ -234,11 +236,20 @@ class KVReceiver:
 
     def _acknowledge(self, incoming: _Incoming) -> None:
         """Open the sender's window; what cannot be said now is kept and said later."""
-        lease, credit = incoming.lease, incoming.credit
-        if credit >= CREDIT_BYTES and self._reply(
-            lease.sender, UnitsReceived(lease.number, credit)
-        ):
-            incoming.credit = 0
+        if incoming.num_bytes - incoming.num_acknowledged >= CREDIT_BYTES:
+            self._say_received(incoming)
+
+    def _say_received(self, incoming: _Incoming) -> None:
+        lease, num_bytes = incoming.lease, incoming.num_bytes
+        if self._reply(lease.sender, UnitsReceived(lease.number, num_bytes)):
+            incoming.num_acknowledged = num_bytes
+
+    def _repeat_received(self, sender: NodeId, message: RenewLeases) -> None:
+        """Who still waits may have missed the last word on its window."""
+        for claim in message.claims:
+            incoming = self._incoming.get(claim.lease)
+            if incoming and incoming.lease.sender == sender and incoming.num_acknowledged:
+                self._say_received(incoming)
 
     # ------------------------------------------------------------ endings
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import zmq
 
 from wire.codec import Envelope
 from wire.errors import ConfigError, WireError
-from wire.messages import Grant, Message
+from wire.messages import Gone, Grant, Message
 from wire.sockets import Link
 from wire.types import NodeId
+
+log = logging.getLogger(__name__)
 
 _IDLE_S = 300.0  # connections to decode nodes that are gone must not pile up
 
@@ -42,15 +46,16 @@ class PeerLinks:
         """Send to the decode node that gave `grant`. May raise WireError."""
         peer = self._peers.get(grant.decode)
         if peer is None:
-            peer = self._peers[grant.decode] = _Peer(self._connect(grant.peer_url), 0.0)
+            peer = self._peers[grant.decode] = _Peer(self._connect(grant), 0.0)
         peer.last_used = time.monotonic()
         peer.link.send(message, grant.decode)
 
-    def _connect(self, url: str) -> Link:
+    def _connect(self, grant: Grant) -> Link:
+        receive = partial(self._receive, grant.decode)
         try:
-            return Link(self._me, url, self._receive, self._context)
+            return Link(self._me, grant.peer_url, receive, self._context)
         except (ConfigError, zmq.ZMQError) as error:  # no such address, or too many sockets
-            raise WireError(f"cannot connect to {url!r}: {error}") from error
+            raise WireError(f"cannot connect to {grant.peer_url!r}: {error}") from error
 
     def close_idle(self) -> None:
         """Close links that were not used for long."""
@@ -63,5 +68,10 @@ class PeerLinks:
             peer.link.close()
         self._peers.clear()
 
-    def _receive(self, envelope: Envelope) -> None:
-        self._on_message(envelope.sender, envelope.message)
+    def _receive(self, decode: NodeId, envelope: Envelope) -> None:
+        """Who answers at that address speaks for `decode` alone, and another only of its end."""
+        message = envelope.message
+        if envelope.sender == decode or (isinstance(message, Gone) and message.meant_for == decode):
+            self._on_message(envelope.sender, message)
+        else:
+            log.debug("%s speaks at the address of %s; ignored", envelope.sender, decode)

@@ -340,7 +340,7 @@ class UnitsReceived:
     """decode → prefill: bytes of this lease that left the wire; opens the sender's window."""
 
     lease: U64
-    num_bytes: U64  # since the last such message
+    num_bytes: U64  # since the grant, so that one that got lost does no harm
 
 
 @dataclass(frozen=True, slots=True)

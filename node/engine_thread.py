@@ -95,7 +95,8 @@ class EngineThread:
                 result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
                 log.exception("a step failed")
-                failures += 1
+                # Broken logits are their request's, or hardware's: then others fail elsewhere too.
+                failures += not isinstance(error, NotFiniteError)
                 self._tell_failure(error)
                 continue
             failures = 0

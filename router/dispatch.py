@@ -209,6 +209,8 @@ class Dispatch:
         if self.phase is Phase.DECODING and sender != self.decode:
             return []
         self._last_word = message.message
+        if message.cause == "internal":
+            self._avoid.add(sender)  # it, or the request: another node will tell
         if message.retryable:
             own = sender == self.prefill and message.cause in _OF_PREFILL_NODE
             return self._attempt_over(message.cause, now, failed=sender if own else None)

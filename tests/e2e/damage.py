@@ -6,10 +6,15 @@ receiver writes into. Blindness switches off one check in the decode node's proc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from engine.request import Request
+from engine.sampler import Sampler
 from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import LeaseTable
 from kvtransfer.receiver import KVReceiver
@@ -203,6 +208,21 @@ def claim_layout(inside: Inside, *, head_dim: int) -> None:
 def speak(inside: Inside, *, version: int) -> None:
     """Either role, from its start: it speaks another version of the protocol."""
     inside.replace(codec, "PROTOCOL_VERSION", version)
+
+
+@mischief
+def poison(inside: Inside, *, max_tokens: int) -> None:
+    """Decode node: the logits of requests with this `max_tokens` are not numbers."""
+
+    def sample(original: Call, sampler: Any, logits: Tensor, requests: Sequence[Request]) -> Any:
+        logits = logits.clone()
+        for row, request in enumerate(requests):
+            if request.sampling.max_tokens == max_tokens:
+                logits[row] = torch.nan
+                inside.done.append(f"poisoned {request.request_id}")
+        return original(sampler, logits, requests)
+
+    inside.wrap(Sampler, "sample", sample)
 
 
 # ---------------------------------------------------------------- blindness, for the controls

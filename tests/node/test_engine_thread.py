@@ -168,10 +168,11 @@ def test_only_requests_whose_logits_are_broken_are_blamed() -> None:
             def give_up() -> None:
                 o.engine.poisoned = ()
 
-            o.when_failing = give_up
+            o.when_failing = lambda: give_up() if len(o.failures) == 20 else None
             o.give(1)
             await until(lambda: o.results)
-            assert [ids for _, ids in o.failures] == [("r/7",)]
+            assert [ids for _, ids in o.failures] == [("r/7",)] * 20
+            assert not o.dead, "a client could end node after node with them"
 
     asyncio.run(scenario())
 

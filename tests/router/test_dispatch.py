@@ -322,6 +322,12 @@ def test_two_poisonings_end_the_request(cause: str) -> None:
     assert dispatch.phase is Phase.ENDED
 
 
+def test_a_node_that_failed_of_itself_is_avoided() -> None:
+    dispatch = prefilling()
+    effects = dispatch.attempt_failed(D1, failed(dispatch, "internal"), 0)
+    assert one(effects, Reserve)[0] == D2
+
+
 def test_other_failures_are_retried_a_bounded_number_of_times() -> None:
     dispatch = prefilling()
     for _ in range(20):

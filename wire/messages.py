@@ -284,8 +284,7 @@ class Tokens:
 class AttemptFailed:
     """node → router: this attempt is over without a result; what it held is free or quarantined.
 
-    `cause` is a metric label: expired, revoked, stale, digest, transport, superseded, gone,
-    drained, capacity, too_long, invalid, manifest, internal.
+    `cause` is a metric label; `telemetry/causes.py` has them all.
     """
 
     id: AttemptId

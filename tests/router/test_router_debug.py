@@ -11,8 +11,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_writer import StreamWriter
+from aiohttp.test_utils import make_mocked_request
 
 from router.access_config import AccessConfig
+from router.event_stream import EventStream
 from tests.router.harness import Answer, Harness, alphabet, endless, eventually, router
 from tests.router.test_router_app import completion_text
 from wire.messages import AttemptFailed, HandoffDone, Prefill, PrefillTiming, TransferRecord
@@ -257,25 +261,38 @@ def test_a_client_that_leaves_before_the_first_token_is_noticed() -> None:
     asyncio.run(scenario())
 
 
-def test_status_and_first_event_leave_together() -> None:
-    """A packet less, and what a client sees first has something in it."""
+class Wire(asyncio.Transport):
+    """Remembers what was written at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.writes.append(b"".join(list_of_data))
+
+    def is_closing(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("with_event", "num_writes"), [(True, 1), (False, 2)])
+def test_status_and_first_event_leave_together(with_event: bool, num_writes: int) -> None:
+    """A packet less on the way to the first token."""
 
     async def scenario() -> None:
-        async with router(endless) as harness:
-            host, port = harness.url.removeprefix("http://").split(":")
-            reader, writer = await asyncio.open_connection(host, int(port))
-            body = b'{"prompt": "hi", "stream": true, "max_tokens": 500}'
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            writer.write(head.encode() + body)
-            first = await reader.read(1 << 16)
-            assert first.startswith(b"HTTP/1.1 200")
-            assert b"\r\n\r\n" in first
-            assert b"data: " in first
-            writer.close()
-            with suppress(ConnectionError):
-                await writer.wait_closed()
+        loop, wire = asyncio.get_running_loop(), Wire()
+        protocol = BaseProtocol(loop)
+        protocol.connection_made(wire)
+        request = make_mocked_request("POST", "/", writer=StreamWriter(protocol, loop))
+        response = EventStream({"Server-Timing": "ttft;dur=1"}, with_event=with_event)
+        await response.prepare(request)
+        await response.write(b"data: x")
+        assert len(wire.writes) == num_writes
+        assert b"Server-Timing: ttft;dur=1" in wire.writes[0]
+        assert b"data: x" in wire.writes[-1]
 
     asyncio.run(scenario())
 

@@ -71,10 +71,14 @@ ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING)
 class Placer(Protocol):
     """Chooses nodes (the fleet; a script in tests)."""
 
-    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None: ...
+    def numerics_of(self, node: NodeId) -> str: ...
+
+    def pick_prefill(
+        self, work: Work, avoid: Collection[NodeId], numerics: str
+    ) -> NodeId | None: ...
 
     def pick_decode(
-        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId], numerics: str
     ) -> NodeId | None: ...
 
 
@@ -109,6 +113,8 @@ class Dispatch:
         self.decode: NodeId | None = None
         self.num_attempts = 0
         self._lease = 0  # what the decode node has granted; 0: nothing
+        self._author: NodeId | None = None  # of the newest tokens in the log
+        self._numerics = ""  # of the author: it would sample them again
         self._placer = placer
         self._limits = limits
         self._deadline = now + limits.request_s
@@ -135,14 +141,14 @@ class Dispatch:
         """Begin an attempt, if there are nodes for it."""
         assert self.phase is Phase.WAITING
         self._refused.clear()
-        self.prefill = self._placer.pick_prefill(self.work, self._avoid)
+        self.prefill = self._placer.pick_prefill(self.work, self._avoid, self._numerics)
         if self.prefill is None:
             return self._wait("There is no prefill node to serve the request.", 1.0)
         if self._num_left == 1:
             self.decode = None
             self._begin_attempt()
             return self._prefill(self.prefill, None, now)
-        self.decode = self._placer.pick_decode(self.work, self._avoid, self._refused)
+        self.decode = self._pick_decode()
         if self.decode is None:
             return self._wait("There is no decode node to serve the request.", 1.0)
         self._begin_attempt()
@@ -164,7 +170,7 @@ class Dispatch:
         assert self.prefill is not None
         if message.cause != "gone":  # a new reservation may well succeed there
             self._refused.add(sender)
-        self.decode = self._placer.pick_decode(self.work, self._avoid, self._refused)
+        self.decode = self._pick_decode()
         if self.decode is None:
             return self._wait(f"No capacity: {message.message}", message.retry_after_s)
         return self._reserve(self.decode, self.prefill, now)
@@ -184,13 +190,15 @@ class Dispatch:
         )
         match verdict:
             case Accepted():
-                return self._output(verdict)
+                return self._output(sender, verdict)
             case Gap(resend_from=index):
                 return [Send(sender, Resend(update.id, index))]
             case Divergence():
                 return self._attempt_over("divergence", now)
 
-    def _output(self, new: Accepted) -> list[Effect]:
+    def _output(self, sender: NodeId, new: Accepted) -> list[Effect]:
+        if new.tokens and sender != self._author:
+            self._author, self._numerics = sender, self._placer.numerics_of(sender)
         output = Output(new.tokens, new.finish, new.rows)
         if new.finish is None:
             return [output] if new.tokens else []
@@ -284,6 +292,9 @@ class Dispatch:
             return node == self.decode
         return self.phase in ON_NODES and node in (self.prefill, self.decode)
 
+    def _pick_decode(self) -> NodeId | None:
+        return self._placer.pick_decode(self.work, self._avoid, self._refused, self._numerics)
+
     def _begin_attempt(self) -> None:
         self.num_attempts += 1
         self.log.begin_attempt(self.num_attempts)
@@ -358,7 +369,7 @@ class Dispatch:
         reserved = self.phase is Phase.PREFILLING and self._lease and self.decode is not None
         if failed is None or failed != self.prefill or not reserved or self._num_left == 1:
             return None
-        return self._placer.pick_prefill(self.work, self._avoid | {failed})
+        return self._placer.pick_prefill(self.work, self._avoid | {failed}, self._numerics)
 
     def _rebind(self, prefill: NodeId, now: float) -> list[Effect]:
         assert self.decode is not None

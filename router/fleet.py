@@ -167,25 +167,40 @@ class Fleet:
 
     # ------------------------------------------------------------ who gets work
 
-    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None:
-        """The best prefill node; one of `avoid` only where there is no other."""
-        nodes = self._candidates(Role.PREFILL, work)
+    def numerics_of(self, node: NodeId) -> str:
+        """Nodes with equal strings compute bit-equal results; empty: the node is not known."""
+        return self._nodes[node].info.model.numerics if node in self._nodes else ""
+
+    def pick_prefill(
+        self, work: Work, avoid: Collection[NodeId], numerics: str = ""
+    ) -> NodeId | None:
+        """The best prefill node; one of `avoid` only where there is no other.
+
+        Args:
+            numerics: of the node that produced the request's output so far; empty: there is none.
+        """
+        nodes = self._candidates(Role.PREFILL, work, numerics)
         preferred = [node for node in nodes if node.id not in avoid]
         return choose_prefill(preferred or nodes, work.num_tokens)
 
     def pick_decode(
-        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+        self,
+        work: Work,
+        avoid: Collection[NodeId],
+        refused: Collection[NodeId],
+        numerics: str = "",
     ) -> NodeId | None:
-        """The best decode node that has not refused; `avoid` as for prefill nodes."""
-        nodes = [node for node in self._candidates(Role.DECODE, work) if node.id not in refused]
+        """The best decode node that has not refused; the others as for prefill nodes."""
+        candidates = self._candidates(Role.DECODE, work, numerics)
+        nodes = [node for node in candidates if node.id not in refused]
         preferred = [node for node in nodes if node.id not in avoid]
         return choose_decode(preferred or nodes, work.max_num_tokens)
 
-    def _candidates(self, role: Role, work: Work) -> list[Candidate]:
+    def _candidates(self, role: Role, work: Work, numerics: str) -> list[Candidate]:
         nodes = [node for node in self if node.info.role is role and node.serves]
-        return [self._candidate(node, work) for node in nodes]
+        return [self._candidate(node, work, numerics) for node in nodes]
 
-    def _candidate(self, node: Node, work: Work) -> Candidate:
+    def _candidate(self, node: Node, work: Work, numerics: str) -> Candidate:
         block_size = max(1, node.info.layout.block_size)
         cached = 0
         if len(node.cache):
@@ -199,6 +214,7 @@ class Fleet:
             pending_tokens=sum(node.assigned.values()),
             pending_blocks=node.pending_blocks,
             num_assigned=len(node.assigned),
+            same_numerics=numerics in ("", node.info.model.numerics),
         )
 
     def assign(self, node: NodeId, request: str, num_tokens: int, num_blocks: int) -> None:

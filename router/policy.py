@@ -25,10 +25,14 @@ class Candidate:
     pending_tokens: int = 0  # prompt tokens that this router sent here and that are not done
     pending_blocks: int = 0  # blocks that this router asked for since the node's last heartbeat
     num_assigned: int = 0  # choices of this router that run here
+    same_numerics: bool = True  # computes bit-equally to who produced what the client has
 
 
 def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> NodeId | None:
-    """The node that would finish a prompt of `num_tokens` first; None if there is none."""
+    """The node that would finish a prompt of `num_tokens` first; None if there is none.
+
+    Of a request that goes on, one with the same numerics: it repeats near-ties as they were.
+    """
     best = min(candidates, key=lambda node: _prefill_cost(node, num_tokens), default=None)
     return None if best is None else best.id
 
@@ -42,16 +46,16 @@ def choose_decode(candidates: Iterable[Candidate], max_num_tokens: int) -> NodeI
     return None if best is None else best.id
 
 
-def _prefill_cost(node: Candidate, num_tokens: int) -> tuple[int, int, str]:
+def _prefill_cost(node: Candidate, num_tokens: int) -> tuple[bool, int, int, str]:
     queued = max(node.load.queued_tokens, node.pending_tokens)
     to_compute = num_tokens - min(node.num_cached_tokens, num_tokens)
-    return queued + to_compute, node.num_assigned, node.id.name
+    return not node.same_numerics, queued + to_compute, node.num_assigned, node.id.name
 
 
-def _decode_cost(node: Candidate, max_num_tokens: int) -> tuple[bool, float, int, str]:
+def _decode_cost(node: Candidate, max_num_tokens: int) -> tuple[bool, bool, float, int, str]:
     new_tokens = max_num_tokens - min(node.num_cached_tokens, max_num_tokens)
     missing = -(-new_tokens // node.block_size)
     total = max(1, node.load.blocks_total)
     free = node.load.blocks_free - node.load.blocks_promised - node.pending_blocks
     in_use = (total - free + missing) / total
-    return missing > free, in_use, node.num_assigned, node.id.name
+    return missing > free, not node.same_numerics, in_use, node.num_assigned, node.id.name

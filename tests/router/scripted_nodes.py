@@ -25,12 +25,19 @@ class Nodes:
     prefill: list[NodeId] = field(default_factory=lambda: [P1, P2])
     decode: list[NodeId] = field(default_factory=lambda: [D1, D2])
 
-    def pick_prefill(self, work: Work, avoid: Collection[NodeId]) -> NodeId | None:
+    numerics: list[str] = field(default_factory=list)  # that were asked for
+
+    def numerics_of(self, node: NodeId) -> str:
+        return f"as {node.name}"
+
+    def pick_prefill(self, work: Work, avoid: Collection[NodeId], numerics: str) -> NodeId | None:
+        self.numerics.append(numerics)
         return _first(self.prefill, avoid)
 
     def pick_decode(
-        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId]
+        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId], numerics: str
     ) -> NodeId | None:
+        self.numerics.append(numerics)
         return _first([node for node in self.decode if node not in refused], avoid)
 
 

@@ -162,6 +162,14 @@ def test_a_dead_decode_node_is_replaced_and_the_text_goes_on() -> None:
     assert dispatch.tokens(D2, update(dispatch, 0, 50, 51, 52, 53), 1) == [Output((53,), None)]
 
 
+def test_a_retry_prefers_the_numerics_of_the_last_author() -> None:
+    nodes = Nodes()
+    dispatch = decoding(nodes)
+    assert nodes.numerics == ["", ""]
+    dispatch.node_lost(D1, 1)
+    assert nodes.numerics[2:] == ["as d1", "as d1"]
+
+
 def test_with_one_token_left_the_retry_reserves_nothing() -> None:
     nodes = Nodes()
     dispatch = start(nodes, max_tokens=3)

@@ -38,7 +38,7 @@ def candidate(id: NodeId, **fields: int) -> Candidate:
     load = NodeLoad(blocks_total=100, blocks_free=fields.pop("free", 100))
     load = replace(load, blocks_promised=fields.pop("promised", 0))
     load = replace(load, queued_tokens=fields.pop("queued", 0))
-    return Candidate(id=id, load=load, block_size=16, **fields)
+    return Candidate(id=id, load=load, block_size=16, **fields)  # type: ignore[arg-type]
 
 
 def test_ready_with_a_node_of_each_role() -> None:
@@ -162,6 +162,25 @@ def test_prefill_weighs_queue_against_cache() -> None:
     assert choose_prefill([idle, candidate(B, num_cached_tokens=512, queued=600)], 1000) == A
     assert choose_prefill([candidate(A, pending_tokens=10), candidate(B)], 10) == B
     assert choose_prefill([], 10) is None
+
+
+def test_a_request_that_goes_on_prefers_equal_numerics() -> None:
+    other = replace(candidate(A), same_numerics=False)
+    busy = candidate(B, queued=900, free=20)
+    assert choose_prefill([other, busy], 10) == B
+    assert choose_decode([other, busy], 160) == B
+    assert choose_decode([other, candidate(B, free=5)], 160) == A, "room comes first"
+
+
+def test_numerics_are_compared_with_those_of_who_wrote_last() -> None:
+    fleet = new_fleet()
+    fleet.register(C, register(Role.PREFILL, model=replace(MODEL, numerics="others")), 0)
+    fleet.assign(A, "other", 500, 0)
+    assert fleet.numerics_of(C) == "others"
+    assert fleet.numerics_of(NodeId("unknown", 1)) == ""
+    assert fleet.pick_prefill(WORK, ()) == C
+    assert fleet.pick_prefill(WORK, (), "others") == C
+    assert fleet.pick_prefill(WORK, (), MODEL.numerics) == A
 
 
 def test_decode_prefers_room() -> None:

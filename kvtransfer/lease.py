@@ -291,6 +291,18 @@ class LeaseTable:
         for lease in [lease for lease in self._leases.values() if lease.sender == sender]:
             self._end(lease, LeaseState.REVOKED, "gone", now)
 
+    def new_life(self, sender: NodeId, now: float) -> None:
+        """The router names this life of a node, so its earlier ones are over.
+
+        Their leases can only be rebound; a quarter of the TTL is left for that.
+        """
+        soon = now + self._ttl_s / 4
+        for lease in self._leases.values():
+            earlier = lease.sender.name == sender.name and lease.sender != sender
+            if earlier and lease.deadline > soon:
+                lease.deadline = soon
+                heapq.heappush(self._deadlines, (lease.deadline, lease.number))
+
     def renew(self, claims: Iterable[LeaseClaim], sender: NodeId, now: float) -> None:
         """Heartbeats that name their leases; claims that are not the sender's are ignored.
 

@@ -102,6 +102,7 @@ class KVReceiver:
 
         With `rebinds` it does so in place of the sender of the request's older lease.
         """
+        self.table.new_life(sender, self._clock())
         lease = self.table.grant(
             id,
             sender=sender,

@@ -339,6 +339,20 @@ def test_a_dead_sender_loses_all_its_leases(table: LeaseTable) -> None:
     assert {lease.cause for lease in leases} == {"gone"}
 
 
+def test_a_new_life_of_its_sender_leaves_a_lease_time_to_be_rebound_and_no_more(
+    table: LeaseTable,
+) -> None:
+    lease = granted(table)
+    table.new_life(SENDER, 1.0)
+    table.new_life(OTHER, 1.0)
+    assert lease.deadline == TTL
+    table.new_life(STRANGER, 1.0)
+    assert table.next_deadline() == lease.deadline == 1.0 + TTL / 4
+    assert table.rebindable(SECOND, lease.number, 3.0)
+    table.expire(3.6)
+    assert (state(lease), len(table)) == (LeaseState.EXPIRED, 0)
+
+
 # ---------------------------------------------------------------- time
 
 

@@ -351,7 +351,7 @@ class DecodeModel:
         must(sorted(live) == sorted(p.lease for p in self.pending.values()), "a lease is nobody's")
         must(live.keys() == self.receiver._incoming.keys(), "the receiver keeps an ended lease")
         must(len(self.reservations) == len(self.pending), "a reservation is nobody's")
-        must(len(self.table._deadlines) <= self.num_granted, "deadlines pile up")
+        must(len(self.table._deadlines) <= 2 * self.num_granted, "deadlines pile up")
         must(len(self.table._outcomes) <= self.num_granted + len(self.aborted), "outcomes pile up")
         for lease in live.values():
             must(

@@ -8,6 +8,7 @@ of a shrunk mapping would kill the reader), and no writable mapping can be added
 from __future__ import annotations
 
 import fcntl
+import functools
 import mmap
 import os
 import stat
@@ -93,6 +94,7 @@ class MappedMemory:
             self._map.close()
 
 
+@functools.cache  # asked for every handoff, also when no file can be opened any more
 def host_id() -> str:
     """The same for two processes that can reach each other's abstract sockets, and for no others.
 

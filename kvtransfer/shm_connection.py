@@ -53,7 +53,10 @@ def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.sock
     """Connect and give the pool away. Never waits: an abstract socket answers at once."""
     if not is_here(url):
         raise TransferError("transport", f"{url} is another host")
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise TransferError("transport", f"cannot open a socket: {error.strerror}") from error
     try:
         peer.connect(_abstract(url.rpartition("/")[2]))
         if not same_user(peer):

@@ -5,6 +5,7 @@ moment of the commit, a router that stands still, a node that can open no connec
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import time
@@ -130,7 +131,8 @@ def test_a_router_that_stands_still_until_its_nodes_have_given_it_up(fleet: Flee
 def no_descriptors_left(node: Process) -> Iterator[None]:
     """It can open no file and no connection."""
     _, most = resource.prlimit(node.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, (0, most))
+    in_use = 1 + max(int(name) for name in os.listdir(f"/proc/{node.pid}/fd"))
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, (in_use, most))
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import fcntl
 import gc
 import mmap
@@ -442,6 +443,29 @@ def test_an_address_where_nobody_is(url: str) -> None:
             with pytest.raises(TransferError):
                 both.sender.send(url, DECODE, header(), memoryview(b""), lambda: None)
         assert num_descriptors() <= open_before
+        both.close()
+
+    run(body())
+
+
+def test_a_sender_without_descriptors_fails_as_a_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another transport is taken then; an error of another kind would cost the request its node."""
+
+    def no_socket(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def no_file(*_: object) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def body() -> None:
+        both = ShmRig()
+        both.sender.close()
+        with monkeypatch.context() as poor:
+            poor.setattr("kvtransfer.shm_connection.socket.socket", no_socket)
+            poor.setattr(Path, "read_text", no_file)
+            with pytest.raises(TransferError, match="Too many open files"):
+                both.sender.reaches(both.url, DECODE)
+        assert both.sender.reaches(both.url, DECODE)
         both.close()
 
     run(body())

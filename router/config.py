@@ -14,6 +14,8 @@ from router.dispatch import DispatchLimits
 from wire.errors import ConfigError
 from wire.logprobs import MAX_TOP_LOGPROBS
 
+_POSITIVE = ("max_streams", "max_body_bytes", "idle_connection_s", "heartbeat_s", "node_timeout_s")
+
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
@@ -49,13 +51,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         self._check_exposure()
-        for limit in (
-            "max_streams",
-            "max_body_bytes",
-            "heartbeat_s",
-            "node_timeout_s",
-            "idle_connection_s",
-        ):
+        for limit in _POSITIVE:
             if getattr(self, limit) <= 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must be positive")
         if not 0 <= self.max_logprobs <= MAX_TOP_LOGPROBS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 
@@ -35,8 +36,10 @@ FLAGS = ("--lease-ttl-s", "2")
 NOT_CACHED = "--no-prefix-caching"
 
 
-@pytest.fixture(scope="module", params=["shm", "zmq"])
+@pytest.fixture(scope="module", params=["shm", "zmq", "ucx"])
 def shared(make_shared_fleet: MakeFleet, request: pytest.FixtureRequest) -> Fleet:
+    if request.param == "ucx" and find_spec("ucxx") is None:
+        pytest.skip("ucxx is not installed")
     fleet = make_shared_fleet()
     fleet.start_router()
     flags = (*FLAGS, "--transport", request.param)

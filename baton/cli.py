@@ -28,6 +28,7 @@ COMMANDS = {
     "prefill": Command("prefill_node.__main__", "start a prefill node"),
     "decode": Command("decode_node.__main__", "start a decode node"),
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
+    "run-batch": Command("baton.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": Command("tuner.bench", "measure any OpenAI-compatible server"),
     "doctor": Command("baton.doctor", "tell what this machine has and what Baton would choose"),
 }
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The text of `baton --help`."""
-    rows = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<11}{command.help}" for name, command in COMMANDS.items())
     return f"""\
 Baton serves large language models with prefill and decode on separate nodes.
 

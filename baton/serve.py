@@ -36,9 +36,14 @@ def main(argv: Sequence[str]) -> int:
     """Serve until stopped; returns the exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    check_model(args)
+    return asyncio.run(serve(args))
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ConfigError before any process is started in vain."""
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
-    return asyncio.run(serve(args))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,6 +58,14 @@ Without MODEL it serves the small Python-writing model that ships with Baton.
   baton serve ./my-model --prefill 1 --decode 2 --port 9000""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_fleet_arguments(parser)
+    add_router_arguments(parser)
+    parser.set_defaults(control_port=0)  # any free one: several fleets may share a machine
+    return parser
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is served, by how many nodes, and how these run."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -63,11 +76,8 @@ Without MODEL it serves the small Python-writing model that ships with Baton.
     fleet = parser.add_argument_group("fleet")
     fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
     fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
-    add_router_arguments(parser)
-    parser.set_defaults(control_port=0)  # any free one: several fleets may share a machine
     add_engine_arguments(parser)
     add_decode_arguments(parser)
-    return parser
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -128,11 +138,24 @@ class NodeSpec:
     role: str
 
 
-class Launcher:
-    """Owns the child processes."""
+def print_ready(url: str, what: str) -> None:
+    """The ready line of `baton serve`."""
+    with suppress(BrokenPipeError):  # nobody has to read it
+        print(f"baton ready {url} {what}", flush=True)
 
-    def __init__(self, args: argparse.Namespace) -> None:
+
+class Launcher:
+    """Owns the child processes.
+
+    Args:
+        on_ready: is told the router's URL and what it took, once all nodes serve.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, on_ready: Callable[[str, str], None] = print_ready
+    ) -> None:
         self._args = args
+        self._on_ready = on_ready
         self._model_name = Path(args.model).resolve().name
         self._specs = [
             *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
@@ -159,8 +182,7 @@ class Launcher:
         if not await self._all_ready():
             return 1
         took = time.monotonic() - started
-        with suppress(BrokenPipeError):  # nobody has to read it
-            print(f"baton ready {router['http']} {self._describe()} in {took:.1f} s", flush=True)
+        self._on_ready(router["http"], f"{self._describe()} in {took:.1f} s")
         return await self._supervise(control)
 
     def _describe(self) -> str:

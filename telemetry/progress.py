@@ -22,6 +22,7 @@ class ProgressLine:
                 TextColumn(title),
                 BarColumn(),
                 TextColumn("{task.description}"),
+                TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
                 transient=True,
@@ -41,12 +42,14 @@ class ProgressLine:
         if self._bar:
             self._bar.stop()
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """`stage` has done `done` of `total` (0: unknown)."""
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """`stage` has done `done` of `total` (0: unknown); a terminal shows the note beside it."""
         if self._bar:
             if self._task is None:
-                self._task = self._bar.add_task(stage, total=None)
-            self._bar.update(self._task, description=stage, completed=done, total=total or None)
+                self._task = self._bar.add_task(stage, total=None, note=note)
+            self._bar.update(
+                self._task, description=stage, completed=done, total=total or None, note=note
+            )
         elif stage != self._stage:
             print(f"{self._title}: {stage}", file=sys.stderr, flush=True)
         self._stage = stage

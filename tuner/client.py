@@ -107,13 +107,13 @@ async def _exchange(
     except TimeoutError:
         return "timeout", f"no complete response within {target.timeout_s:g} s"
     except aiohttp.ClientConnectorError as error:
-        return "connect", _reason(error)
+        return "connect", reason(error)
     except (aiohttp.ClientError, OSError) as error:
-        return "disconnect", _reason(error)
+        return "disconnect", reason(error)
     return None, ""
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The system's own words where there are any, else the library's."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
@@ -169,7 +169,7 @@ async def _served_models(session: aiohttp.ClientSession, url: str) -> list[str]:
     except TimeoutError as error:
         raise ConfigError(f"no answer from {url}") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise ConfigError(f"cannot reach {url}: {_reason(error)}") from error
+        raise ConfigError(f"cannot reach {url}: {reason(error)}") from error
     except ValueError:
         return []
     entries = body.get("data") if isinstance(body, dict) else None

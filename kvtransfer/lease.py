@@ -70,7 +70,12 @@ class Lease:
 
     @property
     def live(self) -> bool:
-        return self.state in LIVE
+        state = self.state  # asked twice per unit, and an Enum's hash is Python code
+        return (
+            state is LeaseState.RECEIVING
+            or state is LeaseState.COMMITTING
+            or state is LeaseState.GRANTED
+        )
 
     @property
     def complete(self) -> bool:

@@ -24,11 +24,11 @@ SCALE_BYTES = 4
 WIRE_DTYPES = (STORED, *DTYPE_BYTES, *SCALED_DTYPES)
 WireDType = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(WIRE_DTYPES)})$")]
 
-MAX_LAYER_GROUPS = 6
+MAX_LAYER_GROUPS = 4
 MIN_UNIT_BYTES = 128 << 10
 """Each unit costs a header, a digest and two lookups, whatever its size: at 64 KB these weigh as
-much as the copy (`docs/log.md`). And a third of the last chunk is little to be left after the last
-forward pass: of four chunks, a twelfth."""
+much as the copy (`docs/log.md`). And a third or a quarter of the last chunk is little to be left
+after the last forward pass: of four chunks, a twelfth or a sixteenth."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from itertools import islice
 
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_connection import connect, is_here
-from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES, pack
+from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES
+from kvtransfer.unit_header import pack
 from wire.errors import TransferError
 from wire.messages import UnitHeader
 from wire.types import NodeId

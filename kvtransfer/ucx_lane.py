@@ -35,7 +35,7 @@ import hmac
 from collections.abc import Sequence
 from contextlib import suppress
 
-from kvtransfer.shm_stream import UNIT, pack, unpack
+from kvtransfer.unit_header import UNIT, pack, unpack
 from wire.codec import Envelope, decode, encode
 from wire.errors import ConfigError, MalformedMessage
 from wire.messages import RenewLeases, UnitHeader

@@ -23,8 +23,9 @@ from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import LeaseState
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
 from kvtransfer.shm_connection import HELLO, MAGIC
-from kvtransfer.shm_stream import ANSWER, INLINE, pack, unpack
+from kvtransfer.shm_stream import ANSWER, INLINE
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
+from kvtransfer.unit_header import pack, unpack
 from tests.kvtransfer.rig import DECODE, LAYOUT, PREFILL, Job, Rig, quiet, until
 from wire.codec import Envelope, encode
 from wire.errors import TransferError

@@ -21,7 +21,8 @@ import kvtransfer.receiver
 from benchmarks.transfer_sender import Blocks, layout_of, leave_digests_out
 from benchmarks.ucx_bare import BarePair
 from engine.kv_store import KVStore
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.shm_transport import ShmUnitReceiver
 from kvtransfer.transport import Landing, TransferStats, UnitReceiver

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from engine.plan import LayerProgress, StepResult
 from engine.request import Request
 from engine.reservations import Reservation
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.transport import TransferStats
 from node.router_link import RouterLink
@@ -284,7 +285,7 @@ class DecodeRole:
             self._begin(pending, lease)
             return
         self._engine.cancel_reservation(pending.reservation.id)
-        if lease.state in (LeaseState.REJECTED, LeaseState.EXPIRED) or lease.cause == "gone":
+        if lease.state in (LeaseState.REJECTED, LeaseState.EXPIRED):
             self._fail(pending.link, lease.id, lease.cause, "the KV cache did not arrive whole")
         elif lease.state is LeaseState.COMMITTED:
             self._fail(pending.link, lease.id, "manifest", "the commit names other output tokens")

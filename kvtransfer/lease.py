@@ -1,31 +1,22 @@
-"""The decode side's leases: who may fill which blocks, until when, and whether it was done right.
+"""A lease: the right of one sender to fill certain blocks, and what has come under it so far.
 
     GRANTED → RECEIVING → COMMITTING → COMMITTED   the request owns the blocks
        │          │            ├─ a digest, generation or manifest contradicts → REJECTED
        └──────────┴────────────┴─ deadline → EXPIRED, abort, rebind or new attempt → REVOKED,
                                   the sender needs it no more → RELEASED
 
-The machine is pure: no socket, no clock (`now` is an argument, in seconds), no block pool. Whatever
-ends a lease, the lease comes out of `take_ended` exactly once, and the caller acts on its blocks
-there. Entering COMMITTED is the one linearization point of a handoff.
-
-Every operation is idempotent on (request, attempt). Outcomes stay as bounded tombstones, so that a
-question asked again gets the answer it got before.
+What moves it along that picture is the table of all leases (`lease_table`).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from hmac import compare_digest
 
 from kvtransfer.units import Unit
-from wire.errors import TransferError
 from wire.logprobs import Logprobs
-from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
+from wire.messages import UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
 
@@ -81,319 +72,21 @@ class Lease:
     def complete(self) -> bool:
         return not self.landing and self.landed.keys() == self.units.keys()
 
+    def proves(self, capability: bytes) -> bool:
+        """Whether who knows this is the lease's sender."""
+        return compare_digest(self.capability, capability)
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What remains of an ended attempt."""
-
-    attempt: int
-    lease: int  # 0: it never had one
-    committed: bool
-    cause: str
-    at: float
-
-
-class LeaseTable:
-    """All leases of one decode node.
-
-    Args:
-        ttl_s: a lease without progress or heartbeat ends after this time.
-        memory_s: how long outcomes are remembered; longer than anybody retries.
-        max_outcomes: and how many at most.
-    """
-
-    def __init__(
-        self, *, ttl_s: float, memory_s: float = 900.0, max_outcomes: int = 100_000
-    ) -> None:
-        self._ttl_s = ttl_s
-        self._memory_s = memory_s
-        self._max_outcomes = max_outcomes
-        self._leases: dict[int, Lease] = {}
-        self._by_request: dict[str, Lease] = {}
-        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
-        self._deadlines: list[tuple[float, int]] = []
-        self._ended: list[Lease] = []
-        self._last_number = 0
-
-    def __len__(self) -> int:
-        return len(self._leases)
-
-    def num_by_state(self) -> dict[str, int]:
-        """How many leases are in each live state."""
-        counts = Counter(lease.state for lease in self._leases.values())
-        return {state.name.lower(): counts[state] for state in LeaseState if state in LIVE}
-
-    # ------------------------------------------------------------ granting
-
-    def find(self, id: AttemptId) -> Lease | None:
-        """The live lease of exactly this attempt."""
-        lease = self._by_request.get(id.request)
-        return lease if lease and lease.id == id else None
-
-    def superseded(self, id: AttemptId) -> bool:
-        """Whether this attempt has ended, or a higher one is known."""
-        lease = self._by_request.get(id.request)
-        outcome = self._outcomes.get(id.request)
-        return bool(
-            (lease and lease.id.attempt > id.attempt) or (outcome and outcome.attempt >= id.attempt)
+    def agrees(self, seals: dict[int, UnitSeal], output_tokens: tuple[int, ...]) -> bool:
+        """Whether a commit names all units of one or more ranks, and contradicts no other."""
+        heads = {self.units[index].head_start for index in seals if index in self.units}
+        part = {index: unit for index, unit in self.units.items() if unit.head_start in heads}
+        first = self.manifest is None and not self.seals
+        return (
+            bool(seals) == bool(self.units)
+            and _covers(seals, part)
+            and all(self.seals.get(index, seal) == seal for index, seal in seals.items())
+            and (first or output_tokens == self.output_tokens)
         )
-
-    def rebindable(self, id: AttemptId, number: int, now: float) -> bool:
-        """Whether this lease lives, and `id` is a later attempt of its request."""
-        self.expire(now)
-        lease = self._by_request.get(id.request)
-        return lease is not None and lease.number == number and lease.id.attempt < id.attempt
-
-    def grant(
-        self,
-        id: AttemptId,
-        *,
-        sender: NodeId,
-        units: Iterable[Unit],
-        handles: tuple[BlockHandle, ...],
-        capability: bytes,
-        digest_key: bytes,
-        now: float,
-        deadline_s: float,
-        rebinds: bool = False,
-    ) -> Lease:
-        """A new lease for `id`, which ends the lease of any lower attempt.
-
-        A lease that `rebinds` takes over the room of the older one. It has a number, a capability
-        and a key of its own, so nothing that the older sender says can touch it; and as the older
-        units' seals are not known, all of its units must arrive anew.
-        """
-        assert not self.superseded(id), "ask `superseded` first"
-        assert self.find(id) is None, "ask `find` first"
-        older = self._by_request.get(id.request)
-        if older:
-            self._end(older, LeaseState.REVOKED, "rebound" if rebinds else "superseded", now)
-        self._last_number += 1
-        lease = Lease(
-            number=self._last_number,
-            id=id,
-            sender=sender,
-            capability=capability,
-            digest_key=digest_key,
-            units={unit.index: unit for unit in units},
-            handles=handles,
-            ttl_s=self._ttl_s,
-            hard_deadline=now + deadline_s,
-            deadline=now + min(self._ttl_s, deadline_s),
-        )
-        self._leases[lease.number] = lease
-        self._by_request[id.request] = lease
-        heapq.heappush(self._deadlines, (lease.deadline, lease.number))
-        return lease
-
-    # ------------------------------------------------------------ receiving
-
-    def begin_unit(self, header: UnitHeader, sender: NodeId, now: float) -> Lease:
-        """Allow the bytes behind `header` to be written into their block.
-
-        Raises:
-            TransferError: they must go nowhere; `cause` says why.
-        """
-        self.expire(now)
-        lease = self._claimed(header.lease, header.capability, sender)
-        unit = lease.units.get(header.unit)
-        if unit is None or (unit.token_start, unit.token_end) != (
-            header.token_start,
-            header.token_end,
-        ):
-            raise TransferError("refused", f"unit {header.unit} is not part of the lease")
-        if lease.handles[unit.block] != header.handle:
-            self._end(lease, LeaseState.REJECTED, "stale", now)
-            raise TransferError("stale", f"unit {header.unit} names another generation")
-        if unit.index in lease.landed or unit.index in lease.landing:
-            raise TransferError("duplicate", f"unit {header.unit} was written before")
-        lease.landing.add(unit.index)
-        if lease.state is LeaseState.GRANTED:
-            lease.state = LeaseState.RECEIVING
-        return lease
-
-    def end_unit(
-        self, lease: Lease, index: int, digest: bytes | None, now: float, cause: str = "transport"
-    ) -> None:
-        """The bytes of a unit have landed with this digest (None: they did not, for `cause`)."""
-        self.expire(now)
-        lease.landing.discard(index)
-        if not lease.live:
-            return
-        if digest is None:
-            self._end(lease, LeaseState.REJECTED, cause, now)
-            return
-        lease.landed[index] = digest
-        self._renew(lease, now)
-        if lease.manifest is not None:
-            self._judge(lease, lease.manifest, {index: digest}, now)
-
-    # ------------------------------------------------------------ committing
-
-    def commit(self, message: Commit, sender: NodeId, now: float) -> Lease | Outcome:
-        """Judge a manifest: the lease (committed, ended, or waiting for late data) or what it was.
-
-        Raises:
-            TransferError: the sender has no such lease.
-        """
-        self.expire(now)
-        outcome = self._outcomes.get(message.id.request)
-        if message.lease not in self._leases and outcome:
-            if outcome.attempt > message.id.attempt:
-                raise TransferError("superseded", "a later attempt is known")
-            if outcome.attempt == message.id.attempt:
-                return outcome
-        lease = self._claimed(message.lease, message.capability, sender)
-        if lease.id != message.id:
-            raise TransferError("refused", f"lease {message.lease} is another attempt's")
-        seals = {seal.unit: seal for seal in message.units}
-        if not _agrees(lease, seals, message.output_tokens):
-            self._end(lease, LeaseState.REJECTED, "manifest", now)
-        elif lease.manifest is None:
-            self._renew(lease, now)
-            lease.seals |= seals
-            lease.output_tokens = message.output_tokens
-            lease.logprobs = lease.logprobs or message.logprobs
-            if lease.seals.keys() == lease.units.keys():  # else other ranks have yet to say theirs
-                lease.state = LeaseState.COMMITTING
-                lease.manifest = lease.seals
-                self._judge(lease, lease.manifest, lease.landed, now)
-        return lease
-
-    def _judge(
-        self, lease: Lease, manifest: dict[int, UnitSeal], landed: dict[int, bytes], now: float
-    ) -> None:
-        """Reject if what just `landed` contradicts; commit when everything is there and agreed."""
-        if any(manifest[index].digest != digest for index, digest in landed.items()):
-            self._end(lease, LeaseState.REJECTED, "digest", now)
-        elif lease.complete:
-            self._end(lease, LeaseState.COMMITTED, "", now)
-
-    # ------------------------------------------------------------ ending
-
-    def release(
-        self, number: int, capability: bytes, sender: NodeId, cause: str, now: float
-    ) -> None:
-        """The sender gives the lease back. An unknown or ended lease is left as it is.
-
-        Raises:
-            TransferError: the lease belongs to somebody else.
-        """
-        if number in self._leases:
-            self._end(self._claimed(number, capability, sender), LeaseState.RELEASED, cause, now)
-
-    def abort(self, id: AttemptId, now: float) -> None:
-        """Nobody waits for this attempt or a lower one; leaves a tombstone even if unknown."""
-        lease = self._by_request.get(id.request)
-        if lease and lease.id.attempt <= id.attempt:
-            self._end(lease, LeaseState.REVOKED, "revoked", now)
-        outcome = self._outcomes.get(id.request)
-        if outcome is None or outcome.attempt < id.attempt:
-            self._remember(id.request, Outcome(id.attempt, 0, False, "revoked", now))
-
-    def end_sender(self, sender: NodeId, now: float) -> None:
-        """The sender's process has died: nothing more will arrive."""
-        for lease in [lease for lease in self._leases.values() if lease.sender == sender]:
-            self._end(lease, LeaseState.REVOKED, "gone", now)
-
-    def new_life(self, sender: NodeId, now: float) -> None:
-        """The router names this life of a node, so its earlier ones are over.
-
-        Their leases can only be rebound; a quarter of the TTL is left for that.
-        """
-        soon = now + self._ttl_s / 4
-        for lease in self._leases.values():
-            earlier = lease.sender.name == sender.name and lease.sender != sender
-            if earlier and lease.deadline > soon:
-                lease.deadline = soon
-                heapq.heappush(self._deadlines, (lease.deadline, lease.number))
-
-    def renew(self, claims: Iterable[LeaseClaim], sender: NodeId, now: float) -> None:
-        """Heartbeats that name their leases; claims that are not the sender's are ignored.
-
-        Once the manifest is here only arriving units are progress: a lost one must not hold the
-        blocks for as long as its sender lives.
-        """
-        self.expire(now)
-        for claim in claims:
-            lease = self._leases.get(claim.lease)
-            if lease is None or lease.manifest is not None:
-                continue
-            if lease.sender == sender and _proves(lease, claim.capability):
-                self._renew(lease, now)
-
-    def expire(self, now: float) -> None:
-        """End every lease whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = heapq.heappop(self._deadlines)
-            lease = self._leases.get(number)
-            if lease is None:
-                continue
-            if lease.deadline > now:  # renewed since this entry was made
-                heapq.heappush(self._deadlines, (lease.deadline, number))
-            else:
-                self._end(lease, LeaseState.EXPIRED, "expired", now)
-
-    def next_deadline(self) -> float | None:
-        """When `expire` should be called next; may be early, never late."""
-        return self._deadlines[0][0] if self._deadlines else None
-
-    def take_ended(self) -> list[Lease]:
-        """Leases that ended since the last call, each one once."""
-        ended, self._ended = self._ended, []
-        return ended
-
-    # ------------------------------------------------------------ inside
-
-    def _claimed(self, number: int, capability: bytes, sender: NodeId) -> Lease:
-        lease = self._leases.get(number)
-        if lease is None:
-            raise TransferError("expired", f"lease {number} is not live")
-        if lease.sender != sender or not _proves(lease, capability):
-            raise TransferError("refused", f"lease {number} belongs to somebody else")
-        return lease
-
-    def _renew(self, lease: Lease, now: float) -> None:
-        lease.deadline = max(lease.deadline, min(now + lease.ttl_s, lease.hard_deadline))
-
-    def _end(self, lease: Lease, state: LeaseState, cause: str, now: float) -> None:
-        assert lease.live, f"lease {lease.number} ended twice"
-        lease.state = state
-        lease.cause = cause
-        del self._leases[lease.number]
-        del self._by_request[lease.id.request]
-        committed = state is LeaseState.COMMITTED
-        self._remember(
-            lease.id.request, Outcome(lease.id.attempt, lease.number, committed, cause, now)
-        )
-        self._ended.append(lease)
-
-    def _remember(self, request: str, outcome: Outcome) -> None:
-        self._outcomes[request] = outcome
-        self._outcomes.move_to_end(request)
-        while self._outcomes and self._is_forgettable(next(iter(self._outcomes.values())), outcome):
-            self._outcomes.popitem(last=False)
-
-    def _is_forgettable(self, oldest: Outcome, newest: Outcome) -> bool:
-        too_many = len(self._outcomes) > self._max_outcomes
-        return too_many or oldest.at < newest.at - self._memory_s
-
-
-def _proves(lease: Lease, capability: bytes) -> bool:
-    return compare_digest(lease.capability, capability)
-
-
-def _agrees(lease: Lease, seals: dict[int, UnitSeal], output_tokens: tuple[int, ...]) -> bool:
-    """Whether a commit names all units of one or more sending ranks, and contradicts no other."""
-    heads = {lease.units[index].head_start for index in seals if index in lease.units}
-    part = {index: unit for index, unit in lease.units.items() if unit.head_start in heads}
-    first = lease.manifest is None and not lease.seals
-    return (
-        bool(seals) == bool(lease.units)
-        and _covers(seals, part)
-        and all(lease.seals.get(index, seal) == seal for index, seal in seals.items())
-        and (first or output_tokens == lease.output_tokens)
-    )
 
 
 def _covers(manifest: dict[int, UnitSeal], units: dict[int, Unit]) -> bool:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
-from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
+from kvtransfer.outcomes import Outcome
 from kvtransfer.relay import place_of, scatter
 from kvtransfer.transport import BlockMemory, TransferStats
 from kvtransfer.units import Unit, unit_bytes, units_of
@@ -130,11 +132,6 @@ class KVReceiver:
     def abort(self, id: AttemptId) -> None:
         """The router gave this attempt up."""
         self.table.abort(id, self._clock())
-        self._settle()
-
-    def end_sender(self, sender: NodeId) -> None:
-        """A prefill node's process is known to have died."""
-        self.table.end_sender(sender, self._clock())
         self._settle()
 
     def tick(self) -> None:

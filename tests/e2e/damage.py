@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.request import Request
 from engine.sampler import Sampler
 from kvtransfer.digest import UnitSealer
-from kvtransfer.lease import LeaseTable
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import Landing

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.handoff import Handoff
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.loopback import Faults, LoopbackNetwork, no_faults
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
@@ -130,6 +131,7 @@ class Rig:
         num_tokens: int,
         *,
         id: AttemptId = ID,
+        sender: NodeId = PREFILL,
         num_cached_tokens: int = 0,
         rebinds: bool = False,
     ) -> Job:
@@ -138,7 +140,7 @@ class Rig:
         target = self.target.filled(count, seed=1)
         lease = self.receiver.grant(
             id,
-            sender=PREFILL,
+            sender=sender,
             tokens=tokens,
             num_cached_tokens=num_cached_tokens,
             handles=target,

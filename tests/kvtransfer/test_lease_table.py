@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
+from kvtransfer.outcomes import Outcome
 from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
@@ -330,27 +332,19 @@ def test_a_higher_attempt_revokes_the_lower_one(table: LeaseTable) -> None:
     assert refusal(table, commit_of(older, lease=newer.number)) == "refused"
 
 
-def test_a_dead_sender_loses_all_its_leases(table: LeaseTable) -> None:
-    leases = [granted(table, AttemptId(f"r{n}", 1)) for n in range(3)]
-    table.end_sender(STRANGER, 0.0)
-    assert len(table) == 3
-    table.end_sender(SENDER, 0.0)
-    assert table.take_ended() == leases
-    assert {lease.cause for lease in leases} == {"gone"}
-
-
-def test_a_new_life_of_its_sender_leaves_a_lease_time_to_be_rebound_and_no_more(
+def test_a_new_life_of_its_sender_leaves_leases_time_to_be_rebound_and_no_more(
     table: LeaseTable,
 ) -> None:
-    lease = granted(table)
+    leases = [granted(table, AttemptId(f"r{n}", 1)) for n in range(3)]
     table.new_life(SENDER, 1.0)
     table.new_life(OTHER, 1.0)
-    assert lease.deadline == TTL
+    assert [lease.deadline for lease in leases] == [TTL] * 3
     table.new_life(STRANGER, 1.0)
-    assert table.next_deadline() == lease.deadline == 1.0 + TTL / 4
-    assert table.rebindable(SECOND, lease.number, 3.0)
+    assert table.next_deadline() == leases[0].deadline == 1.0 + TTL / 4
+    assert table.rebindable(AttemptId("r0", 2), leases[0].number, 3.0)
     table.expire(3.6)
-    assert (state(lease), len(table)) == (LeaseState.EXPIRED, 0)
+    assert (table.take_ended(), len(table)) == (leases, 0)
+    assert {lease.state for lease in leases} == {LeaseState.EXPIRED}
 
 
 # ---------------------------------------------------------------- time

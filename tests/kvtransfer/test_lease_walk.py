@@ -19,7 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
+from kvtransfer.outcomes import Outcome
 from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
@@ -216,12 +218,12 @@ class LeaseWalk(RuleBasedStateMachine):
                 self.end(known)
         self.highest_over[request] = max(attempt, self.highest_over.get(request, 0))
 
-    @rule(sender=st.sampled_from(SENDERS))
-    def end_sender(self, sender: NodeId) -> None:
-        self.table.end_sender(sender, self.now)
+    @rule(life=st.sampled_from([*SENDERS, NodeId("a", 3), NodeId("z", 1)]))
+    def new_life(self, life: NodeId) -> None:
+        self.table.new_life(life, self.now)
         for known in self.leases.values():
-            if known.lease.sender == sender:
-                self.end(known)
+            if known.lease.sender.name == life.name and known.lease.sender != life:
+                known.deadline = min(known.deadline, self.now + TTL / 4)
 
     @rule(sender=st.sampled_from(SENDERS))
     def renew(self, sender: NodeId) -> None:

@@ -288,21 +288,25 @@ def test_a_dead_decode_node_ends_its_handoffs_only() -> None:
         assert [(h.id, h.cause) for h in rig.handoffs] == [(ID, "gone")]
         assert len(rig.sender) == 1
         rig.sender.abort(other.id, "cancelled")
-        rig.receiver.end_sender(PREFILL)
+        rig.now += TTL
+        rig.receiver.tick()
         await rig.until_ended()
         rig.check_balance()
 
     run(body())
 
 
-def test_a_dead_prefill_node_loses_its_leases() -> None:
+def test_a_prefill_node_with_a_new_life_soon_loses_the_leases_of_the_one_before() -> None:
     async def body() -> None:
         rig = Rig(faults=lambda _: Delivery(copies=0))
         job = rig.reserve(9)
         rig.hand_over(job)
-        rig.receiver.end_sender(PREFILL)
+        other = rig.reserve(9, id=AttemptId("other", 1), sender=NodeId(PREFILL.name, 2))
+        rig.now += TTL / 4
+        rig.receiver.tick()
+        rig.receiver.abort(other.id)
         await rig.until_ended()
-        assert (job.lease.state, job.lease.cause) == (LeaseState.REVOKED, "gone")
+        assert (job.lease.state, job.lease.cause) == (LeaseState.EXPIRED, "expired")
         rig.check_balance()
 
     run(body())
@@ -469,7 +473,8 @@ def test_an_owner_that_fails_keeps_no_other_from_hearing(
                 raise ValueError("a bug")
 
         monkeypatch.setattr(rig.receiver, "_on_ended", fail_once)
-        rig.receiver.end_sender(PREFILL)
+        rig.now += TTL
+        rig.receiver.tick()
         assert rig.leases == [job.lease for job in jobs]
         await rig.until_ended()  # the sender heard of all three
         rig.check_balance()

@@ -10,7 +10,7 @@ import pytest
 
 from kvtransfer.lease import LeaseState
 from tests.kvtransfer.rig import until
-from tests.kvtransfer.ucx_peer import PREFILL, DecodeEnd
+from tests.kvtransfer.ucx_peer import DecodeEnd
 from tests.kvtransfer.ucx_rig import (
     peer,
     run,
@@ -40,7 +40,8 @@ def test_a_killed_prefill_node_touches_no_block_any_more(
             other.signal(signal.SIGKILL)
             await asyncio.to_thread(other.process.wait)
             await until(lambda: not end.units._lanes and not end.pool.touched)
-            end.receiver.end_sender(PREFILL)
+            for name in ("first", "second"):  # as the router does when it misses the node
+                end.receiver.abort(AttemptId(name, 1))
         async with peer("prefill", tmp_path, kib) as successor:
             end.post = successor.post
             successor.post.handlers |= other.post.handlers

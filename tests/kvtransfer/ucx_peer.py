@@ -15,7 +15,8 @@ from typing import Any
 import zmq
 
 from kvtransfer.handoff import Handoff
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats

@@ -12,7 +12,8 @@ import kvtransfer.receiver
 from engine.block_pool import BlockPool, BlockState, Owner
 from engine.prefix_cache import PrefixCache
 from engine.reservations import Reservation, Reservations
-from kvtransfer.lease import Lease, LeaseState, LeaseTable
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.transport import Landing, TransferStats
 from tests.kvtransfer.pool import filled

@@ -10,9 +10,10 @@ from unittest.mock import patch
 
 from engine.block_pool import BlockPool, BlockState, _Block
 from engine.reservations import Reservation, Reservations
-from kvtransfer import lease as lease_module
 from kvtransfer.digest import UnitSealer
-from kvtransfer.lease import Lease, LeaseState, LeaseTable, Outcome
+from kvtransfer.lease import Lease, LeaseState
+from kvtransfer.lease_table import LeaseTable
+from kvtransfer.outcomes import Outcome, Outcomes
 from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
 from wire.codec import decode
@@ -107,7 +108,7 @@ def _renew_for_ever(table: LeaseTable, lease: Lease, now: float) -> None:
     lease.deadline = now + lease.ttl_s
 
 
-def _forget(table: LeaseTable, request: str, outcome: Outcome) -> None:
+def _forget(outcomes: Outcomes, request: str, outcome: Outcome) -> None:
     """No tombstones."""
 
 
@@ -228,7 +229,7 @@ CONFUSED_REBIND = "a confused sender after a rebind"
 REBIRTH = "the decode node restarts"
 
 MUTATIONS = (
-    Mutation("capability ignored", CONFUSED, ((lease_module, "_proves", lambda *_: True),)),
+    Mutation("capability ignored", CONFUSED, ((Lease, "proves", lambda *_: True),)),
     Mutation("sender ignored", CONFUSED, ((LeaseTable, "_claimed", _any_sender),)),
     Mutation("handle ignored", CONFUSED_UNITS, ((LeaseTable, "begin_unit", _any_handle),)),
     Mutation(
@@ -249,7 +250,7 @@ MUTATIONS = (
         "given out twice", TWO, ((LeaseTable, "take_ended", _told_twice(LeaseTable.take_ended)),)
     ),
     Mutation("tombstones ignored", ROOM, ((LeaseTable, "superseded", _only_live),)),
-    Mutation("no tombstones", ROOM, ((LeaseTable, "_remember", _forget),)),
+    Mutation("no tombstones", ROOM, ((Outcomes, "remember", _forget),)),
     Mutation("renewed for ever", TWO, ((LeaseTable, "_renew", _renew_for_ever),)),
     Mutation("a late landing counts", TWO, ((LeaseTable, "end_unit", _end_unit_of_any),)),
     Mutation("both attempts live", TWO, ((LeaseTable, "grant", _no_supersede(LeaseTable.grant)),)),

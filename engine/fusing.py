@@ -20,6 +20,7 @@ from engine.attention import AttentionBatch, AttentionCall
 from engine.fused_decoder import FusedAttention, FusedDecoder, FusedLayer, FusedMLP, Norm
 from engine.kv_store import KVStore
 from engine.packed_linear import PackedLinear, can_pack, linear, merged
+from engine.process_memory import MappedFiles
 from kernels.ops import HeadNorms, LayerOps
 from kernels.paged_attention import RequestRows
 from wire.layout import KVLayout
@@ -50,24 +51,29 @@ class _OtherForm(Exception):
 
 
 def fuse(
-    model: Any, calls: tuple[AttentionCall, ...], layout: KVLayout, ops: LayerOps
+    model: Any,
+    calls: tuple[AttentionCall, ...],
+    layout: KVLayout,
+    ops: LayerOps,
+    files: MappedFiles,
 ) -> tuple[Any, Fusions]:
     """A faster model with equal results, and what was done.
 
     Args:
         calls: how each layer calls its attention, as the probe saw it.
         layout: of a KV block of any size.
+        files: where the model's weights may lie; those that were packed are given up there.
     """
     proof = _Proof(model, layout, ops)
     try:
         parts = _parts(model, calls)
         before = proof.logits(model)
         layers = [
-            _replaced(parts.layers, index, call, layout, ops, proof)
+            _replaced(parts.layers, index, call, layout, ops, proof, files)
             for index, call in enumerate(calls)
         ]
     except _OtherForm as other:
-        return model, Fusions(False, pack_linears(model), str(other))
+        return model, Fusions(False, pack_linears(model, files), str(other))
     decoder = FusedDecoder(
         embedding=parts.embedding,
         rotary=parts.rotary,
@@ -76,22 +82,24 @@ def fuse(
         head=linear(parts.head.weight, parts.head.bias),
         ops=ops,
     )
+    files.give_up([parts.head.weight])
     difference = _difference(before, proof.logits(decoder))
     if difference < WHOLE_TOLERANCE:
         return decoder.eval(), Fusions(True, 4 * len(layers) + 1)
     reason = f"something outside its layers differs (by {difference:.1e})"
-    return model, Fusions(False, 4 * len(layers) + pack_linears(model), reason)
+    return model, Fusions(False, 4 * len(layers) + pack_linears(model, files), reason)
 
 
-def pack_linears(module: nn.Module) -> int:
+def pack_linears(module: nn.Module, files: MappedFiles) -> int:
     """Replace every linear below `module` that can be packed; how many those were."""
     count = 0
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear and can_pack(child.weight):
             setattr(module, name, PackedLinear(child.weight.detach(), child.bias))
+            files.give_up([child.weight])
             count += 1
         else:
-            count += pack_linears(child)
+            count += pack_linears(child, files)
     return count
 
 
@@ -197,6 +205,7 @@ def _replaced(
     layout: KVLayout,
     ops: LayerOps,
     proof: _Proof,
+    files: MappedFiles,
 ) -> FusedLayer:
     """The fused form of one layer, proven; the original's weights are given up."""
     original = layers[index]
@@ -205,6 +214,7 @@ def _replaced(
     if not difference < TOLERANCE:
         raise _OtherForm(f"layer {index} computes something else (by {difference:.1e})")
     layers[index] = _Run(fused, ops)
+    files.give_up(original.parameters())
     return fused
 
 

@@ -22,6 +22,7 @@ from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
 from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
 from engine.probe import OBSERVED, AttentionShape, mask_rule, observing_attention, probe
+from engine.process_memory import MappedFiles, trim
 from engine.rope import fix_frequencies
 from kernels.cpu_ops import load_cpu_ops
 from kernels.ops import LayerOps, TorchOps
@@ -63,7 +64,9 @@ def load_model(
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
     num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     ops = _choose_ops(chosen, device)
-    model, fusions = _fuse(model, shape, ops, wanted=fusing)
+    files = MappedFiles(checkpoint.files)
+    model, fusions = _fuse(model, shape, ops, files, wanted=fusing)
+    trim()
     return LoadedModel(
         model=model,
         config=config,
@@ -192,7 +195,9 @@ def _choose_ops(dtype: torch.dtype, device: str) -> LayerOps:
     return TorchOps()
 
 
-def _fuse(model: Any, shape: AttentionShape, ops: LayerOps, *, wanted: bool) -> tuple[Any, Fusions]:
+def _fuse(
+    model: Any, shape: AttentionShape, ops: LayerOps, files: MappedFiles, *, wanted: bool
+) -> tuple[Any, Fusions]:
     if not wanted:
         return model, Fusions(False, 0, "switched off")
     if model.dtype is not torch.float32:
@@ -204,7 +209,7 @@ def _fuse(model: Any, shape: AttentionShape, ops: LayerOps, *, wanted: bool) -> 
         block_size=PROOF_BLOCK_SIZE,
         dtype=dtype_name(model.dtype),
     )
-    return fuse(model, shape.calls, layout, ops)
+    return fuse(model, shape.calls, layout, ops, files)
 
 
 def _to_device(model: Any, device: str) -> Any:

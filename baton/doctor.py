@@ -24,6 +24,7 @@ from rich.table import Table
 from baton.model_report import choose_dtype, report_on
 from kvtransfer.ucx_devices import has_rdma_hardware
 from node import machine
+from node.machine import size
 from wire.errors import ConfigError
 
 PACKAGES = (
@@ -201,13 +202,3 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return size(value) if "_bytes" in name else str(value)
-
-
-def size(num_bytes: int) -> str:
-    """`"1.5 GiB"`."""
-    amount = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} GiB"

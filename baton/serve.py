@@ -21,8 +21,9 @@ from pathlib import Path
 from baton.bundled_model import DEFAULT_MODEL
 from baton.children import Child
 from baton.config import node_environment
+from baton.model_report import report_on
+from node import machine
 from node.config import add_decode_arguments, add_engine_arguments
-from node.machine import usable_cores
 from router.config import add_arguments as add_router_arguments
 from wire.errors import ConfigError
 
@@ -41,9 +42,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ConfigError before any process is started in vain."""
+    """Raises ConfigError before any process is started in vain; sizes the KV pools."""
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
+    args.kv_memory = args.kv_memory or _kv_memory(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,6 +80,27 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
     add_engine_arguments(parser)
     add_decode_arguments(parser)
+
+
+def _kv_memory(args: argparse.Namespace) -> int:
+    """Each node's KV pool where the operator named none; 0: each node decides, or refuses.
+
+    Weights in float32 are each node's own; others lie in the files' pages, which nodes share.
+    """
+    found = machine.look()
+    bf16 = found.has_bf16_units if args.dtype == "auto" else args.dtype != "float32"
+    report = report_on(Path(args.model), has_bf16_units=bf16)
+    available = found.available_bytes or machine.UNKNOWN_MEMORY
+    num_nodes, weight_bytes = args.prefill + args.decode, report["weight_bytes_in_memory"]
+    needed = num_nodes * (weight_bytes + machine.WORK_BYTES)
+    if report["dtype"] == "float32" and needed > available:
+        raise ConfigError(
+            f"too little memory: {num_nodes} nodes need {machine.size(needed)} (each weights of "
+            f"{machine.size(weight_bytes)} in float32 and {machine.size(machine.WORK_BYTES)} to "
+            f"work), available {machine.size(available)}; start fewer with --prefill and --decode, "
+            "set --dtype bfloat16, or take a smaller model"
+        )
+    return machine.kv_memory_of_each(num_nodes, weight_bytes, available)
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -161,7 +184,9 @@ class Launcher:
             *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
             *(NodeSpec(f"decode-{i}", "decode") for i in range(args.decode)),
         ]
-        self._env = node_environment(args.threads or max(1, usable_cores() // len(self._specs)))
+        self._env = node_environment(
+            args.threads or max(1, machine.usable_cores() // len(self._specs))
+        )
         self._router: Child | None = None
         self._nodes: dict[str, Child] = {}
         self._deaths: dict[str, list[float]] = {}

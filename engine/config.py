@@ -16,6 +16,8 @@ class EngineConfig:
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request per step; 0: as many as the budget has."""
     kv_overcommit: float = 1.0
     """Predicted growth may promise this many times the pool; above 1, requests can be preempted."""
     enable_prefix_caching: bool = True

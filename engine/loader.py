@@ -9,7 +9,7 @@ Importing transformers costs seconds, so it happens inside the functions that ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,14 @@ def load_model(
     device: str = "cpu",
     max_model_len: int | None = None,
     fusing: bool = True,
+    check_size: Callable[[int, str], None] = lambda num_bytes, dtype: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> LoadedModel:
     """Load the model folder at `path` and prove that it can be served.
+
+    Args:
+        check_size: told the weights' bytes in memory and their dtype before they are read; raises
+            where they do not fit.
 
     Raises ConfigError where files or arguments are wrong and UnsupportedModelError where the
     architecture cannot be served; both in one line that says what to do.
@@ -51,6 +56,7 @@ def load_model(
     config, architecture = _read_config(checkpoint)
     length = resolve_max_model_len(config, max_model_len)
     chosen = _choose_dtype(config, dtype, device)
+    check_size(_bytes_in_memory(checkpoint, config, chosen), dtype_name(chosen))
     digest = fingerprint(checkpoint, progress)
     model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
     _check_finite(model, progress)
@@ -121,9 +127,18 @@ def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
 
 
 def _choose_dtype(config: Any, requested: str, device: str) -> torch.dtype:
-    stored = config.dtype or config.get_text_config(decoder=True).dtype
-    stored = stored if isinstance(stored, torch.dtype) else torch.float32
+    stored = _stored_dtype(config)
     return resolve_dtype(requested, stored, device=device, has_bf16_units=has_bf16_units())
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    stored = config.dtype or config.get_text_config(decoder=True).dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _bytes_in_memory(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> int:
+    """What the weights will take, if all are stored in the config's dtype."""
+    return checkpoint.num_bytes * dtype.itemsize // _stored_dtype(config).itemsize
 
 
 def _load(

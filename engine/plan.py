@@ -57,17 +57,19 @@ MAX_PROMPT_LOGITS = 256
 class PlanDraft:
     """A step plan in the making: what is scheduled so far and what is left of the token budget."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, max_chunk: int = 0) -> None:
         self.budget = budget
+        self._max_chunk = max_chunk or budget
         self.prompt_logits = MAX_PROMPT_LOGITS  # what is left of these
         self.items: dict[str, ScheduledRequest] = {}
         self.num_preempted = 0
 
     def room_for(self, request: Request) -> int:
         """Tokens of `request` that this step may still compute."""
+        room = min(self.budget, self._max_chunk)
         if request.wants_prompt_logprobs:
-            return min(self.budget, self.prompt_logits)
-        return self.budget
+            return min(room, self.prompt_logits)
+        return room
 
     def add(self, request: Request, num_new_tokens: int) -> None:
         item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens)

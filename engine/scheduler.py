@@ -8,8 +8,8 @@ having none behind; prefill, chunked prefill, decode and recomputation are the s
     3. then waiting requests are admitted, first come first served, while they fit.
 
 Nobody starves: seats are no more than the budget, so each running request of kind 2 leaves at least
-its own token over from kind 1, and the oldest of them gets all that is left, or, where a prompt's
-logprobs are asked for, as many tokens as there is memory for their logits.
+its own token over from kind 1, and the oldest of them gets all that is left, up to the limit of a
+chunk, or, where a prompt's logprobs are asked for, as many as there is memory for their logits.
 
 A request is admitted if the blocks that it needs now exist, and if the growth that is predicted for
 it and for all who were admitted before fits the available blocks plus the overcommitted ones. Only
@@ -187,7 +187,9 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """What the next forward pass computes; empty if nothing can be computed now."""
-        draft = PlanDraft(self._config.max_num_batched_tokens)
+        draft = PlanDraft(
+            self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
+        )
         while self._adopted and len(self._running) < self._max_running:
             self._running.append(self._adopted.popleft())
         for request in sorted(self._running, key=lambda r: r.num_behind > 1):

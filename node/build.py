@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from engine.model_info import LoadedModel
 from engine.runner import ModelRunner
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
-from node.machine import default_kv_memory
+from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
@@ -111,6 +112,7 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         fusing=config.fusing,
+        check_size=partial(_check_memory, config.kv_memory, available_memory()),
         progress=progress,
     )
     layout = model.kv_layout(config.block_size)
@@ -137,9 +139,27 @@ def _engine_config(config: NodeConfig, model: LoadedModel, num_blocks: int) -> E
         max_model_len=model.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
         kv_overcommit=config.kv_overcommit,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+
+
+def _check_memory(kv_memory: int, available: int, weight_bytes: int, dtype: str) -> None:
+    """Refuse a start that would run this machine out of memory."""
+    weights = weight_bytes + WORK_BYTES
+    if weights + kv_memory <= available:
+        return
+    needs = f"weights in {dtype} {size(weight_bytes)}, work {size(WORK_BYTES)}"
+    if kv_memory:
+        needs += f", --kv-cache-memory {size(kv_memory)}"
+    if kv_memory and weights < available:
+        remedy = f"set --kv-cache-memory to at most {(available - weights) >> 20}M"
+    elif dtype == "float32":
+        remedy = "free memory, set --dtype bfloat16, or take a smaller model"
+    else:
+        remedy = "free memory or take a smaller model"
+    raise ConfigError(f"too little memory: {needs}; available {size(available)}; {remedy}")
 
 
 def _num_blocks(config: NodeConfig, layout: KVLayout) -> int:
@@ -147,7 +167,7 @@ def _num_blocks(config: NodeConfig, layout: KVLayout) -> int:
     num_blocks = memory // layout.block_bytes
     if num_blocks < 1:
         raise ConfigError(
-            f"--kv-memory {memory} holds no block of {layout.block_bytes} bytes; give more"
+            f"--kv-cache-memory {memory} holds no block of {layout.block_bytes} bytes; give more"
         )
     return num_blocks
 

@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from node.performance import DEFAULT_MODE, MODES, step_limits
 from wire.errors import ConfigError
 from wire.geometry import SCALED_DTYPES
 
@@ -41,6 +42,7 @@ class NodeConfig:
     kv_memory: int = 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    long_prefill_token_threshold: int = 0
     kv_overcommit: float = 1.0
     enable_prefix_caching: bool = True
     fusing: bool = True
@@ -89,7 +91,7 @@ class NodeConfig:
 
     def _check_engine(self) -> None:
         _check(0 < self.block_size <= 1024, "--block-size must be between 1 and 1024")
-        _check(self.kv_memory >= 0, "--kv-memory must not be negative")
+        _check(self.kv_memory >= 0, "--kv-cache-memory must not be negative")
         _check(self.threads >= 0, "--threads must not be negative")
         _check(
             1 <= self.kv_overcommit <= _MAX_OVERCOMMIT,
@@ -98,6 +100,10 @@ class NodeConfig:
         _check(
             min(self.max_num_seqs, self.max_num_batched_tokens) >= 1,
             "--max-num-seqs and --max-num-batched-tokens must be at least 1",
+        )
+        _check(
+            self.long_prefill_token_threshold >= 0,
+            "--long-prefill-token-threshold must not be negative",
         )
         _check(0 < self.lease_ttl_s < math.inf, "--lease-ttl-s must be a number of seconds above 0")
 
@@ -247,11 +253,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, default=default.block_size, help="tokens per KV block"
     )
     group.add_argument(
-        "--kv-memory",
+        "--kv-memory",  # its name until 0.1
+        "--kv-cache-memory",
         type=parse_bytes,
         default=0,
         metavar="SIZE",
-        help="memory of the KV block pool, e.g. 2G (a fifth of what is free, at most 1G)",
+        help="memory of the KV block pool, e.g. 2G (a fifth of what is free once the model is "
+        "loaded, at most 1G; `serve` divides by its nodes)",
     )
     group.add_argument(
         "--transport",
@@ -262,15 +270,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "(RDMA or TCP, not encrypted, needs baton-serve[ucx]); later ones stand in for earlier "
         "ones (auto: shm, then ucx where UCX has RDMA, then zmq)",
     )
-    group.add_argument(
-        "--max-num-seqs", type=int, default=default.max_num_seqs, help="requests per step"
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=default.max_num_batched_tokens,
-        help="tokens per step; longer prompts are computed in chunks of this size",
-    )
+    add_step_arguments(group)
     group.add_argument(
         "--kv-overcommit",
         type=float,
@@ -295,6 +295,28 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_step_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags that bound what one step holds."""
+    group.add_argument(
+        "--performance-mode",
+        default=DEFAULT_MODE,
+        choices=list(MODES),
+        help="sets the next three together: interactivity for the least time between tokens, "
+        f"throughput for the most tokens per second ({DEFAULT_MODE}); what is given itself wins",
+    )
+    for flag, text in (
+        ("max-num-batched-tokens", "tokens per step; longer prompts are computed in chunks"),
+        ("max-num-seqs", "requests per step"),
+        (
+            "long-prefill-token-threshold",
+            "tokens of one request per step, so that several prompts advance (0: no own limit)",
+        ),
+    ):
+        field = flag.replace("-", "_")
+        values = ", ".join(f"{mode} {getattr(limits, field)}" for mode, limits in MODES.items())
+        group.add_argument(f"--{flag}", type=int, default=None, help=f"{text} ({values})")
+
+
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of decode nodes alone; `baton serve` passes them on to these."""
     group = parser.add_argument_group("decode")
@@ -310,6 +332,12 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
 def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
     """The config that the flags describe."""
     path = Path(args.model)
+    limits = step_limits(
+        args.performance_mode,
+        args.max_num_batched_tokens,
+        args.max_num_seqs,
+        args.long_prefill_token_threshold,
+    )
     return NodeConfig(
         model=path,
         name=args.name or f"{role}-{socket.gethostname()}-{pid}",
@@ -326,8 +354,9 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         max_model_len=args.max_model_len,
         block_size=args.block_size,
         kv_memory=args.kv_memory,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        long_prefill_token_threshold=limits.long_prefill_token_threshold,
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
         fusing=not args.no_fusing,

@@ -20,6 +20,8 @@ SHOWN_FLAGS = (
 ACCELERATOR_DEVICES = ("dev/nvidiactl", "dev/kfd", "dev/dxg")  # NVIDIA, AMD, Windows' subsystem
 ROOT = Path("/")
 MAX_DEFAULT_KV_MEMORY = 1 << 30
+MIN_DEFAULT_KV_MEMORY = 64 << 20
+WORK_BYTES = 256 << 20  # of a node besides weights and KV: activations, libraries, buffers
 UNKNOWN_MEMORY = 4 << 30  # assumed available where the system does not tell
 
 
@@ -50,9 +52,9 @@ def look(root: Path = ROOT) -> Machine:
     cpu = _fields(root / "proc/cpuinfo")
     memory = _fields(root / "proc/meminfo")
     total, available = (_kilobytes(memory.get(name)) for name in ("MemTotal", "MemAvailable"))
-    limit = _memory_limit(root)
-    if limit is not None and limit < total:
-        total, available = limit, min(limit, available)
+    limits = list(_memory_limits(root))
+    total = min([total, *(limit for limit, _ in limits)])
+    available = min([available, *(max(0, limit - used) for limit, used in limits)])
     return Machine(
         cpu_model=cpu.get("model name") or platform.processor() or platform.machine(),
         cpu_flags=frozenset((cpu.get("flags") or cpu.get("Features") or "").split()),
@@ -89,11 +91,38 @@ def default_kv_memory() -> int:
     return min(MAX_DEFAULT_KV_MEMORY, available_memory() // 5)
 
 
-def _memory_limit(root: Path) -> int | None:
-    """The smallest cgroup limit in bytes, None without one."""
-    names = ("memory.max", "memory.limit_in_bytes")
-    limits = [_number(group / name) for group in _cgroups(root, "memory") for name in names]
-    return min((limit for limit in limits if limit is not None), default=None)
+def kv_memory_of_each(num_nodes: int, weight_bytes: int, available: int) -> int:
+    """The pool of each of several nodes that will start together; 0 where they do not fit.
+
+    Half of what is left beside their weights, shared, at most 1 GiB: each node alone would see
+    memory as free that the others are about to take.
+    """
+    left = available - num_nodes * (weight_bytes + WORK_BYTES)
+    share = min(MAX_DEFAULT_KV_MEMORY, left // (2 * num_nodes))
+    return share if share >= MIN_DEFAULT_KV_MEMORY else 0
+
+
+def size(num_bytes: int) -> str:
+    """`"1.5 GiB"`."""
+    amount = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Each cgroup's limit in bytes, and what counts against it and cannot be taken back."""
+    for group in _cgroups(root, "memory"):
+        for limit_name, usage_name, file_name in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit = _number(group / limit_name)
+            if limit is not None:
+                cached = _counters(group / "memory.stat").get(file_name, 0)
+                yield limit, max(0, (_number(group / usage_name) or 0) - cached)
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[Path]:
@@ -117,6 +146,12 @@ def _fields(path: Path) -> dict[str, str]:
     lines = _text(path).split("\n\n", 1)[0].splitlines()
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _counters(path: Path) -> dict[str, int]:
+    """Lines of `name number`."""
+    pairs = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _kilobytes(text: str | None) -> int:

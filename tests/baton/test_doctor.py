@@ -152,4 +152,4 @@ def test_what_ucx_there_is_comes_from_its_files(
     [(0, "0 B"), (1536, "1.5 KiB"), (1 << 30, "1 GiB"), (3 << 40, "3072 GiB")],
 )
 def test_size(num_bytes: int, text: str) -> None:
-    assert doctor.size(num_bytes) == text
+    assert machine.size(num_bytes) == text

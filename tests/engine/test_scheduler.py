@@ -31,6 +31,7 @@ class Bench:
         max_num_batched_tokens: int = 16,
         kv_overcommit: float = 1.0,
         max_num_waiting: int = 100,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         self.config = EngineConfig(
             block_size=4,
@@ -40,6 +41,7 @@ class Bench:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_overcommit=kv_overcommit,
             max_num_waiting=max_num_waiting,
+            long_prefill_token_threshold=long_prefill_token_threshold,
         )
         self.pool = BlockPool(num_blocks, epoch=1)
         self.cache = PrefixCache(self.pool, 4, "model")
@@ -552,3 +554,12 @@ def test_config_refuses_nonsense() -> None:
 def test_the_scheduler_loads_no_torch() -> None:
     code = "import engine.scheduler, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_chunk_limit_lets_several_prompts_advance_in_one_step() -> None:
+    bench = Bench(long_prefill_token_threshold=6)
+    bench.add("a", 10)
+    bench.add("b", 10)
+    assert bench.step() == {"a": 6, "b": 6}
+    assert bench.step() == {"a": 4, "b": 4}
+    assert bench.step() == {"a": 1, "b": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from node.machine import default_kv_memory, look, usable_cores
+from node.machine import WORK_BYTES, default_kv_memory, kv_memory_of_each, look, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,32 @@ def test_cgroup_1_limits(tmp_path: Path) -> None:
     assert found.memory_bytes == 1000 * 1024
 
 
+@pytest.mark.parametrize(
+    ("group", "limit", "usage", "cache"),
+    [
+        ("0::/a", "a/memory.max", "a/memory.current", "inactive_file"),
+        (
+            "4:memory:/a",
+            "memory/a/memory.limit_in_bytes",
+            "memory/a/memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_what_a_cgroup_has_used_is_not_available(
+    tmp_path: Path, group: str, limit: str, usage: str, cache: str
+) -> None:
+    files = {
+        "proc/meminfo": MEMORY,
+        "proc/self/cgroup": f"{group}\n",
+        f"sys/fs/cgroup/{limit}": "204800\n",
+        f"sys/fs/cgroup/{usage}": "102400\n",
+        f"sys/fs/cgroup/{Path(limit).parent}/memory.stat": f"anon 5\n{cache} 2400\n",
+    }
+    found = look(machine(tmp_path, files))
+    assert (found.memory_bytes, found.available_bytes) == (204800, 104800)
+
+
 def test_no_quota_is_no_limit(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "1:cpu:/\n",
@@ -88,3 +114,12 @@ def test_no_quota_is_no_limit(tmp_path: Path) -> None:
 
 def test_default_kv_memory_is_a_share_of_what_is_free() -> None:
     assert 0 < default_kv_memory() <= 1 << 30
+
+
+def test_nodes_that_start_together_share_what_their_weights_leave() -> None:
+    gib = 1 << 30
+    assert kv_memory_of_each(2, gib, 100 * gib) == gib, "at most 1 GiB each"
+    available = 4 * (gib + WORK_BYTES) + 2 * gib
+    assert kv_memory_of_each(4, gib, available) == gib // 4, "half stays free"
+    assert kv_memory_of_each(4, gib, available - 2 * gib) == 0
+    assert kv_memory_of_each(40, gib, gib) == 0

@@ -23,6 +23,7 @@ from node.config import (
     split_url,
 )
 from node.main import wait_for_routers
+from node.performance import MODES
 from wire.curve import FleetContext
 from wire.errors import ConfigError
 from wire.fleet_key import make_key
@@ -60,9 +61,10 @@ def test_every_flag_arrives() -> None:
         "threads": 2,
         "max-model-len": 99,
         "block-size": 8,
-        "kv-memory": "1M",
+        "kv-cache-memory": "1M",
         "max-num-seqs": 5,
         "max-num-batched-tokens": 6,
+        "long-prefill-token-threshold": 4,
         "kv-overcommit": 1.5,
         "lease-ttl": 2.5,
         "transfer-dtype": "fp8",
@@ -86,6 +88,7 @@ def test_every_flag_arrives() -> None:
         kv_memory=1 << 20,
         max_num_seqs=5,
         max_num_batched_tokens=6,
+        long_prefill_token_threshold=4,
         kv_overcommit=1.5,
         enable_prefix_caching=False,
         lease_ttl_s=2.5,
@@ -107,7 +110,8 @@ def test_every_flag_arrives() -> None:
         (("--threads", "-1"), "--threads"),
         (("--block-size", "0"), "--block-size"),
         (("--block-size", "2048"), "--block-size"),
-        (("--kv-memory", "-1"), "--kv-memory"),
+        (("--kv-memory", "-1"), "--kv-cache-memory"),
+        (("--long-prefill-token-threshold", "-1"), "--long-prefill-token-threshold"),
         (("--kv-overcommit", "0.5"), "--kv-overcommit"),
         (("--kv-overcommit", "nan"), "--kv-overcommit"),
         (("--kv-overcommit", "inf"), "--kv-overcommit"),
@@ -264,3 +268,26 @@ def test_files_that_no_message_can_carry(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"x" * ((1 << 20) + 1))
     with pytest.raises(ConfigError, match=r"chat_template\.jinja is larger than"):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_performance_mode_sets_what_is_not_given(mode: str) -> None:
+    limits = MODES[mode]
+    made = config("--performance-mode", mode)
+    assert (made.max_num_batched_tokens, made.max_num_seqs, made.long_prefill_token_threshold) == (
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
+        limits.long_prefill_token_threshold,
+    )
+    own = config("--performance-mode", mode, "--max-num-seqs", "3")
+    assert own.max_num_seqs == 3
+    assert own.max_num_batched_tokens == limits.max_num_batched_tokens
+
+
+def test_without_a_mode_the_limits_are_the_balanced_ones() -> None:
+    assert config() == config("--performance-mode", "balanced")
+    assert len(set(MODES.values())) == len(MODES)
+
+
+def test_the_old_name_of_the_kv_pools_flag_still_works() -> None:
+    assert config("--kv-memory", "3M") == config("--kv-cache-memory", "3M")

@@ -3,7 +3,8 @@
 `Hub` (ROUTER, bound) talks to many peers, `Link` (DEALER, connected) to one hub. Both check what
 they receive before anybody sees it: the codec checks the bytes, the routing id must name the
 sender, and a message that was meant for an earlier life of this process is answered `Gone`
-(messages that were queued for a dead process do reach its successor on the same port). In a
+(messages that were queued for a dead process do reach its successor on the same port). A link that
+speaks another version of the protocol is answered in the hub's own, so that both can say so. In a
 `FleetContext` with a key both ends must prove it (see `wire.curve`).
 """
 
@@ -21,7 +22,7 @@ import zmq
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
 from wire.curve import FleetContext, Watch, refusal
 from wire.errors import ConfigError, MalformedMessage, OutboxFull, VersionMismatch, WireError
-from wire.messages import Gone, Message
+from wire.messages import Gone, Message, Unwelcome
 from wire.polled import LINGER_MS, PolledSocket
 from wire.types import NodeId
 
@@ -29,19 +30,31 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Envelope], None]
 Answer = Callable[[NodeId, Message], None]
+OnMismatch = Callable[[str, bytes | None], None]
 
 _OUTBOX_MESSAGES = 4096  # per peer; beyond it `send` raises OutboxFull
 _CONNECT_AGAIN_S = 1.0  # libzmq does not try again where the other side wants other keys
 
 
 class Inbox:
-    """Decodes and checks what arrives for one process life; counts what it drops."""
+    """Decodes and checks what arrives for one process life; counts what it drops.
 
-    def __init__(self, me: NodeId, on_message: Handler, answer: Answer):
+    Args:
+        on_mismatch: called with the reason and the routing id for messages of another version.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        on_message: Handler,
+        answer: Answer,
+        on_mismatch: OnMismatch = lambda reason, routing_id: None,
+    ):
         self.me = me
         self.on_message = on_message
         self.num_malformed = 0
         self._answer = answer
+        self._on_mismatch = on_mismatch
         self._complained: set[str] = set()
 
     def receive(self, data: bytes, routing_id: bytes | None) -> None:
@@ -52,6 +65,8 @@ class Inbox:
                 raise MalformedMessage("the sender is not who the socket says")
         except (MalformedMessage, VersionMismatch) as error:
             self._complain(str(error), routing_id)
+            if isinstance(error, VersionMismatch):
+                self._on_mismatch(str(error), routing_id)
             return
         meant_for = envelope.receiver
         if meant_for is None or meant_for == self.me or isinstance(envelope.message, Gone):
@@ -78,7 +93,7 @@ class Hub:
     """A bound ROUTER socket: the place where many peers talk to this process."""
 
     def __init__(self, me: NodeId, url: str, on_message: Handler, context: zmq.Context[Any]):
-        self._inbox = Inbox(me, on_message, self.send)
+        self._inbox = Inbox(me, on_message, self.send, self._answer_version)
         socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = True
         socket.router_handover = True  # a peer that reconnects replaces its old connection
@@ -109,6 +124,12 @@ class Hub:
     def close(self) -> None:
         self._polled.close()
 
+    def _answer_version(self, reason: str, routing_id: bytes | None) -> None:
+        """Whatever it says, the peer reads the number in front of it."""
+        data = encode(Envelope(self._inbox.me, None, Unwelcome(reason)))
+        with suppress(zmq.ZMQError):  # it does not read, or has left
+            self._polled.send([routing_id or b"", data])
+
     def _receive_one(self, socket: zmq.Socket[bytes]) -> None:
         frames = socket.recv_multipart(zmq.NOBLOCK)
         self._inbox.receive(frames[-1], frames[0])
@@ -120,7 +141,7 @@ class Link:
     Args:
         queue_while_away: keep messages for a hub that is not connected (yet); else `send` raises.
         on_refused: called with the reason whenever the hub and this process do not accept each
-            other's key; the link tries again.
+            other's key, or speak different versions; the link tries again.
     """
 
     def __init__(
@@ -133,7 +154,12 @@ class Link:
         queue_while_away: bool = True,
         on_refused: Callable[[str], None] | None = None,
     ):
-        self._inbox = Inbox(me, on_message, lambda to, message: self.send(message, to))
+        self._inbox = Inbox(
+            me,
+            on_message,
+            lambda to, message: self.send(message, to),
+            lambda reason, _: None if on_refused is None else on_refused(reason),
+        )
         self.url = url
         socket = context.socket(zmq.DEALER)
         socket.routing_id = _routing_id(me)

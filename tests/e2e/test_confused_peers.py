@@ -23,6 +23,7 @@ from tests.e2e.questions import (
     num_tokens,
     right_answer,
 )
+from wire.messages import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -138,5 +139,7 @@ def test_another_version_of_the_protocol_is_refused(fleet: Fleet) -> None:
     wait_until(lambda: malformed.since() > 0, "the router has heard it")
     assert_right(fleet, MINE, answer_to(fleet, MINE))
     assert "peer speaks version 77" in fleet.router.log.read_text()
+    refusal = f"does not let this node in: peer speaks version {PROTOCOL_VERSION}, this node 77"
+    wait_until(lambda: refusal in stranger.log.read_text(), "the stranger says why")
     stranger.send(signal.SIGKILL)
     stranger.wait(10)

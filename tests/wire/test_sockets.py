@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 
 from wire import sockets
 from wire.codec import Envelope, encode
-from wire.errors import ConfigError, OutboxFull, WireError
+from wire.errors import ConfigError, OutboxFull, VersionMismatch, WireError
 from wire.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -194,6 +195,45 @@ def test_what_is_wrong_is_counted_and_complained_of_once(
     run(body())
     assert len(caplog.records) == 3
     assert any("not who the socket says" in record.message for record in caplog.records)
+
+
+def test_another_version_is_told_to_both_ends(
+    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade of one of them; both go on asking and answering."""
+
+    async def body() -> None:
+        heard: list[Envelope] = []
+        refused: list[str] = []
+        hub = Hub(ROUTER, ANY_PORT, heard.append, context)
+        link = Link(NODE, hub.url, heard.append, context, on_refused=refused.append)
+
+        def in_version_77(envelope: Envelope) -> bytes:
+            data = encode(envelope)
+            if envelope.sender != NODE:
+                return data
+            parts = msgpack.unpackb(data, strict_map_key=False)
+            return bytes(msgpack.packb([77, *parts[1:]]))
+
+        monkeypatch.setattr(sockets, "encode", in_version_77)
+        real = sockets.decode
+
+        def decode_as_77(data: bytes) -> Envelope:
+            if msgpack.unpackb(data, strict_map_key=False)[2] == ROUTER.name:
+                raise VersionMismatch(f"peer speaks version {PROTOCOL_VERSION}, this node 77")
+            return real(data)
+
+        monkeypatch.setattr(sockets, "decode", decode_as_77)
+        link.send(abort(1), None)
+        await until(lambda: refused)
+        assert refused == [f"peer speaks version {PROTOCOL_VERSION}, this node 77"]
+        assert (hub.num_malformed, heard) == (1, [])
+        link.close()
+        hub.close()
+
+    with caplog.at_level(logging.WARNING):
+        run(body())
+    assert f"peer speaks version 77, this node {PROTOCOL_VERSION}" in caplog.text
 
 
 def test_endless_reasons_are_neither_kept_nor_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from wire.messages import Committed, Gone, LeaseEnded
 from wire.types import NodeId
 
 Event = tuple[str, int]  # within a node, without a packet
-Happening = tuple[str, Event | Packet | str]  # where, and what
+Happening = tuple[NodeId | None, Event | Packet | str]  # where, and what
 State = tuple[int, ...]  # clock steps, set of packets as bits, one number per node
 Step = tuple[int, int]  # the node after the event, the packets that it sent as bits
 TICK = ("tick", 0)
@@ -81,6 +81,7 @@ class NodeStates:
         self._newborn: dict[NodeId, int] = {}
         self._packet_bit: dict[Packet, int] = {}
         self._steps: dict[tuple[int, int, object], Step] = {}
+        self._contradictions: dict[int, list[tuple[int, int]]] = {}  # among the packets so far
         self.dull: dict[tuple[int, int], int] = {}  # packets that change nothing, by node and clock
 
     def bit(self, packet: Packet) -> int:
@@ -88,6 +89,7 @@ class NodeStates:
         if packet not in self._packet_bit:
             self._packet_bit[packet] = 1 << len(self.packets)
             self.packets.append(packet)
+            self._contradictions.clear()
         return self._packet_bit[packet]
 
     def bits(self, packets: list[Packet]) -> int:
@@ -151,12 +153,15 @@ class NodeStates:
         node.now = now
         node.drain()
 
-    def contradictions(self, sent: int) -> Iterator[tuple[int, int]]:
+    def contradictions(self, sent: int) -> list[tuple[int, int]]:
         """Of each answer among `sent`: its number, and the answers that exclude it as bits."""
-        for index, packet in enumerate(self.packets):
-            is_answer = isinstance(packet.message, Committed | LeaseEnded)
-            if sent >> index & 1 and is_answer:
-                yield index, self._excluding(packet)
+        if sent not in self._contradictions:
+            self._contradictions[sent] = [
+                (index, self._excluding(packet))
+                for index, packet in enumerate(self.packets)
+                if sent >> index & 1 and isinstance(packet.message, Committed | LeaseEnded)
+            ]
+        return self._contradictions[sent]
 
     def _excluding(self, packet: Packet) -> int:
         """A later attempt may supersede one that was committed; nothing else changes an answer."""
@@ -194,7 +199,7 @@ class Explorer:
         self.scenario = scenario
         self.nodes = NodeStates(scenario)
         self.num_transitions = 0
-        self._last_event: Happening = ("", "")
+        self._last_event: Happening = (None, "")
         self._addressed: dict[str, int] = {}  # node name: its packets as bits
         self._num_sorted = 0
 
@@ -262,7 +267,7 @@ class Explorer:
         """Every event that changes anything, and the state after it."""
         clock, _, *numbers = state
         if clock + 1 < len(self.scenario.times):
-            yield ("", "time passes"), (clock + 1, *state[1:])
+            yield (None, "time passes"), (clock + 1, *state[1:])
         for place, number in enumerate(numbers, 2):
             name = self.nodes.names[number]
             arriving = self._arriving(name.name, number, state)
@@ -270,12 +275,12 @@ class Explorer:
                 "Iterator[Event | Packet]", chain(self.nodes.events[number], arriving)
             ):
                 self.num_transitions += 1
-                self._last_event = (str(name), event)
+                self._last_event = (name, event)
                 after = self._move(state, place, event)
                 if after != state:
                     yield self._last_event, after
             if name in self.scenario.restarts:
-                yield (str(name), "restart"), self._restart(state, place, reborn(name))
+                yield (name, "restart"), self._restart(state, place, reborn(name))
 
     def _arriving(self, name: str, number: int, state: State) -> Iterator[Packet]:
         """Packets on the wire for a node, without those known to change nothing."""
@@ -307,10 +312,8 @@ class Explorer:
     def _check_answers(self, wire: int, sent: int) -> None:
         """A commit has one answer, however often it is asked."""
         for index, contradicting in self.nodes.contradictions(sent):
-            must(
-                not wire & contradicting,
-                f"answered otherwise before: {self.nodes.packets[index]}",
-            )
+            if wire & contradicting:
+                must(False, f"answered otherwise before: {self.nodes.packets[index]}")
 
 
 def told(happening: Happening) -> str:
@@ -318,7 +321,7 @@ def told(happening: Happening) -> str:
     node, event = happening
     if isinstance(event, Packet):
         return f"{node} receives {event}"
-    return f"{node} {event}".strip()
+    return f"{node or ''} {event}".strip()
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Packet:
         return isinstance(other, Packet) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.envelope)  # which bytes remember
 
     @property
     def _key(self) -> tuple[bytes, bytes | None, bool]:

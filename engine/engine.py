@@ -15,12 +15,12 @@ from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
-from engine.logprobs import sampling_logits, step_logprobs
+from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
 from engine.plan import LayerProgress, OnLayers, RequestProgress, StepPlan, StepResult
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
-from engine.sampler import Sampler
+from engine.sampler import CORRUPTED, Sampler
 from engine.scheduler import Scheduler
 from kernels.ops import LayerOps
 from wire.logprobs import Logprobs
@@ -79,6 +79,7 @@ class Engine:
 
         An error of the runner or the sampler comes through. The step has then not happened: its
         requests (`step_request_ids`) are as before and may be tried again or aborted.
+        A request whose logits are broken ends alone: the result names it.
         """
         plan = self._plan()
         if not plan.scheduled:
@@ -86,12 +87,15 @@ class Engine:
         try:
             logits = self._runner.run(plan, self._layer_report(plan, on_layers))
             tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
-            logprobs = step_logprobs(plan, logits, tokens)
+            corrupted = _corrupted(plan, logits, tokens)
+            logprobs = step_logprobs(plan, logits, tokens, corrupted)
         except BaseException:
             self._abandon()
             raise
-        progress = self._commit(plan, tokens, logprobs)
-        return StepResult(self._num_steps, progress, plan.num_tokens, plan.num_preempted)
+        progress = self._commit(plan, tokens, logprobs, corrupted)
+        return StepResult(
+            self._num_steps, progress, plan.num_tokens, plan.num_preempted, tuple(sorted(corrupted))
+        )
 
     def _plan(self) -> StepPlan:
         with self._lock:
@@ -118,11 +122,15 @@ class Engine:
         return report
 
     def _commit(
-        self, plan: StepPlan, tokens: list[int], logprobs: dict[str, Logprobs]
+        self,
+        plan: StepPlan,
+        tokens: list[int],
+        logprobs: dict[str, Logprobs],
+        corrupted: frozenset[str],
     ) -> tuple[RequestProgress, ...]:
         with self._lock:
             self._num_steps += 1
-            return self._scheduler.commit(plan, tokens, logprobs)
+            return self._scheduler.commit(plan, tokens, logprobs, corrupted)
 
     def _abandon(self) -> None:
         with self._lock:
@@ -240,3 +248,10 @@ class Engine:
         """Raise AssertionError where the engine's books contradict each other. O(blocks)."""
         with self._lock:
             self._scheduler.check_integrity()
+
+
+def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[str]:
+    """The requests of the step with logits that are no numbers."""
+    pairs = zip(plan.sampling, tokens, strict=True)
+    sampled = frozenset(request.request_id for request, token in pairs if token == CORRUPTED)
+    return sampled | corrupted_prompts(plan, logits)

@@ -12,12 +12,13 @@ Rows are packed part by part and the logits forgotten with the step, so what is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.plan import ScheduledRequest, StepPlan
+from engine.sampler import finite_rows
 from wire.logprobs import PAIR_BYTES, Logprobs
 
 _PART = 64  # rows of which a copy is made at a time
@@ -35,14 +36,28 @@ def sampling_logits(plan: StepPlan, logits: Tensor) -> Tensor:
     return logits[ends]
 
 
-def step_logprobs(plan: StepPlan, logits: Tensor, tokens: Sequence[int]) -> dict[str, Logprobs]:
+def corrupted_prompts(plan: StepPlan, logits: Tensor) -> frozenset[str]:
+    """Requests with broken logits in the part of the prompt whose logprobs they ask for."""
+    if logits.shape[0] == len(plan.sampling):
+        return frozenset()
+    sound, row, found = finite_rows(logits).tolist(), 0, set()
+    for item in plan.scheduled:
+        if not all(sound[row : row + item.num_logits]):
+            found.add(item.request.request_id)
+        row += item.num_logits
+    return frozenset(found)
+
+
+def step_logprobs(
+    plan: StepPlan, logits: Tensor, tokens: Sequence[int], corrupted: Collection[str] = ()
+) -> dict[str, Logprobs]:
     """By request: the logprobs of its sampled token and of its chunk, for those who ask."""
     if not any(_asks(item) for item in plan.scheduled):
         return {}
     sampled, row, found = iter(tokens), 0, {}
     for item in plan.scheduled:
         token = [next(sampled)] if item.samples else []
-        if _asks(item):
+        if _asks(item) and item.request.request_id not in corrupted:
             mine = logits[row : row + item.num_logits]
             found[item.request.request_id] = _of_request(item, mine, token)
         row += item.num_logits

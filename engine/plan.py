@@ -133,4 +133,5 @@ class StepResult:
     progress: tuple[RequestProgress, ...]
     num_tokens: int
     num_preempted: int
+    corrupted: tuple[str, ...] = ()  # requests that ended because their logits are not finite
     seconds: float = 0.0  # what it took; whoever has a clock fills it in

@@ -103,6 +103,14 @@ class PrefixCache:
             if index < len(hashes):
                 self._pool.touch(self._block_of[hashes[index]])
 
+    def discard(self, block_ids: Sequence[int]) -> None:
+        """Make blocks not findable any more, whoever holds them."""
+        for block_id in block_ids:
+            content_hash = self._pool.content_hash(block_id)
+            if content_hash is not None:
+                self._pool.unpublish(block_id)
+                self._forget(content_hash)
+
     def _forget(self, content_hash: bytes) -> None:
         del self._block_of[content_hash]
         self._note(content_hash, False)

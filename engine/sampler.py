@@ -28,12 +28,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows fp32."""
 
 
-class NotFiniteError(FloatingPointError):
-    """Logits with a NaN or an infinite maximum; those of the step's other requests are sound."""
-
-    def __init__(self, request_ids: tuple[str, ...]) -> None:
-        super().__init__(f"logits are not finite for {', '.join(request_ids)}")
-        self.request_ids = request_ids
+CORRUPTED = -1
+"""In place of a token, where the row has a NaN or its maximum is infinite."""
 
 
 class Sampler:
@@ -46,17 +42,19 @@ class Sampler:
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
         """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
 
-        Raises NotFiniteError where a row has a NaN or its maximum is infinite.
+        CORRUPTED for a row that is not finite; the others are not concerned.
         """
         if not requests:
             return []
-        _check_finite(logits, requests)
+        sound = finite_rows(logits)
+        if not sound.all():
+            logits = logits.where(sound.unsqueeze(1), 0.0)
         logits = self._adjust(logits, requests)
         tokens = logits.argmax(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
         if drawn:
             tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn], self._ops)
-        return [int(token) for token in tokens.tolist()]
+        return [int(token) for token in tokens.where(sound, CORRUPTED).tolist()]
 
     def _adjust(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """The logits with masks, biases and penalties applied; a copy if there are any."""
@@ -81,11 +79,9 @@ class Sampler:
             _penalize_output(row, request)
 
 
-def _check_finite(logits: Tensor, requests: Sequence[Request]) -> None:
-    finite = logits.amax(-1).isfinite()  # a NaN anywhere in the row is its maximum
-    if not finite.all():
-        pairs = zip(requests, finite.tolist(), strict=True)
-        raise NotFiniteError(tuple(request.request_id for request, ok in pairs if not ok))
+def finite_rows(logits: Tensor) -> Tensor:
+    """Whether each row can be sampled from, bool [R]: masked entries may be minus infinity."""
+    return logits.amax(-1).isfinite()  # a NaN anywhere in the row is its maximum
 
 
 def _adjusts(request: Request) -> bool:

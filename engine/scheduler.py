@@ -21,7 +21,7 @@ Leased blocks are never taken; who waits for them waits for a deadline that othe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 from engine.admission import Admission
@@ -277,10 +277,12 @@ class Scheduler:
         plan: StepPlan,
         tokens: Sequence[int],
         logprobs: Mapping[str, Logprobs] = NO_LOGPROBS,
+        corrupted: Collection[str] = (),
     ) -> tuple[RequestProgress, ...]:
         """Enter what a step computed; `tokens` are the sampled ones, in the plan's order.
 
         `logprobs`, by request: of its sampled token and of the prompt tokens that its chunk told.
+        `corrupted` requests end without progress, and what they computed is found by nobody.
         """
         samples = [item.samples for item in plan.scheduled]
         assert sum(samples) == len(tokens), f"{len(tokens)} tokens for {sum(samples)} rows"
@@ -288,11 +290,20 @@ class Scheduler:
         progress = []
         for item, has_token in zip(plan.scheduled, samples, strict=True):
             new_tokens = (next(sampled),) if has_token else ()
-            if item.request.request_id not in self._aborted_in_step:
+            if item.request.request_id in corrupted:
+                self._discard(item.request)
+            elif item.request.request_id not in self._aborted_in_step:
                 mine = logprobs.get(item.request.request_id)
                 progress.append(self._advance(item, new_tokens, mine))
         self.end_step()
         return tuple(progress)
+
+    def _discard(self, request: Request) -> None:
+        """End a request whose blocks, its prefix included, may hold what broke its logits."""
+        self._aborted_in_step.discard(request.request_id)
+        self._cache.discard(request.block_table)
+        request.num_computed_tokens = 0
+        self._drop(request)
 
     def end_step(self) -> None:
         """Carry out aborts that waited for the step; all there is to do for a step that failed."""

@@ -17,7 +17,6 @@ from functools import partial
 
 from engine.engine import Engine
 from engine.plan import OnLayers, StepResult
-from engine.sampler import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +94,7 @@ class EngineThread:
                 result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
                 log.exception("a step failed")
-                # Broken logits are their request's, or hardware's: then others fail elsewhere too.
-                failures += not isinstance(error, NotFiniteError)
+                failures += 1
                 self._tell_failure(error)
                 continue
             failures = 0
@@ -124,8 +122,6 @@ class EngineThread:
         """Wait until the loop has ended the requests to blame: they would fail again."""
         self._failing = True
         blamed = self._engine.step_request_ids  # any of them may have been it
-        if isinstance(error, NotFiniteError):
-            blamed = error.request_ids
         self._post(self._handle_failure, error, blamed)
         with self._wakeup:
             self._wakeup.wait_for(lambda: not self._failing or self._stopping)

@@ -70,6 +70,7 @@ class NodeCollector(Collector):
         yield _counter(metrics.NODE_OUTPUT_TOKENS, {(): stats.output_tokens})
         yield _counter(metrics.NODE_CHUNKS, {(): stats.unfinished_chunks})
         yield _counter(metrics.PREEMPTIONS, {model: stats.preemptions})
+        yield _counter(metrics.CORRUPTED, {model: stats.corrupted})
         yield _counter(metrics.PREFIX_QUERIES, {model: stats.prefix_queries})
         yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
         yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})

@@ -228,6 +228,9 @@ class NodeShell:
     def _on_step(self, result: StepResult) -> None:
         self.stats.count_step(result)
         self._role.on_step(result)
+        if result.corrupted:  # in the request or in this machine: another node may be asked next
+            log.error("logits of %s are not finite", ", ".join(result.corrupted))
+            self._role.fail(result.corrupted, "internal", "its logits are not finite")
         self._publish_cache_events()
 
     def _step_failed(self, error: Exception, request_ids: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ class NodeStats:
     unfinished_chunks: int = 0  # parts of prompts that needed a further step
     output_tokens: int = 0
     preemptions: int = 0
+    corrupted: int = 0  # requests that ended with broken logits
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # and found there
     tokens_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.ITERATION_TOKENS))
@@ -30,6 +31,7 @@ class NodeStats:
         self.tokens_per_step.observe(result.num_tokens)
         self.seconds_per_step.observe(result.seconds)
         self.preemptions += result.num_preempted
+        self.corrupted += len(result.corrupted)
         for progress in result.progress:
             self.output_tokens += len(progress.new_tokens)
             self.unfinished_chunks += not progress.new_tokens

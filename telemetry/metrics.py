@@ -172,6 +172,9 @@ ITERATION_TOKENS = Metric(
 NODE_OUTPUT_TOKENS = Metric("baton_sampled_tokens", "Tokens sampled on this node")
 NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a further step")
 PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
+CORRUPTED = Metric(
+    "vllm:corrupted_requests", "Requests ended here because their logits were no numbers", _MODEL
+)
 PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "Prompt tokens looked up", _MODEL)
 PREFIX_HITS = Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", _MODEL)
 NODE_MALFORMED = Metric(

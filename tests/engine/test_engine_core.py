@@ -484,18 +484,76 @@ def test_a_failed_step_names_its_requests_and_can_be_repeated() -> None:
     assert first.progress[0].index == 0
 
 
-def test_broken_logits_come_through_as_an_error() -> None:
-    class Broken:
-        def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
-            return torch.full((len(plan.sampling), VOCAB_SIZE), torch.nan)
+class Broken:
+    """Turns logits of the requests in `names` into NaN: of sampled rows, or of all."""
 
-    config = EngineConfig(block_size=4, num_blocks=8, max_model_len=40)
-    engine = Engine(config, Broken(), epoch=1, model_fingerprint="m", eos_token_ids=EOS)
-    engine.add(make_request("a", [2, 3, 4]))
-    with pytest.raises(FloatingPointError, match="a"):
-        engine.step()
-    assert engine.abort("a")
-    assert engine.block_counts().free == 8
+    def __init__(self, runner: HashRunner, *names: str, first_row_only: bool = False) -> None:
+        self._runner, self._names, self._first_row_only = runner, names, first_row_only
+
+    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        logits, row = self._runner.run(plan, on_layers), 0
+        for item in plan.scheduled:
+            rows = logits[row : row + item.num_logits]
+            if item.request.request_id in self._names and len(rows):
+                (rows[:1] if self._first_row_only else rows)[:] = torch.nan
+            row += item.num_logits
+        return logits
+
+
+def test_broken_logits_end_their_request_alone() -> None:
+    engine, runner = make_engine()
+    engine._runner = Broken(runner, "bad")
+    prompts = {"good": [2, 3, 4, 5, 6], "bad": [7, 8, 9, 10, 11, 12], "late": [2, 3, 4, 5, 9]}
+    for name, prompt in prompts.items():
+        engine.add(make_request(name, prompt, max_tokens=4))
+    results = run_all(engine)
+    assert [result.corrupted for result in results if result.corrupted] == [("bad",)]
+    told = {p.request_id for result in results for p in result.progress}
+    assert told == {"good", "late"}
+    assert not engine.abort("bad"), "it is over"
+    for name in told:
+        mine = [p for r in results for p in r.progress if p.request_id == name]
+        expected, _ = expected_output(make_request(name, prompts[name], max_tokens=4), EOS)
+        assert [token for p in mine for token in p.new_tokens] == expected
+    assert engine.block_counts().free + engine.block_counts().cached == 32
+
+
+def test_what_broke_logits_is_not_found_again() -> None:
+    """Else every later request with this prefix would break on the same block."""
+    engine, runner = make_engine()
+    prompt = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+    engine.add(make_request("before", prompt, max_tokens=1))
+    run_all(engine)
+    assert engine.cached_hashes()
+    engine._runner = Broken(runner, "bad")
+    engine.add(make_request("bad", [*prompt, 17, 18, 19], max_tokens=4))
+    run_all(engine)
+    assert engine.cached_hashes() == ()
+    assert engine.block_counts().free == 32
+
+
+@pytest.mark.parametrize("prefill_only", [False, True])
+def test_broken_logits_of_a_prompt_whose_logprobs_are_asked_for(prefill_only: bool) -> None:
+    engine, runner = make_engine()
+    engine._runner = Broken(runner, "bad", first_row_only=True)
+    prompt = [7, 8, 9, 10, 11, 12]
+    engine.add(make_request("bad", prompt, prefill_only, max_tokens=4, prompt_logprobs=1))
+    [result] = run_all(engine)
+    assert (result.corrupted, result.progress) == (("bad",), ())
+    assert engine.block_counts().free == 32
+
+
+def test_a_request_that_is_aborted_while_its_logits_break() -> None:
+    engine, runner = make_engine()
+    engine._runner = Broken(runner, "bad")
+
+    def abort() -> None:
+        assert engine.abort("bad")
+
+    runner.during_run = abort
+    engine.add(make_request("bad", [7, 8, 9], max_tokens=4))
+    run_all(engine)
+    assert engine.block_counts().free == 32
 
 
 def test_reservations_of_odd_size_are_refused() -> None:

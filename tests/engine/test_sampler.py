@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from engine.request import Request
-from engine.sampler import NotFiniteError, Sampler
+from engine.sampler import CORRUPTED, Sampler
 from kernels.noise import GUMBEL_MAX, GUMBEL_MIN, gumbel, random_integers, row_keys
 from kernels.sampling import filter_floor
 from wire.types import SamplingParams
@@ -344,11 +344,10 @@ def test_min_tokens_masks_what_would_end_the_request() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_name_their_request(value: float) -> None:
-    logits = torch.zeros(2, 30)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_concern_their_row_alone(value: float, temperature: float) -> None:
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
+    requests = [make_request(temperature=temperature, top_p=0.9) for _ in range(3)]
+    first, _, last = sample(logits, requests)
     logits[1, 4] = value
-    broken = make_request()
-    broken.request_id = "broken"
-    with pytest.raises(NotFiniteError, match="broken") as caught:
-        sample(logits, [make_request(), broken])
-    assert caught.value.request_ids == ("broken",)
+    assert sample(logits, requests) == [first, CORRUPTED, last]

@@ -10,7 +10,6 @@ from typing import cast
 
 from engine.engine import Engine
 from engine.plan import LayerProgress, OnLayers, StepResult
-from engine.sampler import NotFiniteError
 from node import engine_thread
 from node.engine_thread import EngineThread
 
@@ -22,7 +21,6 @@ class FakeEngine:
         self.work = 0
         self.num_steps = 0
         self.fails = False
-        self.poisoned: tuple[str, ...] = ()
         self.stuck = False
         self.gate: threading.Event | None = None
         self.in_step = threading.Event()
@@ -39,8 +37,6 @@ class FakeEngine:
             self.gate.wait(20)
         if self.fails:
             raise ArithmeticError(f"step {self.num_steps}")
-        if self.poisoned:
-            raise NotFiniteError(self.poisoned)
         if self.stuck:
             return None
         self.work -= 1
@@ -156,23 +152,6 @@ def test_a_failed_step_is_told_with_its_requests() -> None:
             await until(lambda: len(o.results) == 2)
             assert o.failures == [("step 1", ("r/1",))]
             assert not o.dead
-
-    asyncio.run(scenario())
-
-
-def test_only_requests_whose_logits_are_broken_are_blamed() -> None:
-    async def scenario() -> None:
-        async with owner() as o:
-            o.engine.poisoned = ("r/7",)
-
-            def give_up() -> None:
-                o.engine.poisoned = ()
-
-            o.when_failing = lambda: give_up() if len(o.failures) == 20 else None
-            o.give(1)
-            await until(lambda: o.results)
-            assert [ids for _, ids in o.failures] == [("r/7",)] * 20
-            assert not o.dead, "a client could end node after node with them"
 
     asyncio.run(scenario())
 

@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
+CLIENTS_JS := tests/clients/js
 ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
+.PHONY: serve test clients soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,10 +26,23 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
+# Clients that need another major of openai than .venv has. Where they cannot be installed, their tests
+# are skipped and say so; the next run tries again.
+$(CLIENTS)/.done: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --no-deps -r $< && touch $@ || \
+	  { rm -rf $(CLIENTS); echo "no clients installed: their tests will be skipped" >&2; }
+
+$(CLIENTS_JS)/node_modules/.done: $(CLIENTS_JS)/package-lock.json
+	cd $(CLIENTS_JS) && npm ci --no-audit --no-fund --loglevel=error && touch node_modules/.done || \
+	  echo "no node client installed: its test will be skipped" >&2
+
+clients: $(CLIENTS)/.done $(CLIENTS_JS)/node_modules/.done  ## install the clients that tests/clients runs
+
 serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode node (ARGS="--port 9000")
 	$(BIN)/baton serve $(ARGS)
 
-test: $(VENV)/.dev  ## run every test (ARGS="tests/engine -k parity")
+test: $(VENV)/.dev clients  ## run every test (ARGS="tests/engine -k parity")
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 SOAKED := faults stalls strikes damage late_network confused_peers many_aborts \
@@ -64,4 +79,4 @@ bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers;
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_engine $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info

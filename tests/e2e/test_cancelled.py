@@ -31,7 +31,11 @@ async def ask_and_leave(fleet: Fleet) -> None:
     async with Client(fleet.url) as client:
 
         def ask(number: int) -> Any:
-            body = {"prompt": f"# file {number}\n" * 20, "max_tokens": 1500, "ignore_eos": True}
+            body: dict[str, Any] = {
+                "prompt": f"# file {number}\n" * 20,
+                "max_tokens": 1500,
+                "ignore_eos": True,
+            }
             return client.stream(**body) if number % 2 else client.complete(**body)
 
         asked = [asyncio.ensure_future(ask(number)) for number in range(NUM_REQUESTS)]

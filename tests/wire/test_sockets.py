@@ -13,7 +13,7 @@ import msgpack
 import pytest
 import zmq
 
-from wire import sockets
+from wire import codec, sockets
 from wire.codec import Envelope, encode
 from wire.errors import ConfigError, OutboxFull, VersionMismatch, WireError
 from wire.messages import (
@@ -216,7 +216,7 @@ def test_another_version_is_told_to_both_ends(
             return bytes(msgpack.packb([77, *parts[1:]]))
 
         monkeypatch.setattr(sockets, "encode", in_version_77)
-        real = sockets.decode
+        real = codec.decode
 
         def decode_as_77(data: bytes) -> Envelope:
             if msgpack.unpackb(data, strict_map_key=False)[2] == ROUTER.name:

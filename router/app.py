@@ -140,6 +140,7 @@ class _Pages:
             serving = sum(node.serves for node in known)
             self._metrics.nodes.labels(role.value, "serving").set(serving)
             self._metrics.nodes.labels(role.value, "not_serving").set(len(known) - serving)
+        self._metrics.open_pairs.set(fleet.breaker.num_open)
         self._metrics.malformed.set(self._control.num_malformed)
         self._metrics.refused.set(self._control.num_refused)
 

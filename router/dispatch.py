@@ -17,14 +17,24 @@ With one token left to sample nothing is reserved, and the prefill node ends the
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from router import errors
-from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
+from router.attempt_messages import Asking
+from router.breaker import Pair
+from router.effects import (
+    AttemptEnded,
+    Effect,
+    Failed,
+    HandedOver,
+    NeedsCapacity,
+    Output,
+    Send,
+)
 from router.errors import ApiError
+from router.failures import Failures, final_error
+from router.phase import ASKING, ON_NODES, Phase
+from router.policy import Placer, Wishes
 from router.token_log import Accepted, Divergence, Gap, TokenLog
 from router.work import Work
 from wire.messages import (
@@ -33,53 +43,14 @@ from wire.messages import (
     AttemptFailed,
     Grant,
     Granted,
-    Prefill,
-    Rebind,
     Refused,
     Resend,
-    Reserve,
     TokenUpdate,
 )
 from wire.types import AttemptId, FinishReason, NodeId
 
-# A poison request must not walk through the fleet.
-MAX_DEATHS = 2
-MAX_DIGEST_FAILURES = 2
-MAX_DIVERGENCES = 2
-MAX_INTERNAL_FAILURES = 2
-MAX_FAILURES = 6
-
 # A prefill node's own failures; others end the lease too, and there is nothing left to rebind.
 _OF_PREFILL_NODE = frozenset({"capacity", "drained", "internal", "transport"})
-
-
-class Phase(Enum):
-    """Where a choice stands."""
-
-    WAITING = auto()
-    RESERVING = auto()
-    PREFILLING = auto()
-    REBINDING = auto()
-    DECODING = auto()
-    ENDED = auto()
-
-
-ASKING = (Phase.RESERVING, Phase.REBINDING)
-ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING)
-
-
-class Placer(Protocol):
-    """Chooses nodes (the fleet; a script in tests)."""
-
-    def numerics_of(self, node: NodeId) -> str: ...
-
-    def pick_prefill(
-        self, work: Work, avoid: Collection[NodeId], numerics: str
-    ) -> NodeId | None: ...
-
-    def pick_decode(
-        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId], numerics: str
-    ) -> NodeId | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +63,12 @@ class DispatchLimits:
     silence_s: float = 10.0  # without a token for so long: ask the decode node to repeat
 
 
-def new_log(work: Work) -> TokenLog:
-    """The log of a choice, which insists on the logprobs that the choice asks for."""
-    sampling = work.sampling
-    asks = sampling.prompt_logprobs is not None
-    return TokenLog(
-        wants_rows=sampling.logprobs is not None,
-        num_prompt_rows=work.num_tokens - 1 if asks else 0,
-    )
-
-
 class Dispatch:
     """The attempts of one choice and what they have produced."""
 
     def __init__(self, work: Work, placer: Placer, limits: DispatchLimits, now: float) -> None:
         self.work = work
-        self.log = new_log(work)
+        self.log = TokenLog.of(work)
         self.phase = Phase.WAITING
         self.prefill: NodeId | None = None
         self.decode: NodeId | None = None
@@ -122,8 +83,7 @@ class Dispatch:
         self._asking_since = now
         self._last_heard = now
         self._last_word = "No node is free to serve the request."
-        self._failures: dict[str, int] = {}
-        self._avoid: set[NodeId] = set()
+        self._failures = Failures()
         self._refused: set[NodeId] = set()
 
     @property
@@ -141,14 +101,14 @@ class Dispatch:
         """Begin an attempt, if there are nodes for it."""
         assert self.phase is Phase.WAITING
         self._refused.clear()
-        self.prefill = self._placer.pick_prefill(self.work, self._avoid, self._numerics)
+        self.prefill = self._placer.pick_prefill(self.work, self._wishes(now))
         if self.prefill is None:
             return self._wait("There is no prefill node to serve the request.", 1.0)
         if self._num_left == 1:
             self.decode = None
             self._begin_attempt()
             return self._prefill(self.prefill, None, now)
-        self.decode = self._pick_decode()
+        self.decode = self._pick_decode(self.prefill, now)
         if self.decode is None:
             return self._wait("There is no decode node to serve the request.", 1.0)
         self._begin_attempt()
@@ -170,7 +130,7 @@ class Dispatch:
         assert self.prefill is not None
         if message.cause != "gone":  # a new reservation may well succeed there
             self._refused.add(sender)
-        self.decode = self._pick_decode()
+        self.decode = self._pick_decode(self.prefill, now)
         if self.decode is None:
             return self._wait(f"No capacity: {message.message}", message.retry_after_s)
         return self._reserve(self.decode, self.prefill, now)
@@ -182,19 +142,25 @@ class Dispatch:
             return []
         if update.finish is FinishReason.ABORT:
             return self._attempt_over("aborted", now)
-        if sender == self.decode and self.phase is Phase.PREFILLING:
-            self.phase = Phase.DECODING
+        effects = self._handed_over() if sender == self.decode else []
         self._last_heard = now
         verdict = self.log.accept(
             update.id.attempt, update.index, update.tokens, update.finish, update.logprobs
         )
         match verdict:
             case Accepted():
-                return self._output(sender, verdict)
+                return effects + self._output(sender, verdict)
             case Gap(resend_from=index):
-                return [Send(sender, Resend(update.id, index))]
+                return [*effects, Send(sender, Resend(update.id, index))]
             case Divergence():
-                return self._attempt_over("divergence", now)
+                return effects + self._attempt_over("divergence", now)
+
+    def _handed_over(self) -> list[Effect]:
+        """A decode node speaks when it has verified what came, and not before."""
+        if self.phase is not Phase.PREFILLING or self._pair is None:
+            return []
+        self.phase = Phase.DECODING
+        return [HandedOver(self._pair)]
 
     def _output(self, sender: NodeId, new: Accepted) -> list[Effect]:
         if new.tokens and sender != self._author:
@@ -218,15 +184,11 @@ class Dispatch:
             return []
         self._last_word = message.message
         if message.cause == "internal":
-            self._avoid.add(sender)  # it, or the request: another node will tell
+            self._failures.avoid.add(sender)  # it, or the request: another node will tell
         if message.retryable:
             own = sender == self.prefill and message.cause in _OF_PREFILL_NODE
             return self._attempt_over(message.cause, now, failed=sender if own else None)
-        if message.cause in ("too_long", "capacity"):  # more than the node holds when it is empty
-            return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
-        return self._fail(
-            errors.server_error(f"The request failed on its node: {message.message}", message.cause)
-        )
+        return self._fail(final_error(message))
 
     def node_lost(self, node: NodeId, now: float, alive: bool = False) -> list[Effect]:
         """A node died, or (`alive`) has stalled or forgotten what it did.
@@ -244,7 +206,7 @@ class Dispatch:
         if not self._depends_on(node):
             return []
         self._last_word = f"node {node.name} does not take messages"
-        self._avoid.add(node)
+        self._failures.avoid.add(node)
         return self._attempt_over("unreachable", now, unreachable=node, failed=node)
 
     def cancel(self) -> list[Effect]:
@@ -265,7 +227,7 @@ class Dispatch:
         if self.phase in ASKING and now - self._asking_since > self._limits.reserve_s:
             assert self.decode is not None
             self._last_word = f"node {self.decode.name} does not answer"
-            self._avoid.add(self.decode)
+            self._failures.avoid.add(self.decode)
             return self._attempt_over("reserve_timeout", now)
         return self._ask_after_silence(now)
 
@@ -292,44 +254,36 @@ class Dispatch:
             return node == self.decode
         return self.phase in ON_NODES and node in (self.prefill, self.decode)
 
-    def _pick_decode(self) -> NodeId | None:
-        return self._placer.pick_decode(self.work, self._avoid, self._refused, self._numerics)
+    @property
+    def _pair(self) -> Pair | None:
+        """Who hands over to whom in this attempt."""
+        if self.prefill is None or self.decode is None:
+            return None
+        return Pair(self.prefill, self.decode)
+
+    def _wishes(self, now: float) -> Wishes:
+        return Wishes(self._failures.avoid, self._failures.pairs, self._numerics, now)
+
+    def _pick_decode(self, prefill: NodeId, now: float) -> NodeId | None:
+        return self._placer.pick_decode(self.work, prefill, self._wishes(now), self._refused)
 
     def _begin_attempt(self) -> None:
         self.num_attempts += 1
         self.log.begin_attempt(self.num_attempts)
 
-    def _tokens_so_far(self) -> tuple[int, ...]:
-        return self.work.prompt.tokens + tuple(self.log.tokens)
+    def _asking(self, now: float) -> Asking:
+        return Asking(self.id, self.work, self.log.tokens, self._deadline - now)
 
     def _reserve(self, decode: NodeId, prefill: NodeId, now: float) -> list[Effect]:
         self.phase = Phase.RESERVING
         self._asking_since = now
-        message = Reserve(
-            id=self.id,
-            tokens=self._tokens_so_far(),
-            num_prompt_tokens=self.work.num_tokens,
-            sampling=self.work.sampling,
-            prefill=prefill,
-            cache_salt=self.work.prompt.cache_salt,
-            deadline_s=self._deadline - now,
-        )
-        return [Send(decode, message)]
+        return [Send(decode, self._asking(now).reserve(prefill))]
 
     def _prefill(self, prefill: NodeId, grant: Grant | None, now: float) -> list[Effect]:
         self.phase = Phase.PREFILLING
         self._lease = 0 if grant is None else grant.lease
         self._last_heard = now
-        message = Prefill(
-            id=self.id,
-            tokens=self._tokens_so_far(),
-            num_prompt_tokens=self.work.num_tokens,
-            sampling=self.work.sampling,
-            grant=grant,
-            cache_salt=self.work.prompt.cache_salt,
-            deadline_s=self._deadline - now,
-        )
-        return [Send(prefill, message)]
+        return [Send(prefill, self._asking(now).prefill(grant))]
 
     def _wait(self, reason: str, retry_after_s: float) -> list[Effect]:
         """Back to the queue; its time limit goes on from where it was."""
@@ -349,27 +303,30 @@ class Dispatch:
         Args:
             failed: the node that failed, where that is known; the other one is well.
         """
-        self._failures[cause] = self._failures.get(cause, 0) + 1
-        if self._is_hopeless():
-            ended: list[Effect] = [AttemptEnded(cause), *self._aborts(unreachable)]
+        over = AttemptEnded(cause, self._pair)
+        self._failures.count(cause, self._pair)
+        if self._failures.hopeless:
+            aborts = self._aborts(unreachable)
             self.phase = Phase.ENDED
             message = f"The request failed {self.num_attempts} times, at last: {self._last_word}"
-            return [*ended, Failed(errors.server_error(message, cause))]
-        successor = self._successor(failed)
+            return [over, *aborts, Failed(errors.server_error(message, cause))]
+        successor = self._successor(failed, now)
         if successor is not None:
             aborts = self._aborts(unreachable, self.decode)
-            return [AttemptEnded(cause), *self._rebind(successor, now), *aborts]
-        ended = [AttemptEnded(cause), *self._aborts(unreachable)]
+            return [over, *self._rebind(successor, now), *aborts]
+        aborts = self._aborts(unreachable)
         self.phase = Phase.WAITING
         self._waiting_since = now
-        return [*ended, *self.place(now)]
+        return [over, *aborts, *self.place(now)]
 
-    def _successor(self, failed: NodeId | None) -> NodeId | None:
+    def _successor(self, failed: NodeId | None, now: float) -> NodeId | None:
         """Who goes on under the reservation of the prefill node that failed, if that can be."""
         reserved = self.phase is Phase.PREFILLING and self._lease and self.decode is not None
         if failed is None or failed != self.prefill or not reserved or self._num_left == 1:
             return None
-        return self._placer.pick_prefill(self.work, self._avoid | {failed}, self._numerics)
+        wishes = self._wishes(now)
+        wishes = replace(wishes, avoid={*wishes.avoid, failed})
+        return self._placer.pick_prefill(self.work, wishes, self.decode)
 
     def _rebind(self, prefill: NodeId, now: float) -> list[Effect]:
         assert self.decode is not None
@@ -378,24 +335,7 @@ class Dispatch:
         self._begin_attempt()
         self.phase = Phase.REBINDING
         self._asking_since = now
-        message = Rebind(
-            id=self.id,
-            lease=self._lease,
-            prefill=prefill,
-            output_tokens=tuple(self.log.tokens),
-            deadline_s=self._deadline - now,
-        )
-        return [Send(self.decode, message)]
-
-    def _is_hopeless(self) -> bool:
-        failures = self._failures
-        return (
-            failures.get("node_lost", 0) >= MAX_DEATHS
-            or failures.get("digest", 0) >= MAX_DIGEST_FAILURES
-            or failures.get("divergence", 0) >= MAX_DIVERGENCES
-            or failures.get("internal", 0) >= MAX_INTERNAL_FAILURES
-            or sum(failures.values()) >= MAX_FAILURES
-        )
+        return [Send(self.decode, self._asking(now).rebind(self._lease, prefill))]
 
     def _fail(self, error: ApiError) -> list[Effect]:
         return [*self.cancel(), Failed(error)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from router.breaker import Pair
 from router.errors import ApiError
 from wire.messages import Message
 from wire.types import FinishReason, NodeId
@@ -39,6 +40,14 @@ class AttemptEnded:
     """An attempt was given up (counted by cause)."""
 
     cause: str
+    pair: Pair | None  # None: it had no decode node
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A handoff has been committed."""
+
+    pair: Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,4 +57,4 @@ class Failed:
     error: ApiError
 
 
-Effect: TypeAlias = Send | Output | NeedsCapacity | AttemptEnded | Failed
+Effect: TypeAlias = Send | Output | NeedsCapacity | HandedOver | AttemptEnded | Failed

@@ -8,11 +8,12 @@ Pure: no socket, and time is an argument.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
+from router.breaker import Breaker, Pair
 from router.cache_index import CacheIndex
-from router.policy import Candidate, choose_decode, choose_prefill
+from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Work
 from wire.messages import ModelInfo, Register
 from wire.types import NodeId, NodeLoad, Role
@@ -59,6 +60,7 @@ class Fleet:
         self._stall = node_stall_s
         self._nodes: dict[NodeId, Node] = {}
         self._superseded: OrderedDict[NodeId, None] = OrderedDict()
+        self.breaker = Breaker()
 
     # ------------------------------------------------------------ who lives
 
@@ -69,7 +71,7 @@ class Fleet:
             return Registration(refusal)
         lost = tuple(other for other in self._nodes if other.name == node.name)
         for other in lost:
-            del self._nodes[other]
+            self.remove(other)
             if other != node:
                 self._mark_superseded(other)
         cache = CacheIndex(min(message.num_blocks, _MAX_INDEXED_BLOCKS))
@@ -119,6 +121,7 @@ class Fleet:
 
     def remove(self, node: NodeId) -> None:
         self._nodes.pop(node, None)
+        self.breaker.forget(node)
 
     def excuse(self, now: float) -> None:
         """The router itself was away: nobody's silence counts until now."""
@@ -129,7 +132,7 @@ class Fleet:
         """Remove and return the nodes whose heartbeat has stopped."""
         silent = [n.id for n in self._nodes.values() if now - n.last_seen > self._timeout]
         for node in silent:
-            del self._nodes[node]
+            self.remove(node)
         return silent
 
     def __contains__(self, node: NodeId) -> bool:
@@ -172,29 +175,34 @@ class Fleet:
         return self._nodes[node].info.model.numerics if node in self._nodes else ""
 
     def pick_prefill(
-        self, work: Work, avoid: Collection[NodeId], numerics: str = ""
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None
     ) -> NodeId | None:
-        """The best prefill node; one of `avoid` only where there is no other.
+        """The best prefill node that can hand over to `decode` (None: to any decode node)."""
+        partners = [decode] if decode is not None else self._serving(Role.DECODE)
 
-        Args:
-            numerics: of the node that produced the request's output so far; empty: there is none.
-        """
-        nodes = self._candidates(Role.PREFILL, work, numerics)
-        preferred = [node for node in nodes if node.id not in avoid]
-        return choose_prefill(preferred or nodes, work.num_tokens)
+        def is_worse(node: NodeId) -> bool:
+            return not any(self._is_good(Pair(node, partner), wishes) for partner in partners)
+
+        nodes = _least_bad(self._candidates(Role.PREFILL, work, wishes.numerics), wishes, is_worse)
+        return choose_prefill(nodes, work.num_tokens)
 
     def pick_decode(
-        self,
-        work: Work,
-        avoid: Collection[NodeId],
-        refused: Collection[NodeId],
-        numerics: str = "",
+        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
     ) -> NodeId | None:
-        """The best decode node that has not refused; the others as for prefill nodes."""
-        candidates = self._candidates(Role.DECODE, work, numerics)
+        """The best decode node for what `prefill` will send that has not refused."""
+
+        def is_worse(node: NodeId) -> bool:
+            return not self._is_good(Pair(prefill, node), wishes)
+
+        candidates = self._candidates(Role.DECODE, work, wishes.numerics)
         nodes = [node for node in candidates if node.id not in refused]
-        preferred = [node for node in nodes if node.id not in avoid]
-        return choose_decode(preferred or nodes, work.max_num_tokens)
+        return choose_decode(_least_bad(nodes, wishes, is_worse), work.max_num_tokens)
+
+    def _is_good(self, pair: Pair, wishes: Wishes) -> bool:
+        return pair not in wishes.avoid_pairs and self.breaker.allows(pair, wishes.now)
+
+    def _serving(self, role: Role) -> list[NodeId]:
+        return [node.id for node in self if node.info.role is role and node.serves]
 
     def _candidates(self, role: Role, work: Work, numerics: str) -> list[Candidate]:
         nodes = [node for node in self if node.info.role is role and node.serves]
@@ -228,6 +236,15 @@ class Fleet:
         known = self._nodes.get(node)
         if known is not None:
             known.assigned.pop(request, None)
+
+
+def _least_bad(
+    nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[NodeId], bool]
+) -> list[Candidate]:
+    """Those that least speaks against: that the choice avoids the node weighs most."""
+    against = {node.id: (node.id in wishes.avoid, is_worse(node.id)) for node in nodes}
+    least = min(against.values(), default=None)
+    return [node for node in nodes if against[node.id] == least]
 
 
 def _context(info: Register) -> int:

@@ -20,6 +20,7 @@ class RouterMetrics:
         self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
         self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
         self.rebinds = names.ROUTER_REBINDS.counter(registry)
+        self.open_pairs = names.ROUTER_OPEN_PAIRS.gauge(registry)
         self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
         self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
         self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)

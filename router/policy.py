@@ -3,15 +3,51 @@
 A prefill node costs the tokens it must compute before ours are done: its queue, plus what its
 prefix cache lacks of our prompt. A decode node costs the share of its KV pool that will be in use:
 what is promised, plus what its prefix cache lacks. The cheapest wins; ties go to the less busy
-node, then to the name, so that a choice is reproducible.
+node, then to the name, so that a choice is reproducible. Before any cost come the wishes of a
+choice that has failed before, and breakers (`breaker`): a pair that hands over badly is chosen only
+where there is no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
+from router.breaker import Pair
+from router.work import Work
 from wire.types import NodeId, NodeLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a choice has learned for its next attempt; nothing of it is more than a preference.
+
+    Args:
+        avoid: nodes that failed it.
+        avoid_pairs: pairs between which its blocks did not come through.
+        numerics: of the node that produced its output so far; empty: there is none.
+        now: breakers want to know.
+    """
+
+    avoid: Collection[NodeId] = ()
+    avoid_pairs: Collection[Pair] = ()
+    numerics: str = ""
+    now: float = 0.0
+
+
+class Placer(Protocol):
+    """Chooses nodes (the fleet; a script in tests)."""
+
+    def numerics_of(self, node: NodeId) -> str: ...
+
+    def pick_prefill(
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None
+    ) -> NodeId | None: ...
+
+    def pick_decode(
+        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
+    ) -> NodeId | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from router.admission import Admission
+from router.breaker import OF_TRANSFERS, Pair
 from router.choice import Choice
-from router.dispatch import Phase
-from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
+from router.effects import (
+    AttemptEnded,
+    Effect,
+    Failed,
+    HandedOver,
+    NeedsCapacity,
+    Output,
+    Send,
+)
 from router.errors import ApiError, server_error
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
+from router.phase import Phase
 from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
@@ -200,11 +209,26 @@ class Requests:
                     self._unassign(choice)
                     choice.trace.attempt_over(known_cause(effect.cause), self._clock())
                     self._metrics.attempts_ended.labels(known_cause(effect.cause)).inc()
+                    self._judge(effect)
+                case HandedOver():
+                    if self._fleet.breaker.committed(effect.pair):
+                        log.info("%s hands over to %s again", *effect.pair)
                 case Failed():
                     self._forget(choice, effect.error.code or "error", self._clock())
                     choice.listener.failed(effect.error)
         if choice.followers and choice.dispatch.phase is Phase.DECODING:
             self._start_followers(choice)
+
+    def _judge(self, over: AttemptEnded) -> None:
+        """Blame the pair of an attempt for its end, if a transfer can be the reason."""
+        if over.pair is None or over.cause not in OF_TRANSFERS or not self._alive(over.pair):
+            return
+        if self._fleet.breaker.failed(over.pair, self._clock()):
+            why = "handoffs from %s to %s fail (%s): others are preferred for a while"
+            log.warning(why, *over.pair, over.cause)
+
+    def _alive(self, pair: Pair) -> bool:
+        return all(node in self._fleet for node in pair)
 
     def _output(self, choice: Choice, output: Output) -> None:
         now = self._clock()
@@ -272,7 +296,9 @@ class Requests:
         num_blocks: int,
     ) -> None:
         """`num_blocks`: that the node does not count yet."""
-        choice.trace.reserving(message.id.attempt, message.prefill, node, self._clock())
+        now = self._clock()
+        self._fleet.breaker.began(Pair(message.prefill, node), now)
+        choice.trace.reserving(message.id.attempt, message.prefill, node, now)
         choice.assigned_decode = node
         self._metrics.attempts.inc()
         self._fleet.assign(node, choice.work.request, 0, num_blocks)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from router.work import Work
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.types import FinishReason
 
@@ -73,6 +74,16 @@ class TokenLog:
         self._num_prompt_rows = num_prompt_rows
         self._held: dict[int, _Update] = {}
         self._num_held = 0
+
+    @classmethod
+    def of(cls, work: Work) -> TokenLog:
+        """The log of a choice, which insists on the logprobs that the choice asks for."""
+        sampling = work.sampling
+        asks = sampling.prompt_logprobs is not None
+        return cls(
+            wants_rows=sampling.logprobs is not None,
+            num_prompt_rows=work.num_tokens - 1 if asks else 0,
+        )
 
     def begin_attempt(self, attempt: int) -> None:
         """From now on only `attempt` may add tokens."""

@@ -123,6 +123,10 @@ ROUTER_ATTEMPTS_ENDED = Metric(
 ROUTER_REBINDS = Metric(
     "baton_router_rebinds", "Attempts that asked for the reservation of a failed prefill node"
 )
+ROUTER_OPEN_PAIRS = Metric(
+    "baton_router_open_pairs",
+    "Pairs of nodes whose handoffs fail: chosen only for a trial, or where there is no other",
+)
 ROUTER_RESERVE_REFUSALS = Metric(
     "baton_router_reserve_refusals",
     "Reservations and rebinds that a decode node refused",

@@ -6,7 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.breaker import Breaker, BreakerLimits, Pair
 from router.dispatch import Dispatch, DispatchLimits
+from router.policy import Wishes
 from router.work import Prompt, Work
 from wire.layout import KVLayout
 from wire.messages import Grant
@@ -26,19 +28,25 @@ class Nodes:
     decode: list[NodeId] = field(default_factory=lambda: [D1, D2])
 
     numerics: list[str] = field(default_factory=list)  # that were asked for
+    breaker: Breaker = field(default_factory=lambda: Breaker(BreakerLimits(failures=1)))
 
     def numerics_of(self, node: NodeId) -> str:
         return f"as {node.name}"
 
-    def pick_prefill(self, work: Work, avoid: Collection[NodeId], numerics: str) -> NodeId | None:
-        self.numerics.append(numerics)
-        return _first(self.prefill, avoid)
+    def pick_prefill(
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None
+    ) -> NodeId | None:
+        self.numerics.append(wishes.numerics)
+        return _first(self.prefill, wishes.avoid)
 
     def pick_decode(
-        self, work: Work, avoid: Collection[NodeId], refused: Collection[NodeId], numerics: str
+        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
     ) -> NodeId | None:
-        self.numerics.append(numerics)
-        return _first([node for node in self.decode if node not in refused], avoid)
+        self.numerics.append(wishes.numerics)
+        pairs = [Pair(prefill, decode) for decode in self.decode if decode not in refused]
+        paused = {p for p in pairs if not self.breaker.allows(p, wishes.now)}
+        failed = {p.decode for p in pairs if p in wishes.avoid_pairs or p in paused}
+        return _first([p.decode for p in pairs], {*wishes.avoid, *failed})
 
 
 def _first(nodes: list[NodeId], avoid: Collection[NodeId]) -> NodeId | None:

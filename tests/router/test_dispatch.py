@@ -6,8 +6,18 @@ from typing import TypeVar
 
 import pytest
 
-from router.dispatch import Dispatch, Phase
-from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
+from router.breaker import Pair
+from router.dispatch import Dispatch
+from router.effects import (
+    AttemptEnded,
+    Effect,
+    Failed,
+    HandedOver,
+    NeedsCapacity,
+    Output,
+    Send,
+)
+from router.phase import Phase
 from tests.router.scripted_nodes import (
     D1,
     D2,
@@ -87,7 +97,8 @@ def test_the_way_without_trouble() -> None:
     to, prefill = one(dispatch.granted(D1, Granted(dispatch.id, grant(D1)), 0), Prefill)
     assert (to, prefill.grant) == (P1, grant(D1))
     assert dispatch.tokens(P1, update(dispatch, 0, 50), 0) == [Output((50,), None)]
-    assert dispatch.tokens(D1, update(dispatch, 0, 50, 51), 0) == [Output((51,), None)]
+    effects = dispatch.tokens(D1, update(dispatch, 0, 50, 51), 0)
+    assert effects == [HandedOver(Pair(P1, D1)), Output((51,), None)]
     effects = dispatch.tokens(D1, update(dispatch, 2, 52, finish=STOP), 0)
     assert one(effects, Ack)[0] == D1
     assert effects[-1] == Output((52,), STOP)
@@ -96,7 +107,8 @@ def test_the_way_without_trouble() -> None:
 
 def test_the_decode_node_may_speak_before_the_prefill_node() -> None:
     dispatch = prefilling()
-    assert dispatch.tokens(D1, update(dispatch, 0, 50, 51), 0) == [Output((50, 51), None)]
+    effects = dispatch.tokens(D1, update(dispatch, 0, 50, 51), 0)
+    assert effects == [HandedOver(Pair(P1, D1)), Output((50, 51), None)]
     assert dispatch.tokens(P1, update(dispatch, 0, 50), 0) == []
 
 
@@ -151,7 +163,7 @@ def test_a_dead_decode_node_is_replaced_and_the_text_goes_on() -> None:
     dispatch = decoding(nodes)
     nodes.decode.remove(D1)
     effects = dispatch.node_lost(D1, 1)
-    assert AttemptEnded("node_lost") in effects
+    assert AttemptEnded("node_lost", Pair(P1, D1)) in effects
     assert aborted(effects) == {(P1, 1)}  # a dead node needs no abort
     to, reserve = one(effects, Reserve)
     assert (to, reserve.id.attempt) == (D2, 2)
@@ -159,7 +171,8 @@ def test_a_dead_decode_node_is_replaced_and_the_text_goes_on() -> None:
     _, prefill = one(dispatch.granted(D2, Granted(dispatch.id, grant(D2)), 1), Prefill)
     assert (prefill.tokens, prefill.num_prompt_tokens) == ((*PROMPT, 50, 51), 3)
     assert dispatch.tokens(P1, update(dispatch, 2, 52), 1) == [Output((52,), None)]
-    assert dispatch.tokens(D2, update(dispatch, 0, 50, 51, 52, 53), 1) == [Output((53,), None)]
+    effects = dispatch.tokens(D2, update(dispatch, 0, 50, 51, 52, 53), 1)
+    assert effects == [HandedOver(Pair(P1, D2)), Output((53,), None)]
 
 
 def test_a_retry_prefers_the_numerics_of_the_last_author() -> None:
@@ -196,7 +209,7 @@ def rebinding(nodes: Nodes | None = None) -> tuple[Dispatch, Rebind]:
     dispatch.tokens(P1, update(dispatch, 0, 50), 0)
     nodes.prefill.remove(P1)
     effects = dispatch.node_lost(P1, 1)
-    assert AttemptEnded("node_lost") in effects
+    assert AttemptEnded("node_lost", Pair(P1, D1)) in effects
     assert aborted(effects) == set()  # one is dead, the other goes on
     to, message = one(effects, Rebind)
     assert to == D1
@@ -210,7 +223,8 @@ def test_a_dead_prefill_nodes_reservation_goes_to_another_one() -> None:
     to, prefill = one(dispatch.granted(D1, Granted(dispatch.id, grant(D1, 2)), 1), Prefill)
     assert (to, prefill.grant, prefill.tokens) == (P2, grant(D1, 2), (*PROMPT, 50))
     assert dispatch.tokens(P2, update(dispatch, 1, 51), 1) == [Output((51,), None)]
-    assert dispatch.tokens(D1, update(dispatch, 0, 50, 51, 52), 1) == [Output((52,), None)]
+    effects = dispatch.tokens(D1, update(dispatch, 0, 50, 51, 52), 1)
+    assert effects == [HandedOver(Pair(P2, D1)), Output((52,), None)]
 
 
 def test_a_rebound_reservation_may_be_rebound_again() -> None:
@@ -242,7 +256,7 @@ def test_a_decode_node_that_dies_while_it_is_asked_to_rebind() -> None:
     dispatch, _ = rebinding(nodes)
     nodes.decode.remove(D1)
     effects = dispatch.node_lost(D1, 1)
-    assert AttemptEnded("reserve_lost") in effects
+    assert AttemptEnded("reserve_lost", Pair(P2, D1)) in effects
     assert one(effects, Reserve)[0] == D2
 
 
@@ -336,10 +350,29 @@ def test_a_node_that_failed_of_itself_is_avoided() -> None:
     assert one(effects, Reserve)[0] == D2
 
 
+@pytest.mark.parametrize("teller", ["prefill node", "decode node"])
+def test_blocks_that_did_not_come_through_take_another_way(teller: str) -> None:
+    """Neither node is known to be at fault; two digests that differ would end the request."""
+    dispatch = prefilling()
+    sender = P1 if teller == "prefill node" else D1
+    effects = dispatch.attempt_failed(sender, failed(dispatch, "digest"), 0)
+    assert effects[0] == AttemptEnded("digest", Pair(P1, D1))
+    to, reserve = one(effects, Reserve)
+    assert (reserve.prefill, to) == (P1, D2)
+
+
+def test_without_a_decode_node_no_pair_is_to_blame() -> None:
+    dispatch = start(Nodes(decode=[]), max_tokens=1)
+    dispatch.place(0)
+    effects = dispatch.attempt_failed(P1, failed(dispatch, "transport"), 0)
+    assert effects[0] == AttemptEnded("transport", None)
+
+
 def test_other_failures_are_retried_a_bounded_number_of_times() -> None:
     dispatch = prefilling()
     for _ in range(20):
-        effects = dispatch.attempt_failed(D1, failed(dispatch, "transport"), 0)
+        assert dispatch.decode is not None
+        effects = dispatch.attempt_failed(dispatch.decode, failed(dispatch, "expired"), 0)
         if dispatch.phase is Phase.ENDED:
             break
     assert isinstance(effects[-1], Failed)

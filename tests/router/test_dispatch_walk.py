@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from router.dispatch import Phase
-from router.effects import Effect, Failed, Output, Send
+from router.breaker import OF_TRANSFERS, Pair
+from router.effects import AttemptEnded, Effect, Failed, HandedOver, Output, Send
+from router.phase import Phase
 from tests.router.scripted_nodes import D1, D2, LENGTH, P1, P2, PROMPT, Nodes, grant, start
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
@@ -48,6 +49,8 @@ class Walk:
         self.outbox: list[tuple[NodeId, Message]] = []  # to the router
         self.holding: set[tuple[NodeId, AttemptId]] = set()  # nodes with work
         self.num_rebound = 0
+        self.num_opened = 0
+        self.judged: set[int] = set()  # attempts that were handed over
         self.do(self.dispatch.place(0))
 
     def do(self, effects: list[Effect]) -> None:
@@ -55,7 +58,7 @@ class Walk:
             assert self.finish is None
             assert self.failure is None
             if isinstance(effect, Send):
-                self.check_sent(effect.message)
+                self.check_sent(effect.to, effect.message)
                 self.inbox.append((effect.to, effect.message))
             elif isinstance(effect, Output):
                 self.shown += effect.tokens
@@ -66,11 +69,26 @@ class Walk:
                 assert self.dispatch.log.prompt_rows == PROMPT_ROWS
             elif isinstance(effect, Failed):
                 self.failure = effect
+            else:
+                self.judge(effect)
 
-    def check_sent(self, message: Message) -> None:
+    def judge(self, effect: Effect) -> None:
+        """As the table of running choices does; what is blamed is one attempt's pair, once."""
+        if isinstance(effect, HandedOver):
+            assert self.dispatch.num_attempts not in self.judged
+            self.judged.add(self.dispatch.num_attempts)
+            assert effect.pair == (self.dispatch.prefill, self.dispatch.decode)
+            self.nodes.breaker.committed(effect.pair)
+        elif isinstance(effect, AttemptEnded) and effect.cause in OF_TRANSFERS:
+            assert effect.pair is not None
+            self.num_opened += self.nodes.breaker.failed(effect.pair, self.now)
+
+    def check_sent(self, to: NodeId, message: Message) -> None:
         if isinstance(message, Rebind):
             assert list(message.output_tokens) == self.shown
             assert message.lease < message.id.attempt == self.dispatch.num_attempts
+        if isinstance(message, Reserve):
+            self.nodes.breaker.began(Pair(message.prefill, to), self.now)
         if isinstance(message, Reserve | Prefill):
             assert message.tokens == (*PROMPT, *self.shown)
             assert message.id.attempt == self.dispatch.num_attempts
@@ -214,12 +232,14 @@ def test_random_walks_end_with_the_truth_or_an_error_and_leak_nothing(block: int
 
 def test_most_walks_succeed() -> None:
     """Guards the walk itself: errors are allowed above, but not as the rule."""
-    outcomes, num_rebound = [], 0
+    outcomes, num_rebound, num_opened = [], 0, 0
     for seed in range(200):
         walk = Walk(seed)
         while walk.dispatch.phase is not Phase.ENDED:
             walk.step()
         outcomes.append(walk.finish is LENGTH)
         num_rebound += walk.num_rebound
+        num_opened += walk.num_opened
     assert 50 < sum(outcomes) < 200
     assert num_rebound > 10
+    assert num_opened > 10

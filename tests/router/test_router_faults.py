@@ -8,7 +8,8 @@ from contextlib import suppress
 import aiohttp
 import pytest
 
-from benchmarks.stub_node import StubNode
+from benchmarks.stub_node import StubNode, StubPair
+from router.breaker import Breaker, BreakerLimits, BreakerState, Pair
 from tests.router.harness import (
     Answer,
     Harness,
@@ -25,6 +26,7 @@ from wire.messages import (
     Draining,
     Goodbye,
     Heartbeat,
+    Message,
     Prefill,
     Rebind,
     Resend,
@@ -32,7 +34,7 @@ from wire.messages import (
     Tokens,
     TokenUpdate,
 )
-from wire.types import FinishReason, NodeLoad
+from wire.types import FinishReason, NodeId, NodeLoad
 
 
 async def is_quiet(harness: Harness) -> None:
@@ -81,6 +83,76 @@ def test_a_killed_prefill_node_is_replaced_before_the_first_byte() -> None:
             [rebind] = [m for m in harness.pair.decode.received if isinstance(m, Rebind)]
             assert (rebind.id.attempt, rebind.prefill) == (2, other.prefill.id)
             assert not any(isinstance(m, Abort) for m in harness.pair.decode.received)
+
+    asyncio.run(scenario())
+
+
+def break_way(pair: StubPair, to: NodeId, times: int = 1 << 30) -> None:
+    """The prefill node's blocks do not reach `to`; after so many failures they do."""
+    failures = 0
+
+    def handle(message: Message) -> None:
+        nonlocal failures
+        lost = isinstance(message, Prefill) and message.grant and message.grant.decode == to
+        if isinstance(message, Prefill) and lost and failures < times:
+            failures += 1
+            pair.prefill.send(AttemptFailed(message.id, "transport", "the way is broken", True))
+        else:
+            pair.on_prefill_message(message)
+
+    pair.prefill.handle = handle
+
+
+async def until_open(harness: Harness, limits: BreakerLimits) -> Breaker:
+    """Two pairs, and the first one's blocks do not come through until its breaker opens."""
+    await harness.add_pair(endless)
+    breaker = harness.server.control.fleet.breaker = Breaker(limits)
+    break_way(harness.pair, harness.pair.decode.id)
+    while not breaker.num_open:
+        assert (await harness.complete(max_tokens=5)).json["choices"][0]["text"] == alphabet(5)
+    return breaker
+
+
+def test_a_pair_that_hands_over_badly_gets_nothing_for_a_while() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            breaker = await until_open(harness, BreakerLimits(pause_s=1000))
+            bad = Pair(harness.pair.prefill.id, harness.pair.decode.id)
+            assert breaker.state(bad) is BreakerState.OPEN
+            assert b"baton_router_open_pairs 1.0" in (await harness.get("/metrics")).body
+            harness.pair.prefill.received.clear()
+            await asyncio.gather(*(harness.complete(max_tokens=5) for _ in range(20)))
+            grants = [m.grant for m in harness.pair.prefill.received if isinstance(m, Prefill)]
+            assert grants, "the node itself goes on"
+            assert all(grant and grant.decode != bad.decode for grant in grants)
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_after_a_while_closes_the_breaker() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            breaker = await until_open(harness, BreakerLimits(pause_s=0.1))
+            harness.pair.prefill.handle = harness.pair.on_prefill_message
+            while breaker.num_open:
+                await harness.complete(max_tokens=5)
+            assert b"baton_router_open_pairs 0.0" in (await harness.get("/metrics")).body
+            await is_quiet(harness)
+
+    asyncio.run(scenario())
+
+
+def test_the_only_pair_is_used_however_badly_it_hands_over() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            breaker = harness.server.control.fleet.breaker
+            break_way(harness.pair, harness.pair.decode.id, times=4)
+            answer = await harness.complete(max_tokens=5)
+            assert answer.json["choices"][0]["text"] == alphabet(5)
+            assert len(harness.sent(Prefill)) == 5
+            assert breaker.num_open == 0, "the commit has closed it"
+            await is_quiet(harness)
 
     asyncio.run(scenario())
 

@@ -8,17 +8,19 @@ import pytest
 
 from benchmarks.stub_node import LAYOUT, model_info
 from router.admission import MAX_BLOCKED_S, MAX_PROBES, Admission
+from router.breaker import Pair
 from router.cache_index import CacheIndex
 from router.errors import ApiError
 from router.fleet import Fleet
-from router.policy import Candidate, choose_decode, choose_prefill
+from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Prompt, Work
 from wire.messages import CacheEvents, Register
 from wire.prefix import block_hashes, root_hash
 from wire.types import NodeId, NodeLoad, Role, SamplingParams
 
-A, B, C = (NodeId(name, 1) for name in "abc")
+A, B, C, D = (NodeId(name, 1) for name in "abcd")
 MODEL = model_info(1000)
+ANY = Wishes()
 WORK = Work("r", Prompt(tuple(range(64))), SamplingParams(max_tokens=32))
 
 
@@ -48,16 +50,16 @@ def test_ready_with_a_node_of_each_role() -> None:
     assert not fleet.ready
     fleet.register(C, register(Role.DECODE), 0)
     assert fleet.ready
-    assert fleet.pick_decode(WORK, (), ()) == C
+    assert fleet.pick_decode(WORK, A, ANY, ()) == C
 
 
 def test_an_unreachable_node_gets_nothing_until_it_is_heard_again() -> None:
     fleet = new_fleet()
     fleet.mark_unreachable(B)
     assert not fleet.ready
-    assert fleet.pick_decode(WORK, (), ()) is None
+    assert fleet.pick_decode(WORK, A, ANY, ()) is None
     fleet.heartbeat(B, NodeLoad(blocks_total=100, blocks_free=100), 1)
-    assert fleet.pick_decode(WORK, (), ()) == B
+    assert fleet.pick_decode(WORK, A, ANY, ()) == B
 
 
 def test_silence_is_death() -> None:
@@ -119,28 +121,101 @@ def test_silence_does_not_count_while_the_router_was_away() -> None:
 def test_assigned_work_counts_until_it_is_done() -> None:
     fleet = new_fleet()
     fleet.register(C, register(Role.PREFILL), 0)
-    assert fleet.pick_prefill(WORK, ()) == A
+    assert fleet.pick_prefill(WORK, ANY) == A
     fleet.assign(A, "other", 500, 0)
-    assert fleet.pick_prefill(WORK, ()) == C
+    assert fleet.pick_prefill(WORK, ANY) == C
     fleet.unassign(A, "other")
-    assert fleet.pick_prefill(WORK, ()) == A
+    assert fleet.pick_prefill(WORK, ANY) == A
 
 
 def test_blocks_asked_for_count_until_the_next_heartbeat() -> None:
     fleet = new_fleet()
     fleet.register(C, register(Role.DECODE), 0)
     fleet.assign(B, "other", 0, 50)
-    assert fleet.pick_decode(WORK, (), ()) == C
+    assert fleet.pick_decode(WORK, A, ANY, ()) == C
     fleet.heartbeat(B, NodeLoad(blocks_total=100, blocks_free=100), 0)
     fleet.unassign(B, "other")
-    assert fleet.pick_decode(WORK, (), ()) == B
+    assert fleet.pick_decode(WORK, A, ANY, ()) == B
 
 
 def test_avoided_nodes_are_the_last_resort_and_refused_ones_none() -> None:
     fleet = new_fleet()
-    assert fleet.pick_decode(WORK, {B}, ()) == B
-    assert fleet.pick_decode(WORK, (), {B}) is None
-    assert fleet.pick_prefill(WORK, {A}) == A
+    assert fleet.pick_decode(WORK, A, Wishes({B}), ()) == B
+    assert fleet.pick_decode(WORK, A, ANY, {B}) is None
+    assert fleet.pick_prefill(WORK, Wishes({A})) == A
+
+
+def four_nodes() -> Fleet:
+    """A and C prefill, B and D decode; A and B are chosen where nothing speaks against it."""
+    fleet = new_fleet()
+    fleet.register(C, register(Role.PREFILL), 0)
+    fleet.register(D, register(Role.DECODE), 0)
+    return fleet
+
+
+def open_up(fleet: Fleet, *pairs: Pair) -> None:
+    for pair in pairs:
+        assert [fleet.breaker.failed(pair, 0) for _ in range(3)] == [False, False, True]
+
+
+def test_an_open_pair_is_passed_over_and_its_nodes_are_not() -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B))
+    assert fleet.pick_prefill(WORK, ANY) == A
+    assert fleet.pick_decode(WORK, A, ANY, ()) == D
+    assert fleet.pick_decode(WORK, C, ANY, ()) == B
+    assert fleet.pick_prefill(WORK, ANY, decode=B) == C
+    assert fleet.pick_prefill(WORK, ANY, decode=D) == A
+
+
+def test_a_prefill_node_whose_pairs_are_all_open_is_passed_over() -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B), Pair(A, D))
+    assert fleet.pick_prefill(WORK, ANY) == C
+    fleet.drain(C)
+    assert fleet.pick_prefill(WORK, ANY) == A, "there is no other"
+    assert fleet.pick_decode(WORK, A, ANY, ()) == B
+
+
+def test_an_open_pair_is_taken_where_the_other_decode_nodes_have_refused() -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B))
+    assert fleet.pick_decode(WORK, A, ANY, {D}) == B
+
+
+def test_an_open_pair_is_better_than_a_node_that_failed_the_request() -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B))
+    assert fleet.pick_decode(WORK, A, Wishes(avoid={D}), ()) == B
+    assert fleet.pick_decode(WORK, A, Wishes(avoid={B}, avoid_pairs={Pair(A, D)}), ()) == D
+
+
+def test_an_open_pair_is_tried_when_its_pause_is_over() -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B))
+    later = Wishes(now=6)
+    assert fleet.pick_decode(WORK, A, later, ()) == B
+    fleet.breaker.began(Pair(A, B), 6)
+    assert fleet.pick_decode(WORK, A, later, ()) == D
+
+
+def test_a_choice_avoids_the_pair_that_failed_it() -> None:
+    fleet = four_nodes()
+    assert fleet.pick_decode(WORK, A, Wishes(avoid_pairs={Pair(A, B)}), ()) == D
+    assert fleet.pick_prefill(WORK, Wishes(avoid_pairs={Pair(A, B), Pair(A, D)})) == C
+
+
+@pytest.mark.parametrize("way", ["leaves", "is silent", "is born again"])
+def test_breakers_end_with_their_nodes(way: str) -> None:
+    fleet = four_nodes()
+    open_up(fleet, Pair(A, B))
+    if way == "leaves":
+        fleet.remove(B)
+    elif way == "is silent":
+        assert B in fleet.expire(100)
+    else:
+        fleet.register(NodeId(A.name, 2), register(Role.PREFILL), 0)
+    assert fleet.breaker.num_open == 0
 
 
 def test_a_cached_prefix_attracts() -> None:
@@ -148,9 +223,9 @@ def test_a_cached_prefix_attracts() -> None:
     fleet.register(C, register(Role.PREFILL), 0)
     hashes = block_hashes(WORK.prompt.tokens, 16, root_hash(MODEL.fingerprint))
     fleet[C].cache.apply(CacheEvents(1, tuple(hashes[:2]), snapshot=True))
-    assert fleet.pick_prefill(WORK, ()) == C
+    assert fleet.pick_prefill(WORK, ANY) == C
     salted = replace(WORK, prompt=Prompt(WORK.prompt.tokens, "another tenant"))
-    assert fleet.pick_prefill(salted, ()) == A
+    assert fleet.pick_prefill(salted, ANY) == A
 
 
 # ---------------------------------------------------------------- policies
@@ -178,9 +253,9 @@ def test_numerics_are_compared_with_those_of_who_wrote_last() -> None:
     fleet.assign(A, "other", 500, 0)
     assert fleet.numerics_of(C) == "others"
     assert fleet.numerics_of(NodeId("unknown", 1)) == ""
-    assert fleet.pick_prefill(WORK, ()) == C
-    assert fleet.pick_prefill(WORK, (), "others") == C
-    assert fleet.pick_prefill(WORK, (), MODEL.numerics) == A
+    assert fleet.pick_prefill(WORK, ANY) == C
+    assert fleet.pick_prefill(WORK, Wishes(numerics="others")) == C
+    assert fleet.pick_prefill(WORK, Wishes(numerics=MODEL.numerics)) == A
 
 
 def test_decode_prefers_room() -> None:

@@ -1,0 +1,20 @@
+"""Where a choice stands on its way over the fleet; the picture is in `dispatch`."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+
+class Phase(Enum):
+    """Where a choice stands."""
+
+    WAITING = auto()
+    RESERVING = auto()
+    PREFILLING = auto()
+    REBINDING = auto()
+    DECODING = auto()
+    ENDED = auto()
+
+
+ASKING = (Phase.RESERVING, Phase.REBINDING)
+ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING)

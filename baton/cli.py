@@ -29,7 +29,7 @@ COMMANDS = {
     "decode": Command("decode_node.__main__", "start a decode node"),
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
     "run-batch": Command("baton.run_batch", "answer a file of requests in OpenAI's batch format"),
-    "bench": Command("tuner.bench", "measure any OpenAI-compatible server"),
+    "bench": Command("baton.bench", "measure any OpenAI-compatible server, or the engine alone"),
     "doctor": Command("baton.doctor", "tell what this machine has and what Baton would choose"),
 }
 

@@ -22,6 +22,7 @@ from engine.request import Request
 from engine.reservations import Reservation
 from engine.sampler import CORRUPTED, Sampler
 from engine.scheduler import Scheduler
+from engine.spans import Spans, no_spans
 from kernels.ops import LayerOps
 from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
@@ -52,7 +53,9 @@ class Engine:
         model_fingerprint: str,
         eos_token_ids: frozenset[int],
         ops: LayerOps | None = None,
+        spans: Spans = no_spans,
     ) -> None:
+        self._spans = spans
         self.config = config
         self._runner = runner
         self._sampler = Sampler(eos_token_ids, ops)
@@ -81,18 +84,21 @@ class Engine:
         requests (`step_request_ids`) are as before and may be tried again or aborted.
         A request whose logits are broken ends alone: the result names it.
         """
-        plan = self._plan()
+        with self._spans("schedule"):
+            plan = self._plan()
         if not plan.scheduled:
             return None
         try:
             logits = self._runner.run(plan, self._layer_report(plan, on_layers))
-            tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
-            corrupted = _corrupted(plan, logits, tokens)
-            logprobs = step_logprobs(plan, logits, tokens, corrupted)
+            with self._spans("sample"):
+                tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
+                corrupted = _corrupted(plan, logits, tokens)
+                logprobs = step_logprobs(plan, logits, tokens, corrupted)
         except BaseException:
             self._abandon()
             raise
-        progress = self._commit(plan, tokens, logprobs, corrupted)
+        with self._spans("commit"):
+            progress = self._commit(plan, tokens, logprobs, corrupted)
         return StepResult(
             self._num_steps, progress, plan.num_tokens, plan.num_preempted, tuple(sorted(corrupted))
         )

@@ -119,7 +119,6 @@ class FusedDecoder(nn.Module):
         layers: list[FusedLayer],
         norm: Norm,
         head: Linear,
-        ops: LayerOps,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -127,7 +126,6 @@ class FusedDecoder(nn.Module):
         self._layers = layers
         self._norm = norm
         self._head = head
-        self._ops = ops
 
     def forward(
         self,
@@ -141,13 +139,13 @@ class FusedDecoder(nn.Module):
         assert not use_cache, "keys and values go into the blocks of the batch"
         residual = self.embedding(input_ids.squeeze(0))
         turn = self.turn(residual, position_ids)
-        branch = None
+        branch, ops = None, attention_batch.ops
         for layer in self._layers:
-            branch = layer(self._ops, residual, branch, turn, attention_batch)
+            branch = layer(ops, residual, branch, turn, attention_batch)
         if isinstance(logits_to_keep, Tensor):
             residual = residual[logits_to_keep]
             branch = None if branch is None else branch[logits_to_keep]
-        x = self._ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
+        x = ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
         return SimpleNamespace(logits=self._head(x).unsqueeze(0))
 
     def turn(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def fuse(
         parts = _parts(model, calls)
         before = proof.logits(model)
         layers = [
-            _replaced(parts.layers, index, call, layout, ops, proof, files)
+            _replaced(parts.layers, index, call, layout, proof, files)
             for index, call in enumerate(calls)
         ]
     except _OtherForm as other:
@@ -80,9 +80,9 @@ def fuse(
         layers=layers,
         norm=_norm(parts.norm),
         head=linear(parts.head.weight, parts.head.bias),
-        ops=ops,
     )
-    files.give_up([parts.head.weight])
+    if parts.head.weight is not parts.embedding.weight:
+        files.give_up([parts.head.weight])
     difference = _difference(before, proof.logits(decoder))
     if difference < WHOLE_TOLERANCE:
         return decoder.eval(), Fusions(True, 4 * len(layers) + 1)
@@ -203,7 +203,6 @@ def _replaced(
     index: int,
     call: AttentionCall,
     layout: KVLayout,
-    ops: LayerOps,
     proof: _Proof,
     files: MappedFiles,
 ) -> FusedLayer:
@@ -213,7 +212,7 @@ def _replaced(
     difference = proof.difference(original, fused)
     if not difference < TOLERANCE:
         raise _OtherForm(f"layer {index} computes something else (by {difference:.1e})")
-    layers[index] = _Run(fused, ops)
+    layers[index] = _Run(fused)
     files.give_up(original.parameters())
     return fused
 
@@ -221,10 +220,9 @@ def _replaced(
 class _Run(nn.Module):
     """A fused layer with the call of the one that it replaces."""
 
-    def __init__(self, layer: FusedLayer, ops: LayerOps) -> None:
+    def __init__(self, layer: FusedLayer) -> None:
         super().__init__()
         self._layer = layer
-        self._ops = ops
 
     def forward(
         self,
@@ -236,7 +234,8 @@ class _Run(nn.Module):
     ) -> Tensor:
         cos, sin = (x.squeeze(0).contiguous() for x in position_embeddings)
         residual = hidden_states.squeeze(0).clone()
-        branch = self._layer(self._ops, residual, None, (cos, sin), attention_batch)
+        ops = attention_batch.ops
+        branch = self._layer(ops, residual, None, (cos, sin), attention_batch)
         return (residual + branch).unsqueeze(0)
 
 
@@ -262,7 +261,7 @@ class _Proof:
             use_cache=False,
             attention_batch=self._batch(),
         )
-        return _difference(run(original), run(_Run(fused, self._ops)))
+        return _difference(run(original), run(_Run(fused)))
 
     @torch.inference_mode()
     def logits(self, model: Any) -> Tensor:

@@ -8,60 +8,64 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch
+from engine.flat_batch import FlatBatch, Ints, flatten
 from engine.kv_store import KVStore
 from engine.model_info import LoadedModel
-from engine.plan import ScheduledRequest, StepPlan
+from engine.plan import StepPlan
+from engine.spans import Spans, no_spans
 from kernels.paged_attention import RequestRows
 
 
 class ModelRunner:
     """A loaded model and the KV store that it computes into."""
 
-    def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
+    def __init__(self, loaded: LoadedModel, store: KVStore, spans: Spans = no_spans) -> None:
         self._model = loaded.model
         self._ops = loaded.ops
         self._store = store
         self._device = store.blocks.device
+        self._spans = spans
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
         """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
-        needed = self._tensor(_needed_rows(plan))
-        output = self._model(
-            input_ids=self._tensor(_token_ids(plan)).unsqueeze(0),
-            position_ids=self._tensor(_positions(plan)).unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=needed,
-            attention_batch=self._attention_batch(plan, on_layers),
-        )
-        logits: Tensor = output.logits
-        return logits.squeeze(0).float()
+        with self._spans("batch"):
+            flat = flatten(plan, self._store.layout.block_size)
+            batch = self._attention_batch(plan, flat, on_layers)
+            token_ids, positions = self._tensor(flat.token_ids), self._tensor(flat.positions)
+            needed = self._tensor(flat.needed_rows)
+        with self._spans("forward"):
+            output = self._model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=needed,
+                attention_batch=batch,
+            )
+            logits: Tensor = output.logits
+            return logits.squeeze(0).float()
 
     def _attention_batch(
-        self, plan: StepPlan, on_layers: Callable[[int], None] | None
+        self, plan: StepPlan, flat: FlatBatch, on_layers: Callable[[int], None] | None
     ) -> AttentionBatch:
-        block_size = self._store.layout.block_size
-        slots = [slot for item in plan.scheduled for slot in _slots(item, block_size)]
-        blocks, offsets = self._tensor([b for b, _ in slots]), self._tensor([o for _, o in slots])
         return AttentionBatch(
             self._store,
-            tuple(self._request_rows(plan)),
-            (blocks, offsets),
+            tuple(self._request_rows(plan, flat)),
+            (self._tensor(flat.blocks), self._tensor(flat.offsets)),
             self._ops,
             on_layer=_LayerCount(on_layers) if on_layers else None,
         )
 
-    def _request_rows(self, plan: StepPlan) -> list[RequestRows]:
+    def _request_rows(self, plan: StepPlan, flat: FlatBatch) -> list[RequestRows]:
         rows, first_row = [], 0
-        for item in plan.scheduled:
-            num_blocks = self._store.layout.num_blocks(item.end)
-            table = self._tensor(item.request.block_table[:num_blocks])
-            rows.append(RequestRows(first_row, item.num_new_tokens, item.end, table))
+        tables, starts = self._tensor(flat.tables), flat.table_start.tolist()
+        for item, begin, end in zip(plan.scheduled, starts, starts[1:], strict=False):
+            rows.append(RequestRows(first_row, item.num_new_tokens, item.end, tables[begin:end]))
             first_row += item.num_new_tokens
         return rows
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _tensor(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
 
 
 class _LayerCount:
@@ -78,27 +82,3 @@ class _LayerCount:
         if layer == self._num_layers:
             self._num_layers += 1
             self._on_layers(self._num_layers)
-
-
-def _token_ids(plan: StepPlan) -> list[int]:
-    return [t for item in plan.scheduled for t in item.request.tokens[item.start : item.end]]
-
-
-def _positions(plan: StepPlan) -> list[int]:
-    return [p for item in plan.scheduled for p in range(item.start, item.end)]
-
-
-def _slots(item: ScheduledRequest, block_size: int) -> list[tuple[int, int]]:
-    """(block, offset) of each new token."""
-    table, positions = item.request.block_table, range(item.start, item.end)
-    return [(table[p // block_size], p % block_size) for p in positions]
-
-
-def _needed_rows(plan: StepPlan) -> list[int]:
-    """The last `num_logits` rows of each request."""
-    rows: list[int] = []
-    end = 0
-    for item in plan.scheduled:
-        end += item.num_new_tokens
-        rows += range(end - item.num_logits, end)
-    return rows

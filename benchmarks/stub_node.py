@@ -135,6 +135,7 @@ class StubNode:
         self.id = NodeId(name or role.value, secrets.randbits(64))
         self.role = role
         self.received: list[Message] = []  # requests' messages, for tests
+        self.control_ports: tuple[int, ...] = ()  # of all workers of the router
         self.refusal: str | None = None
         self.handle: Callable[[Message], None] = lambda message: None
         self._tokenizer = tokenizer
@@ -173,6 +174,7 @@ class StubNode:
         message = envelope.message
         if isinstance(message, Welcome):
             self._router = envelope.sender
+            self.control_ports = message.control_ports
         elif isinstance(message, Unwelcome):
             self.refusal = message.reason
         elif isinstance(message, Gone):

@@ -54,6 +54,7 @@ class RouterLink:
     ) -> None:
         self.url = url
         self.heartbeat_s = _REGISTER_AGAIN_S
+        self.control_ports: tuple[int, ...] = ()  # as its Welcome told them
         self._register = register
         self._on_message = on_message
         self._on_welcome = on_welcome
@@ -158,6 +159,7 @@ class RouterLink:
         self._refusal_told = ""
         self._last_heard = self._clock()
         self.heartbeat_s = max(0.05, message.heartbeat_s)
+        self.control_ports = message.control_ports
         self._on_welcome(self)
 
     def _lose(self) -> None:

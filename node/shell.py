@@ -23,6 +23,7 @@ from node.engine_thread import EngineThread
 from node.http import NodeCollector, serve_http
 from node.role import Role
 from node.router_link import RouterLink
+from node.router_links import RouterLinks
 from node.stats import NodeStats
 from wire.codec import Envelope
 from wire.curve import FleetContext
@@ -75,7 +76,7 @@ class NodeShell:
         self._make_role = make_role
         self._on_ready = on_ready
         self._stop = asyncio.Event()
-        self._links: list[RouterLink] = []
+        self._links = RouterLinks(self._router_lost)
         self._events_sent = 0
         self._ready_told = False
         self._draining = False
@@ -143,7 +144,7 @@ class NodeShell:
         self._install_signals()
         closing.callback(self._leave)
         register = self._register_message()
-        self._links = [self._connect(url, register) for url in self.config.routers]
+        self._links.open(self.config.routers, lambda url: self._connect(url, register))
 
     def _collector(self) -> NodeCollector:
         name = self.config.served_model_name
@@ -157,7 +158,7 @@ class NodeShell:
         )
 
     def _num_malformed(self) -> int:
-        return self._peers.num_malformed + sum(link.num_malformed for link in self._links)
+        return self._peers.num_malformed + self._links.num_malformed
 
     def _register_message(self) -> Register:
         return Register(
@@ -204,7 +205,8 @@ class NodeShell:
         self._send_snapshot(link)
         if self._draining:
             link.send(Draining())
-        if not self._ready_told and all(link.registered for link in self._links):
+        self._links.welcomed(link)
+        if not self._ready_told and self._links.all_registered:
             self._ready_told = True
             self._on_ready(self._http_url)
 
@@ -242,7 +244,7 @@ class NodeShell:
         self.stop(exit_code=1)
 
     def _is_ready(self) -> bool:
-        return not self._draining and any(link.registered for link in self._links)
+        return not self._draining and self._links.any_registered
 
     # ------------------------------------------------------------ time
 
@@ -308,4 +310,4 @@ class NodeShell:
     def _leave(self) -> None:
         for link in self._links:
             link.send(Goodbye())
-            link.close()
+        self._links.close()

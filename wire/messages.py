@@ -28,6 +28,7 @@ from wire.types import (
     Name,
     NodeId,
     NodeLoad,
+    Port,
     Role,
     SamplingParams,
     Seconds,
@@ -38,6 +39,7 @@ from wire.types import (
 )
 
 PROTOCOL_VERSION = 2
+MAX_WORKERS = 64  # routers on one HTTP port
 
 # ---------------------------------------------------------------- registration and health
 
@@ -69,9 +71,14 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """router → node: registered; send heartbeats at this interval."""
+    """router → node: registered; send heartbeats at this interval.
+
+    `control_ports`: of all routers that share an HTTP port with this one, itself included, on the
+    host where the node found it; the node connects to each. Empty: it is alone.
+    """
 
     heartbeat_s: Seconds
+    control_ports: Annotated[tuple[Port, ...], Field(max_length=MAX_WORKERS)] = ()
 
 
 @dataclass(frozen=True, slots=True)

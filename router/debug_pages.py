@@ -7,6 +7,7 @@ else's business: the routes exist only where the address is one of this machine,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -31,10 +32,8 @@ class DebugPages:
 
     async def requests(self, request: web.Request) -> web.Response:
         """Running ones first, then finished ones, the latest first."""
-        now, records = self._clock(), self._log.all()
-        if _wants_text(request):
-            return web.Response(text=listing(records, now))
-        return web.json_response({"requests": [summary(record, now) for record in records]})
+        now = self._clock()
+        return requests_page([summary(record, now) for record in self._log.all()], request)
 
     async def request(self, request: web.Request) -> web.Response:
         """One request by its response's id, or one choice by that id and `-0`, `-1`, …"""
@@ -43,12 +42,20 @@ class DebugPages:
             raise ApiError(404, "No such request is running or remembered.", code="unknown_request")
         record, index = found
         now = self._clock()
-        if _wants_text(request):
+        if wants_text(request):
             return web.Response(text=waterfall(record, index, now))
         return web.json_response(detail(record, index, now))
 
 
-def _wants_text(request: web.Request) -> bool:
+def requests_page(summaries: list[dict[str, Any]], request: web.Request) -> web.Response:
+    """The list as `request` wants it."""
+    if wants_text(request):
+        return web.Response(text=listing(summaries))
+    return web.json_response({"requests": summaries})
+
+
+def wants_text(request: web.Request) -> bool:
+    """Whether text is asked for rather than JSON. Raises ApiError."""
     asked = request.query.get("format")
     if asked not in (None, "json", "text"):
         raise ApiError(400, "The formats are json and text.", param="format")

@@ -21,6 +21,7 @@ def summary(record: RequestRecord, now: float) -> dict[str, Any]:
         "arrived_at": round(record.arrived_at, 3),
         "age_s": seconds(max(choice.timeline.at(now) for choice in record.choices)),
         "ttft_s": None if first is None else seconds(first.timeline.first_token),
+        "open_phases": [_open_phase(choice, now) for choice in record.choices],
         "ends": [choice.end or None for choice in record.choices],
     }
 
@@ -29,6 +30,10 @@ def detail(record: RequestRecord, index: int | None, now: float) -> dict[str, An
     """All that is known of it, or of one of its choices."""
     chosen = record.choices if index is None else [record.choices[index]]
     return {**summary(record, now), "choices": [_choice(choice, now) for choice in chosen]}
+
+
+def _open_phase(choice: ChoiceTrace, now: float) -> str | None:
+    return None if choice.end else choice.timeline.spans(now)[-1].phase.value
 
 
 def _choice(choice: ChoiceTrace, now: float) -> dict[str, Any]:

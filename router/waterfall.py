@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 from router.request_log import RequestRecord
 from router.trace import AttemptTrace, ChoiceTrace
@@ -17,24 +18,21 @@ WIDTH = 48  # characters of the picture
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def listing(records: Iterable[RequestRecord], now: float) -> str:
-    """One line per request."""
+def listing(summaries: Iterable[dict[str, Any]]) -> str:
+    """One line per request, of those that `router.request_json.summary` makes."""
     lines = [f"{'id':<42} {'state':<10} {'age':>9} {'ttft':>9}  phase or end"]
-    for record in records:
-        first = record.first
-        ttft = "-" if first is None else duration(first.timeline.first_token or 0)
-        age = duration(max(choice.timeline.at(now) for choice in record.choices))
-        state = "running" if record.running else "finished"
-        lines.append(
-            f"{record.response_id:<42} {state:<10} {age:>9} {ttft:>9}  {_now(record, now)}"
-        )
+    for told in summaries:
+        ttft, age = ("-" if s is None else _duration_s(s) for s in (told["ttft_s"], told["age_s"]))
+        phases = [
+            end or phase for end, phase in zip(told["ends"], told["open_phases"], strict=True)
+        ]
+        where = ", ".join(dict.fromkeys(phases))  # each different word once
+        lines.append(f"{told['id']:<42} {told['state']:<10} {age:>9} {ttft:>9}  {where}")
     return "\n".join(lines) + "\n"
 
 
-def _now(record: RequestRecord, now: float) -> str:
-    """Where its choices are, each different word once."""
-    words = [c.end or c.timeline.spans(now)[-1].phase.value for c in record.choices]
-    return ", ".join(dict.fromkeys(words))
+def _duration_s(seconds: float) -> str:
+    return duration(round(seconds * 1e6))
 
 
 def waterfall(record: RequestRecord, index: int | None, now: float) -> str:

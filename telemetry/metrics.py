@@ -7,6 +7,7 @@ Counters are written without `_total`, which the exposition format adds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -21,12 +22,17 @@ RATES = (1e6, 1e7, 3e7, 1e8, 2e8, 5e8, 1e9, 2e9, 5e9, 1e10, 2e10, 5e10, 1e11)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One name, what it counts, its labels, and a histogram's upper bounds."""
+    """One name, what it counts, its labels, and a histogram's upper bounds.
+
+    `of_workers`: what a gauge of several routers on one port is, told as one. Counters and
+    histograms are always summed.
+    """
 
     name: str
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    of_workers: Literal["sum", "max"] = "sum"
 
     def counter(self, registry: CollectorRegistry) -> Counter:
         return Counter(self.name, self.help, self.labels, registry=registry)
@@ -114,7 +120,11 @@ HTTP_REQUESTS = Metric(
 
 # ---------------------------------------------------------------- the router itself
 
-ROUTER_NODES = Metric("baton_router_nodes", "Registered nodes", ("role", "state"))
+ROUTER_NODES = Metric("baton_router_nodes", "Registered nodes", ("role", "state"), of_workers="max")
+ROUTER_WORKERS = Metric("baton_router_workers", "Routers that share the HTTP port and answer")
+ROUTER_WORKER_RESTARTS = Metric(
+    "baton_router_worker_restarts", "Routers of a shared port that died and were started again"
+)
 ROUTER_STREAMS = Metric("baton_router_streams", "Open event streams")
 ROUTER_ATTEMPTS = Metric("baton_router_attempts", "Attempts begun")
 ROUTER_ATTEMPTS_ENDED = Metric(
@@ -159,6 +169,7 @@ KV_CACHE_USAGE = Metric(
     "Share of KV blocks in use, 0 to 1; cached ones count as free. Of a router: of its decode "
     "nodes, as they last said",
     _MODEL,
+    of_workers="max",
 )
 NODE_BLOCKS = Metric(
     "baton_blocks", "KV blocks by state; they sum to baton_blocks_capacity", ("state",)

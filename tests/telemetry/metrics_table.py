@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from prometheus_client.core import Metric as Family
 
+from baton.worker_pages import WorkerMetrics
 from engine.block_pool import BlockCounts
 from kvtransfer.transport import TransferStats
 from node.http import NodeCollector
@@ -48,6 +49,7 @@ def _one_block() -> BlockCounts:
 
 def _families() -> Iterable[tuple[str, Iterable[Family]]]:
     yield "router", RouterMetrics().registry.collect()
+    yield "router (workers)", WorkerMetrics().registry.collect()
     for role in (Role.PREFILL, Role.DECODE):
         stats = TransferStats()
         if role is Role.PREFILL:

@@ -24,7 +24,7 @@ class Command:
 
 COMMANDS = {
     "serve": Command("baton.serve", "start router and nodes on this machine with one command"),
-    "router": Command("router.__main__", "start a router: the HTTP API, in front of the nodes"),
+    "router": Command("baton.router", "start a router: the HTTP API, in front of the nodes"),
     "prefill": Command("prefill_node.__main__", "start a prefill node"),
     "decode": Command("decode_node.__main__", "start a decode node"),
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),

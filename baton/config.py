@@ -34,3 +34,8 @@ def node_environment(threads: int) -> dict[str, str]:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.setdefault(name, str(threads))
     return environment
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that computes nothing."""
+    return dict(os.environ)

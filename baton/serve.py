@@ -289,8 +289,9 @@ class Launcher:
         await child.start()
 
     def _make_router(self) -> Child:
+        program = ("router",) if self._args.workers == 1 else ("baton", "router")
         argv = [
-            *(sys.executable, "-m", "router", "--tokenizer", self._args.model),
+            *(sys.executable, "-m", *program, "--tokenizer", self._args.model),
             *given_flags(add_router_arguments, self._args),
         ]
         return Child("router", argv, self._env)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from router.config import add_arguments, from_args
+from router.place import add_place_argument
 from router.server import RouterServer, run
 from telemetry.logs import set_up_logging
 from wire.errors import ConfigError
@@ -15,19 +16,29 @@ from wire.errors import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a router with these flags; returns the exit code."""
+    parser = make_parser()
+    add_place_argument(parser)
+    args = parser.parse_args(argv)
+    set_up_logging("router" if args.place is None else f"router-{args.place.index}", args.log_level)
+    try:
+        config = from_args(args)
+        if config.workers > 1 and config.place is None:
+            raise ConfigError("several workers are started by `baton router --workers N`")
+        asyncio.run(run(config, _print_ready))
+    except ConfigError as error:
+        print(f"baton router: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of `baton router`."""
     parser = argparse.ArgumentParser(
         prog="baton router",
         description="Route OpenAI-style requests to prefill and decode nodes.",
     )
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    set_up_logging("router", args.log_level)
-    try:
-        asyncio.run(run(from_args(args), _print_ready))
-    except ConfigError as error:
-        print(f"baton router: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return parser
 
 
 def _print_ready(server: RouterServer) -> None:

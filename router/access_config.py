@@ -81,7 +81,12 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-concurrency-per-key", "requests of each API key at the same time"),
     ):
         group.add_argument(
-            flag, type=int, default=0, metavar="N", help=f"{text}; beyond it 429 (0: no limit)"
+            flag,
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"{text}; beyond it 429 (0: no limit); each of several workers grants "
+            "an equal share, rounded up",
         )
     group.add_argument("--ssl-certfile", type=Path, metavar="PATH", help="serve HTTPS with this")
     group.add_argument(

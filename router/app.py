@@ -17,6 +17,7 @@ from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
 from router.serving import Serving
 from router.tokenize import TokenizePages
+from router.worker_sites import WorkerSites
 from wire.types import Role
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,12 @@ def make_app(
     access: Access,
     max_body_bytes: int,
     debug: DebugPages | None = None,
+    worker: WorkerSites | None = None,
 ) -> web.Application:
-    """The router's HTTP application; with `debug`, its debug routes too."""
+    """The router's HTTP application; with `debug`, its debug routes too.
+
+    One of several workers tells with `worker` what all of them have done.
+    """
     pages = _Pages(serving, control, metrics)
     tokens = TokenizePages(serving)
     app = web.Application(
@@ -55,15 +60,30 @@ def make_app(
             web.get("/v1/models/{name:.+}", pages.model),
             web.get("/health", pages.health),
             web.get("/ready", pages.ready),
-            web.get("/metrics", pages.metrics),
             web.get("/version", pages.version),
             web.get("/ping", pages.ping),
             web.post("/ping", pages.ping),
-            web.get("/load", pages.load),
-            *([] if debug is None else debug.routes()),
+            *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
         ]
     )
     return app
+
+
+def make_private_app(
+    serving: Serving, control: Control, metrics: RouterMetrics, debug: DebugPages | None
+) -> web.Application:
+    """What one worker has to tell about itself alone."""
+    app = web.Application(middlewares=[_plain_errors])
+    app.add_routes(_own_routes(_Pages(serving, control, metrics), debug))
+    return app
+
+
+def _own_routes(pages: _Pages, debug: DebugPages | None) -> list[web.RouteDef]:
+    return [
+        web.get("/metrics", pages.metrics),
+        web.get("/load", pages.load),
+        *([] if debug is None else debug.routes()),
+    ]
 
 
 class _Pages:
@@ -176,6 +196,15 @@ def _errors(metrics: RouterMetrics) -> Any:
         return response
 
     return errors
+
+
+@web.middleware
+async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors in OpenAI's shape, which nobody counts."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _error_response(error)
 
 
 def _error_response(error: ApiError) -> web.Response:

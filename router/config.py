@@ -11,8 +11,10 @@ from typing import Any
 from router.access_config import AccessConfig, access_from_args, add_access_arguments
 from router.checks import ServerLimits
 from router.dispatch import DispatchLimits
+from router.place import Place
 from wire.errors import ConfigError
 from wire.logprobs import MAX_TOP_LOGPROBS
+from wire.messages import MAX_WORKERS
 
 _POSITIVE = ("max_streams", "max_body_bytes", "idle_connection_s", "heartbeat_s", "node_timeout_s")
 
@@ -25,6 +27,8 @@ class RouterConfig:
     port: int = 8000
     control_host: str = "127.0.0.1"
     control_port: int = 7400  # 0: any free one
+    workers: int = 1
+    place: Place | None = None  # among several workers
     tokenizer: Path | None = None
     served_model_name: tuple[str, ...] = ()
     max_streams: int = 2048
@@ -59,6 +63,8 @@ class RouterConfig:
         for limit in ("hold_headers_s", "debug_requests"):
             if getattr(self, limit) < 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must not be negative")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(f"--workers must be between 1 and {MAX_WORKERS}")
         if self.node_timeout_s <= self.heartbeat_s:
             raise ConfigError("--node-timeout-s must be longer than --heartbeat-s")
 
@@ -114,8 +120,11 @@ _HELP: dict[str, str] = {
     "port": "port of the HTTP server (0: any free one)",
     "control_host": "address where nodes connect",
     "control_port": "port where nodes connect (0: any free one, told in the ready line)",
-    "max_streams": "choices on nodes at the same time",
-    "max_queue": "choices that may wait; beyond it the answer is 429",
+    "workers": "router processes that share the HTTP port, for more than one core's worth of "
+    "streams. They take the control ports from --control-port on; nodes need only one of them. "
+    "One that dies loses its streams and is started again",
+    "max_streams": "choices on nodes at the same time, of each worker",
+    "max_queue": "choices that may wait, of each worker; beyond it the answer is 429",
     "queue_timeout_s": "how long a choice may wait for capacity; then the answer is 503",
     "request_timeout_s": "how long a request may take",
     "reserve_timeout_s": "how long a decode node may take to answer a reservation",
@@ -129,7 +138,8 @@ _HELP: dict[str, str] = {
     "max_logprobs": "most alternatives per token that a client may ask for",
     "hold_headers_s": "how long a stream's status waits for the first token, so that an earlier "
     "error has a status of its own and Server-Timing is known (0: not at all)",
-    "debug_requests": "finished choices that /debug/requests remembers (0: no such route)",
+    "debug_requests": "finished choices that /debug/requests remembers, of each worker (0: no such "
+    "route)",
     "shutdown_timeout_s": "how long running requests may take to finish at shutdown",
 }
 
@@ -188,8 +198,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> RouterConfig:
     """Raises ConfigError where the flags contradict each other."""
-    names = {field.name for field in fields(RouterConfig)} - {"access"}
+    names = {field.name for field in fields(RouterConfig)} - {"access", "place"}
     given = {name: getattr(args, name) for name in names}
     given["access"] = access_from_args(args)
+    given["place"] = getattr(args, "place", None)
     given["served_model_name"] = tuple(args.served_model_name)
     return RouterConfig(**given)

@@ -55,6 +55,7 @@ class Control:
     Args:
         make_requests: builds the table of running choices once messages can be sent.
         tokenizer: the operator's; None: ask the first node.
+        control_ports: of all routers that share an HTTP port with this one; nodes are told them.
         key: the fleet's; None: hear every node.
     """
 
@@ -67,12 +68,14 @@ class Control:
         heartbeat_s: float,
         tokenizer: Tokenizer | None,
         key: FleetKey | None,
+        control_ports: tuple[int, ...] = (),
         clock: Callable[[], float],
     ) -> None:
         self.fleet = fleet
         self.tokenizer = tokenizer
         self.requests = make_requests(fleet, self._send)
         self._heartbeat_s = heartbeat_s
+        self._control_ports = control_ports
         self._clock = clock
         self._tokenizer_of = "" if tokenizer is None else "*"  # fingerprint; "*": of any model
         self._fetching = ("", 0.0)  # fingerprint asked for, and when
@@ -216,7 +219,7 @@ class Control:
         for lost in registration.lost:
             self.requests.node_lost(lost, alive=lost == sender)
         log.info("node %s registered for %s", sender, message.role.value)
-        self._tell(sender, Welcome(self._heartbeat_s))
+        self._tell(sender, Welcome(self._heartbeat_s, self._control_ports))
         self._tell(sender, FetchCacheSnapshot())
         self._fetch_tokenizer()
         self.requests.capacity_changed()

@@ -7,12 +7,13 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from aiohttp import web
 
 from router.access import Access
 from router.admission import Admission
-from router.app import make_app
+from router.app import make_app, make_private_app
 from router.choice import Choice
 from router.config import RouterConfig, is_loopback
 from router.control import Control
@@ -24,6 +25,7 @@ from router.request_log import RequestLog
 from router.requests import Requests
 from router.serving import Serving
 from router.tokenizer import load_tokenizer
+from router.worker_sites import WorkerSites
 from wire.errors import ConfigError
 from wire.fleet_key import load_key
 from wire.messages import Message
@@ -32,6 +34,7 @@ from wire.types import NodeId
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_REJOIN_S = 10.0  # after it a worker that returns serves without nodes, as a first one does
 
 
 class RouterServer:
@@ -44,7 +47,9 @@ class RouterServer:
         self._clock = clock
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
-        self._access = Access(config.access, clock)
+        limits = config.access.limits.share(config.workers)
+        self._access = Access(replace(config.access, limits=limits), clock)
+        self._worker = None if config.place is None else WorkerSites(config.place)
         self._ssl = config.access.ssl_context()
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
         self.control = Control(
@@ -54,6 +59,7 @@ class RouterServer:
             heartbeat_s=config.heartbeat_s,
             tokenizer=tokenizer,
             key=load_key(config.key_file),
+            control_ports=() if config.place is None else config.place.control_ports,
             clock=clock,
         )
         self.serving = Serving(
@@ -66,8 +72,11 @@ class RouterServer:
         return Requests(fleet, admission, self._metrics, self._log, send, self._clock)
 
     async def start(self) -> None:
-        """Bind HTTP and begin to serve. Raises ConfigError."""
+        """Begin to serve, and bind HTTP. Raises ConfigError."""
         config = self._config
+        self.control.start()
+        if config.place is not None and config.place.returns:
+            await self._until_ready()
         app = make_app(
             self.serving,
             self.control,
@@ -75,6 +84,7 @@ class RouterServer:
             self._access,
             config.max_body_bytes,
             self._debug_pages(),
+            self._worker,
         )
         self._runner = web.AppRunner(
             app,
@@ -85,7 +95,12 @@ class RouterServer:
         )
         await self._runner.setup()
         self._site = web.TCPSite(
-            self._runner, config.host, config.port, backlog=1024, ssl_context=self._ssl
+            self._runner,
+            config.host,
+            config.port,
+            backlog=1024,
+            ssl_context=self._ssl,
+            reuse_port=config.place is not None or None,
         )
         try:
             await self._site.start()
@@ -98,7 +113,13 @@ class RouterServer:
         self.http_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         if self._ssl is None and config.access.has_keys and not is_loopback(config.host):
             log.warning("API keys travel unencrypted: give --ssl-certfile, or put a proxy in front")
-        self.control.start()
+        if self._worker is not None:
+            await self._worker.start(self.private_app())
+
+    def private_app(self) -> web.Application:
+        """What this worker alone has to tell, for the launcher that sums it up."""
+        debug = DebugPages(self._log, self._clock) if self._log.enabled else None
+        return make_private_app(self.serving, self.control, self._metrics, debug)
 
     def _debug_pages(self) -> DebugPages | None:
         """They are for whoever runs the router: nobody else must reach them."""
@@ -118,7 +139,14 @@ class RouterServer:
         self.control.requests.fail_all(unavailable("The server is shutting down.", "shutting_down"))
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._worker is not None:
+            await self._worker.close()
         await self.control.close()
+
+    async def _until_ready(self) -> None:
+        deadline = self._clock() + _REJOIN_S
+        while not self.control.ready and self._clock() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # nodes and tokenizer come in many ways
 
     async def _drain(self) -> None:
         deadline = self._clock() + self._config.shutdown_timeout_s
@@ -131,11 +159,18 @@ async def run(config: RouterConfig, on_ready: Callable[[RouterServer], None]) ->
     server = RouterServer(config)
     stop = asyncio.Event()
     _stop_on_signals(stop)
+    stopped = asyncio.create_task(stop.wait())
+    start = asyncio.create_task(server.start())
     try:
-        await server.start()
-        on_ready(server)
-        await stop.wait()
+        await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            await start
+            on_ready(server)
+        await stopped
     finally:
+        start.cancel()
+        stopped.cancel()
+        await asyncio.gather(start, stopped, return_exceptions=True)
         await server.close()
 
 

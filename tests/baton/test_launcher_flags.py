@@ -198,6 +198,19 @@ def test_what_is_started(
     in_world(monkeypatch, scenario, str(model), *flags)
 
 
+@pytest.mark.parametrize(("workers", "program"), [(1, ["router"]), (2, ["baton", "router"])])
+def test_several_workers_have_a_launcher_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, workers: int, program: list[str]
+) -> None:
+    async def scenario(w: World) -> None:
+        await w.until(lambda: len(w.children) == 3)
+        argv = w.latest("router").argv
+        assert argv[2 : argv.index("--tokenizer")] == program
+        assert ("--workers" in argv) == (workers > 1)
+
+    in_world(monkeypatch, scenario, "--workers", str(workers))
+
+
 @pytest.mark.parametrize("name", ["router", "prefill-0", "decode-0"])
 def test_a_death_before_all_are_ready_is_noticed_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str

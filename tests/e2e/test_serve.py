@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +20,7 @@ import psutil
 import pytest
 
 from tests.e2e.fleet import ROOT
+from wire.fleet_key import make_key, write_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -69,12 +72,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             print(f"--- {name}\n{(tmp_path / name).read_text()}")
 
 
-def complete(url: str, prompt: str) -> str:
+def complete(url: str, prompt: str, headers: dict[str, str] | None = None) -> str:
     body = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/v1/completions",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", **(headers or {})},
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         text: str = json.load(response)["choices"][0]["text"]
@@ -101,6 +104,58 @@ def test_one_command_serves_survives_a_dead_node_and_stops(folder: Path) -> None
     finally:
         serve.process.kill()
         serve.process.wait()
+
+
+def test_several_workers_with_every_kind_of_key(folder: Path) -> None:
+    """Nodes find the second worker by themselves, and again when it was killed."""
+    write_key(make_key(), folder / "fleet.key")
+    flags = ("--workers", "2", "--key-file", str(folder / "fleet.key"), "--api-key", "secret")
+    serve = Serve(folder, "--port", "0", *flags)
+    try:
+        url = serve.wait_ready()
+        headers = {"Authorization": "Bearer secret"}
+        first = complete(url, "import os\n\ndef ", headers)
+        assert first
+        assert len(serve.children()) == 5, "a launcher of two routers, and two nodes"
+        wait_for(lambda: on_every_worker(url, lambda: get(url, "/ready")[0] == 200))
+        assert get(url, "/debug/requests")[0] == 401
+        status, told = get(url, "/debug/requests", headers)
+        assert status == 200
+        assert len(json.loads(told)["requests"]) == 1
+        victim = next(p for p in serve.children() if "--place" in " ".join(p.cmdline()))
+        victim.kill()
+        for _ in range(20):
+            with suppress(ConnectionError):  # of what the victim had not accepted yet
+                assert complete(url, "import os\n\ndef ", headers) == first
+        wait_for(lambda: "baton_router_workers 2.0" in get(url, "/metrics")[1])
+        wait_for(lambda: on_every_worker(url, lambda: get(url, "/ready")[0] == 200))
+        assert complete(url, "import os\n\ndef ", headers) == first
+        assert serve.stop() == 0
+    finally:
+        serve.process.kill()
+        serve.process.wait()
+
+
+def on_every_worker(url: str, holds: Callable[[], bool]) -> bool:
+    """Over so many connections that each of two workers has got one."""
+    return all(holds() for _ in range(12))
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def get(url: str, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
+    request = urllib.request.Request(url + path, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
 
 
 def test_children_end_with_a_killed_launcher(folder: Path) -> None:

@@ -136,6 +136,7 @@ ROUTER_REBINDS = Metric(
 ROUTER_OPEN_PAIRS = Metric(
     "baton_router_open_pairs",
     "Pairs of nodes whose handoffs fail: chosen only for a trial, or where there is no other",
+    of_workers="max",
 )
 ROUTER_RESERVE_REFUSALS = Metric(
     "baton_router_reserve_refusals",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
+from engine.grammar import Constrained, Grammars, Masks
 from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
 from engine.plan import LayerProgress, OnLayers, RequestProgress, StepPlan, StepResult
 from engine.prefix_cache import CacheChanges, PrefixCache
@@ -53,12 +54,14 @@ class Engine:
         model_fingerprint: str,
         eos_token_ids: frozenset[int],
         ops: LayerOps | None = None,
+        grammars: Grammars | None = None,
         spans: Spans = no_spans,
     ) -> None:
         self._spans = spans
         self.config = config
         self._runner = runner
         self._sampler = Sampler(eos_token_ids, ops)
+        self._grammars = grammars
         self._pool = BlockPool(config.num_blocks, epoch)
         self._cache = PrefixCache(
             self._pool,
@@ -89,9 +92,10 @@ class Engine:
         if not plan.scheduled:
             return None
         try:
+            masks = self._begin_masks(plan)
             logits = self._runner.run(plan, self._layer_report(plan, on_layers))
             with self._spans("sample"):
-                tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling)
+                tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling, masks)
                 corrupted = _corrupted(plan, logits, tokens)
                 logprobs = step_logprobs(plan, logits, tokens, corrupted)
         except BaseException:
@@ -108,6 +112,14 @@ class Engine:
             plan = self._scheduler.plan()
             self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
             return plan
+
+    def _begin_masks(self, plan: StepPlan) -> Masks | None:
+        """Work that goes on beside the forward pass; None if no request has a grammar."""
+        requests = plan.sampling
+        rows = [row for row, request in enumerate(requests) if request.sampling.grammar]
+        if not rows or self._grammars is None:
+            return None
+        return self._grammars.begin(rows, [_constrained(requests[row]) for row in rows])
 
     def _layer_report(
         self, plan: StepPlan, on_layers: OnLayers | None
@@ -153,6 +165,14 @@ class Engine:
             return self._scheduler.has_work
 
     # ------------------------------------------------------------ requests
+
+    def grammar_mistake(self, grammar: str) -> str | None:
+        """Why no request can have this grammar; None if one can. Empty is none."""
+        if not grammar:
+            return None
+        if self._grammars is None:
+            return "this model's tokenizer does not allow structured output"
+        return self._grammars.mistake(grammar)
 
     def add(self, request: Request) -> None:
         """Queue a request; raises CapacityError or ValueError and takes nothing."""
@@ -261,3 +281,12 @@ def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[s
     pairs = zip(plan.sampling, tokens, strict=True)
     sampled = frozenset(request.request_id for request, token in pairs if token == CORRUPTED)
     return sampled | corrupted_prompts(plan, logits)
+
+
+def _constrained(request: Request) -> Constrained:
+    return Constrained(
+        request.request_id,
+        request.sampling.grammar,
+        request.output_tokens,
+        request.grammar_cursor,
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.grammar import GrammarCursor
 from wire.types import FinishReason, SamplingParams
 
 
@@ -33,6 +34,7 @@ class Request:
     num_reported_blocks: int = 0  # prefill-only: blocks already given to the handoff
     num_preemptions: int = 0
     prompt_rows: list[bytes] = field(default_factory=list)  # logprobs of prompt tokens 1, 2, …
+    grammar_cursor: GrammarCursor = field(default_factory=GrammarCursor)
     finish_reason: FinishReason | None = None
 
     @property

@@ -2,7 +2,7 @@
 
 Each row goes through, in this order (as in vLLM):
 
-    min_tokens mask → logit_bias → repetition → frequency and presence penalty
+    min_tokens mask → logit_bias → repetition → frequency and presence penalty → grammar
         temperature 0: argmax
         else: divide by temperature → min_p → top_k → top_p → Gumbel-max
 
@@ -18,6 +18,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from engine.grammar import Masks
 from engine.request import Request
 from kernels.noise import row_keys
 from kernels.ops import LayerOps, TorchOps
@@ -39,30 +40,35 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._ops = ops or TorchOps()
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], masks: Masks | None = None
+    ) -> list[int]:
         """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
 
-        CORRUPTED for a row that is not finite; the others are not concerned.
+        CORRUPTED for a row that is not finite; the others are not concerned. Raises GrammarError
+        where a grammar takes too much.
         """
         if not requests:
             return []
         sound = finite_rows(logits)
         if not sound.all():
             logits = logits.where(sound.unsqueeze(1), 0.0)
-        logits = self._adjust(logits, requests)
+        logits = self._adjust(logits, requests, masks)
         tokens = logits.argmax(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
         if drawn:
             tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn], self._ops)
         return [int(token) for token in tokens.where(sound, CORRUPTED).tolist()]
 
-    def _adjust(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    def _adjust(self, logits: Tensor, requests: Sequence[Request], masks: Masks | None) -> Tensor:
         """The logits with masks, biases and penalties applied; a copy if there are any."""
         touched = [i for i, r in enumerate(requests) if _adjusts(r)]
-        if touched:
+        if touched or masks is not None:
             logits = logits.clone()
         for i in touched:
             self._adjust_row(logits[i], requests[i])
+        if masks is not None:
+            masks.apply(logits)
         return logits
 
     def _adjust_row(self, row: Tensor, request: Request) -> None:

@@ -10,7 +10,8 @@ def ends_request(token: int, sampling: SamplingParams, eos_token_ids: frozenset[
     """Whether sampling `token` stops the request."""
     if token in sampling.stop_token_ids:
         return True
-    return token in eos_token_ids and not sampling.ignore_eos
+    # Where a grammar is at its end nothing but an end token can follow.
+    return token in eos_token_ids and (not sampling.ignore_eos or bool(sampling.grammar))
 
 
 def finish_reason(request: Request, eos_token_ids: frozenset[int]) -> FinishReason | None:

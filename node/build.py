@@ -14,6 +14,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.grammar import Grammars
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
@@ -89,7 +90,7 @@ class BuiltEngine:
         num_output = min(sampling.max_tokens, room)
         if sampling.num_logprob_pairs(num_prompt_tokens, num_output) > MAX_PAIRS:
             return "more logprobs than a message holds"
-        return None
+        return self.engine.grammar_mistake(sampling.grammar)
 
     @property
     def info(self) -> ModelInfo:
@@ -128,8 +129,18 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         model_fingerprint=model.fingerprint,
         eos_token_ids=frozenset(model.eos_token_ids),
         ops=model.ops,
+        grammars=_grammars(config.model, model),
     )
     return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks, pool)
+
+
+def _grammars(folder: Path, model: LoadedModel) -> Grammars | None:
+    try:
+        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return Grammars(tokenizer, model.vocab_size, sorted(model.eos_token_ids))
+    except (OSError, ValueError) as error:
+        log.warning("no structured output with this tokenizer: %s", error)
+        return None
 
 
 def _engine_config(config: NodeConfig, model: LoadedModel, num_blocks: int) -> EngineConfig:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from engine.engine import Engine
+from engine.grammar import GrammarError
 from engine.plan import OnLayers, StepResult
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class EngineThread:
                 result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
                 log.exception("a step failed")
-                failures += 1
+                failures += not isinstance(error, GrammarError)  # its request's, not the engine's
                 self._tell_failure(error)
                 continue
             failures = 0
@@ -122,6 +123,8 @@ class EngineThread:
         """Wait until the loop has ended the requests to blame: they would fail again."""
         self._failing = True
         blamed = self._engine.step_request_ids  # any of them may have been it
+        if isinstance(error, GrammarError):
+            blamed = error.request_ids
         self._post(self._handle_failure, error, blamed)
         with self._wakeup:
             self._wakeup.wait_for(lambda: not self._failing or self._stopping)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
+from router.api_structured import Strict, StructuredBody
 from router.parsing import json_object, validate, without_neutral
 from wire.logprobs import MAX_TOP_LOGPROBS
 
@@ -26,12 +27,6 @@ Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
 Prompt = str | list[int]
 
 
-class Strict(BaseModel):
-    """No unknown field, no conversion between types."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
 class StreamOptions(Strict):
     """What a stream carries besides text."""
 
@@ -39,7 +34,7 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Strict):
+class GenerationBody(StructuredBody):
     """What completions and chat have in common; null stands for the default everywhere."""
 
     model: str | None = None
@@ -125,21 +120,14 @@ NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "early_stopping": (False,),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "request_id": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True, False),  # these tokenizers never write such spaces
     "store": (False,),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }

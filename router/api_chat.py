@@ -11,9 +11,9 @@ from router.api import (
     GenerationBody,
     NumLogprobs,
     PositiveInt,
-    Strict,
     known_fields,
 )
+from router.api_structured import Strict
 from router.parsing import validate, without_neutral
 
 MAX_MESSAGES = 65_536

@@ -127,6 +127,8 @@ class Dispatch:
             return []
         if message.cause == "too_long":
             return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
+        if message.cause == "invalid":
+            return self._fail(errors.bad_request(message.message))
         assert self.prefill is not None
         if message.cause != "gone":  # a new reservation may well succeed there
             self._refused.add(sender)

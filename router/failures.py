@@ -51,5 +51,7 @@ def final_error(message: AttemptFailed) -> ApiError:
     """What a client is told of a failure that no other node would mend."""
     if message.cause in ("too_long", "capacity"):  # more than the node holds when it is empty
         return errors.bad_request(message.message, code="context_length_exceeded")
+    if message.cause == "invalid":
+        return errors.bad_request(message.message)
     text = f"The request failed on its node: {message.message}"
     return errors.server_error(text, message.cause)

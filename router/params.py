@@ -12,6 +12,7 @@ from router.chat_template import ChatOptions, chat_options
 from router.checks import ServerLimits, check_body
 from router.choice_text import TextRules
 from router.errors import ApiError, bad_request, context_too_long
+from router.structured import grammar_of
 from wire.messages import ModelInfo
 from wire.types import MAX_REQUEST_TOKENS, SamplingParams
 
@@ -31,6 +32,8 @@ class GenerationParams:
     logit_bias: dict[int, float]
     logprobs: int | None = None  # of output tokens, as the client asked
     best_of: int | None = None  # choices of which the best `n` are answered
+    grammar: str = ""  # what the output must look like
+    grammar_param: str = ""  # who asks for that
 
     @property
     def n(self) -> int:
@@ -127,6 +130,7 @@ class GenerationParams:
             ignore_eos=bool(body.ignore_eos),
             logprobs=self._sampled_logprobs,
             prompt_logprobs=None if choice else self.prompt_logprobs,  # the same for all choices
+            grammar="" if self.is_mute else self.grammar,
         )
 
     def _max_tokens(self, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -153,6 +157,7 @@ def generation_params(
     if any(token >= model.vocab_size for token in body.stop_token_ids or ()):
         raise _outside_vocabulary("stop_token_ids", model)
     stop = body.stop
+    grammar, grammar_param = grammar_of(body)
     common = GenerationParams(
         body=body,
         max_tokens=body.max_tokens,
@@ -160,6 +165,8 @@ def generation_params(
         seed=secrets.randbits(64) if body.seed is None else body.seed % (1 << 64),
         stops=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         logit_bias=_logit_bias(body.logit_bias or {}, model),
+        grammar=grammar,
+        grammar_param=grammar_param,
     )
     return _for_chat(common, body) if isinstance(body, ChatBody) else _for_completion(common, body)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from router.api import parse_completion
-from router.api_chat import parse_chat
+from router.api import CompletionBody, parse_completion
+from router.api_chat import ChatBody, parse_chat
 from router.checks import check_num_pairs
 from router.choice import Choice, Listener
 from router.choice_text import ChoiceText
@@ -34,6 +34,7 @@ from router.params import GenerationParams, generation_params
 from router.prompts import ReadyPrompt, chat_prompt, completion_prompt
 from router.request_log import RequestLog, RequestRecord
 from router.server_timing import timing_headers
+from router.structured import Structured
 from router.tokenizer import Tokenizer
 from router.trace import ChoiceTrace
 from router.work import Prompt, Work
@@ -84,6 +85,7 @@ class Serving:
         self._log = log
         self._charge = charge
         self._clock = clock
+        self._structured = Structured()
         self.limits = config.server_limits
         self.closing = False
         self.num_requests = 0  # that are being answered
@@ -101,7 +103,7 @@ class Serving:
         timeline = Timeline(self._clock())
         body = parse_completion(await self._read(request, timeline))
         served = self.served(body.model)
-        params = generation_params(body, served.info, self.limits)
+        params = await self._params(body, served)
         with self._metrics.tokenize.time():
             prompts = [
                 await completion_prompt(prompt, params, served.tokenizer, served.info)
@@ -115,11 +117,16 @@ class Serving:
         timeline = Timeline(self._clock())
         body = parse_chat(await self._read(request, timeline))
         served = self.served(body.model)
-        params = generation_params(body, served.info, self.limits)
+        params = await self._params(body, served)
         with self._metrics.tokenize.time():
             prompt = await chat_prompt(body, params, served.tokenizer, served.info)
         asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
         return await self._generate(request, asked, ChatFormat)
+
+    async def _params(self, body: CompletionBody | ChatBody, served: Served) -> GenerationParams:
+        params = generation_params(body, served.info, self.limits)
+        await self._structured.check(params.grammar, params.grammar_param)
+        return params
 
     async def _read(self, request: web.Request, timeline: Timeline) -> bytes:
         body = await self.read(request)

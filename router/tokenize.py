@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from aiohttp import web
 from pydantic import Field
 
-from router.api import Strict, TokenId
+from router.api import TokenId
 from router.api_chat import ChatRendering, Messages, with_known_messages
+from router.api_structured import Strict
 from router.chat_template import chat_options
 from router.checks import check_rendering
 from router.errors import bad_request

@@ -32,6 +32,7 @@ Seconds = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 NumLogprobs = Annotated[int, Field(strict=True, ge=0, lt=MAX_TOP_LOGPROBS + 1)]
+Grammar = Annotated[str, Field(strict=True, max_length=64 << 10)]  # see wire/grammar.py
 Digest = Annotated[bytes, Field(strict=True, min_length=16, max_length=16)]
 Secret = Annotated[bytes, Field(strict=True, min_length=16, max_length=32)]
 
@@ -98,6 +99,7 @@ class SamplingParams:
     ignore_eos: Flag = False
     logprobs: NumLogprobs | None = None  # of each output token, and of so many best
     prompt_logprobs: NumLogprobs | None = None  # the same for the prompt, from the prefill node
+    grammar: Grammar = ""  # what the output must look like
 
     def num_logprob_pairs(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
         """Pairs (`wire/logprobs.py`) of a request that comes to so many tokens."""

@@ -307,7 +307,7 @@ def test_logits_are_left_as_they_were() -> None:
 
 
 def adjusted(logits: Tensor, request: Request) -> Tensor:
-    return Sampler(frozenset([EOS]))._adjust(logits, [request])[0]
+    return Sampler(frozenset([EOS]))._adjust(logits, [request], None)[0]
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:

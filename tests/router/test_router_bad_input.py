@@ -82,7 +82,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"service_tier": "flex"}, "service_tier"),
     ({"store": True}, "store"),
     ({"messages": []}, "messages"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"temprature": 1}, "temprature"),
     ({"x" * 5000: 1}, "x" * 99 + "…"),

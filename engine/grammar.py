@@ -1,0 +1,146 @@
+"""Which tokens a request's grammar allows next: masks, computed while the forward pass runs.
+
+A mask depends on the tokens before the step alone, so it needs no logits: `begin` starts the work
+in a thread of its own (the library lets go of the interpreter's lock), and the sampler takes the
+masks when it has the logits.
+
+    compile once ──▶ matcher at the beginning ──copy──▶ one per request ──tokens──▶ mask
+
+A request's matcher follows its output tokens. It is never shipped: whoever has the tokens makes it
+anew, so another attempt, on whatever node, a preemption and a failed step change nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from wire.grammar import mistake_of, new_matcher
+
+MAX_COMPILED = 256
+"""Grammars that are kept; the one that was used longest ago goes first."""
+
+
+class GrammarError(ValueError):
+    """Requests whose grammar took too much, or contradicts the tokens that they have."""
+
+    def __init__(self, request_ids: tuple[str, ...], reason: str) -> None:
+        super().__init__(f"the grammar of {', '.join(request_ids)}: {reason}")
+        self.request_ids = request_ids
+
+
+@dataclass(slots=True, eq=False)
+class GrammarCursor:
+    """Where one request is in its grammar."""
+
+    matcher: LLMatcher | None = None
+    tokens: list[int] = field(default_factory=list)  # that the matcher has taken
+
+
+@dataclass(frozen=True, slots=True)
+class Constrained:
+    """What `begin` needs of a request, as it is before the step."""
+
+    request_id: str
+    grammar: str
+    output_tokens: list[int]
+    cursor: GrammarCursor
+
+
+class Masks:
+    """Allowed tokens of some rows of a step, perhaps still being computed."""
+
+    def __init__(self, rows: list[int], allowed: Future[Tensor]) -> None:
+        self._rows = rows
+        self._allowed = allowed
+
+    def apply(self, logits: Tensor) -> None:
+        """Forbid in `logits` [R, V] what is not allowed. Raises GrammarError.
+
+        Where other rules have forbidden all that is allowed (`min_tokens`, at the end of the
+        output), the grammar wins.
+        """
+        allowed = self._allowed.result().to(logits.device)
+        rows = torch.tensor(self._rows, device=logits.device)
+        masked = logits[rows].masked_fill(~allowed, -torch.inf)
+        stuck = masked.amax(-1) == -torch.inf
+        masked[stuck] = torch.zeros_like(masked[stuck]).masked_fill(~allowed[stuck], -torch.inf)
+        logits[rows] = masked
+
+
+class Grammars:
+    """Compiles grammars for one model and follows requests through them.
+
+    Args:
+        tokenizer_json: the content of the tokenizer's file.
+        vocab_size: columns of the logits, perhaps more than the tokenizer has tokens.
+
+    Raises ValueError for a tokenizer that the library cannot read.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        try:
+            self._tokenizer = LLTokenizer(
+                tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids)
+            )
+        except ValueError:  # the tokenizer has more tokens than the model
+            self._tokenizer = LLTokenizer(tokenizer_json, eos_token=list(eos_token_ids))
+        self._vocab_size = vocab_size
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, "grammar")
+
+    def mistake(self, grammar: str) -> str | None:
+        """Why `grammar` cannot be followed; None if it can, and then it is compiled."""
+        return mistake_of(self._beginning(grammar))
+
+    def begin(self, rows: list[int], requests: list[Constrained]) -> Masks:
+        """Start to compute the masks of requests, which the rows `rows` of the logits belong to."""
+        return Masks(rows, self._thread.submit(self._masks, requests))
+
+    def _masks(self, requests: list[Constrained]) -> Tensor:
+        return torch.stack([self._mask(request) for request in requests])
+
+    def _mask(self, request: Constrained) -> Tensor:
+        """bool [V]"""
+        matcher = self._advanced(request)
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            raise GrammarError((request.request_id,), matcher.get_error()[:200])
+        bits = np.unpackbits(packed, bitorder="little", count=self._vocab_size)
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def _advanced(self, request: Constrained) -> LLMatcher:
+        """The request's matcher behind its output tokens; usually one token is new."""
+        cursor, tokens = request.cursor, request.output_tokens
+        num_taken = len(cursor.tokens)
+        if cursor.matcher is None or tokens[:num_taken] != cursor.tokens:
+            cursor.matcher, num_taken = self._beginning(request.grammar), 0
+        cursor.tokens = tokens
+        if num_taken < len(tokens) and not cursor.matcher.consume_tokens(tokens[num_taken:]):
+            error = cursor.matcher.get_error()[:200]
+            cursor.matcher = None
+            raise GrammarError((request.request_id,), error)
+        return cursor.matcher
+
+    def _beginning(self, grammar: str) -> LLMatcher:
+        """A matcher at the start of an output."""
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+            if matcher is not None:
+                self._compiled.move_to_end(grammar)
+                return matcher.deep_copy()
+        matcher = new_matcher(self._tokenizer, grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return matcher.deep_copy()

@@ -89,7 +89,7 @@ def test_a_prefill_node_that_is_short_of_blocks() -> None:
 
 def in_two_groups(p: Pair) -> None:
     """The layers of a block travel as two units."""
-    cast(Any, p.decode.role)._geometry = lambda message: Geometry(num_layer_groups=2)
+    cast(Any, p.decode.role._arrivals)._geometry = lambda message: Geometry(num_layer_groups=2)
 
 
 def test_a_layer_group_leaves_while_the_next_one_computes() -> None:

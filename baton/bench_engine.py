@@ -172,6 +172,7 @@ class EngineBench:
             model_fingerprint="bench",
             eos_token_ids=frozenset(),
             ops=self._loaded.ops,
+            grammars=None,
             **spans,
         )
 

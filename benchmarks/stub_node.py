@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import secrets
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from wire.messages import (
     Abort,
     Ack,
     CacheEvents,
+    Embedding,
     FetchCacheSnapshot,
     FetchTokenizer,
     Gone,
@@ -107,6 +109,17 @@ def stub_logprobs(request: Prefill, index: int, tokens: tuple[int, ...]) -> Logp
         known = request.tokens[1 : request.num_prompt_tokens]
         prompt = tuple(stub_row(token, asked_prompt) for token in known)
     return Logprobs(rows, prompt) if rows or prompt else None
+
+
+def stub_embedding(request: Prefill) -> bytes:
+    """Four numbers that tell the pooling, the prompt's length, and its first and last token."""
+    numbers = (
+        request.pooling == "mean",
+        len(request.tokens),
+        request.tokens[0],
+        request.tokens[-1],
+    )
+    return struct.pack("<4f", *numbers)
 
 
 # ---------------------------------------------------------------- nodes
@@ -281,6 +294,10 @@ class StubPair:
             self.running.pop(message.id, None)
 
     def _first_token(self, request: Prefill) -> None:
+        if request.pooling is not None:
+            vector = stub_embedding(request)
+            self.prefill.send(Embedding(request.id, vector, self.num_cached_tokens, self.timing))
+            return
         known = list(request.tokens[request.num_prompt_tokens :])
         token, finish = self._script(request, len(known))
         logprobs = stub_logprobs(request, len(known), (token,))

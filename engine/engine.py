@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.grammar import Constrained, Grammars, Masks
 from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
 from engine.plan import LayerProgress, OnLayers, RequestProgress, StepPlan, StepResult
+from engine.pooling import NOTHING_POOLED, pool_step
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
@@ -32,12 +33,19 @@ from wire.types import BlockHandle, NodeLoad
 class Runner(Protocol):
     """Executes a plan on a model and its KV pool."""
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+    def run(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int], None] | None = None,
+        on_hidden: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Each request's last `num_logits` rows in the plan's order, fp32 [rows, vocabulary].
 
         Args:
             on_layers: is told from within the forward pass how many layers have written the KV of
                 all the plan's tokens to memory.
+            on_hidden: is given the last layer's hidden states after the final norm, of
+                `plan.hidden_rows`, fp32 [rows, hidden size].
         """
         ...
 
@@ -93,16 +101,20 @@ class Engine:
             return None
         try:
             masks = self._begin_masks(plan)
-            logits = self._runner.run(plan, self._layer_report(plan, on_layers))
+            hidden: list[Tensor] = []
+            wanted = hidden.append if plan.hidden_rows else None
+            logits = self._runner.run(plan, self._layer_report(plan, on_layers), wanted)
             with self._spans("sample"):
                 tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling, masks)
                 corrupted = _corrupted(plan, logits, tokens)
                 logprobs = step_logprobs(plan, logits, tokens, corrupted)
+                pooled = pool_step(plan, hidden[0]) if hidden else NOTHING_POOLED
         except BaseException:
             self._abandon()
             raise
+        corrupted |= pooled.corrupted
         with self._spans("commit"):
-            progress = self._commit(plan, tokens, logprobs, corrupted)
+            progress = self._commit(plan, tokens, logprobs, corrupted, pooled.embeddings)
         return StepResult(
             self._num_steps, progress, plan.num_tokens, plan.num_preempted, tuple(sorted(corrupted))
         )
@@ -145,10 +157,11 @@ class Engine:
         tokens: list[int],
         logprobs: dict[str, Logprobs],
         corrupted: frozenset[str],
+        embeddings: dict[str, bytes],
     ) -> tuple[RequestProgress, ...]:
         with self._lock:
             self._num_steps += 1
-            return self._scheduler.commit(plan, tokens, logprobs, corrupted)
+            return self._scheduler.commit(plan, tokens, logprobs, corrupted, embeddings)
 
     def _abandon(self) -> None:
         with self._lock:

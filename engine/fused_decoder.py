@@ -134,19 +134,30 @@ class FusedDecoder(nn.Module):
         attention_batch: AttentionBatch,
         logits_to_keep: Tensor | int = 0,  # the rows whose logits are wanted; 0: all
         use_cache: bool = False,
+        hidden_to_keep: Tensor | None = None,  # the rows whose final states are wanted
     ) -> Any:
-        """An object whose `logits` are [1, rows, vocabulary]."""
+        """An object whose `logits` are [1, rows, vocabulary], and `hidden` [rows, hidden size]."""
         assert not use_cache, "keys and values go into the blocks of the batch"
         residual = self.embedding(input_ids.squeeze(0))
         turn = self.turn(residual, position_ids)
         branch, ops = None, attention_batch.ops
         for layer in self._layers:
             branch = layer(ops, residual, branch, turn, attention_batch)
-        if isinstance(logits_to_keep, Tensor):
-            residual = residual[logits_to_keep]
-            branch = None if branch is None else branch[logits_to_keep]
-        x = ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
-        return SimpleNamespace(logits=self._head(x).unsqueeze(0))
+        hidden = None
+        if hidden_to_keep is not None:
+            hidden = self._final(ops, residual, branch, hidden_to_keep)
+        rows = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
+        x = self._final(ops, residual, branch, rows)
+        return SimpleNamespace(logits=self._head(x).unsqueeze(0), hidden=hidden)
+
+    def _final(
+        self, ops: LayerOps, residual: Tensor, branch: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """The states of these rows after the final norm; without `rows` it changes `residual`."""
+        if rows is not None:
+            residual = residual[rows]
+            branch = None if branch is None else branch[rows]
+        return ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
 
     def turn(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, R] of every row's angles."""

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
+from engine.final_states import telling_states
 from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
 from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
@@ -64,7 +66,8 @@ def load_model(
     model = _to_device(model.eval(), device)
     fix_frequencies(model, length or PROBE_LEN)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    with _quiet():
+    states: list[Tensor] = []
+    with _quiet(), telling_states(model, states.append):
         shape = probe(model, architecture, num_layers, length or PROBE_LEN)
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
@@ -94,6 +97,7 @@ def load_model(
         fusions=fusions,
         num_weight_bytes=num_weight_bytes,
         unexpected_tensors=unexpected,
+        can_embed=bool(states),
     )
 
 

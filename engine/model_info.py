@@ -40,6 +40,7 @@ class LoadedModel:
     fusions: Fusions
     num_weight_bytes: int
     unexpected_tensors: tuple[str, ...]  # in the files, not in the model: ignored
+    can_embed: bool  # the states that its head is given can be had
 
     def kv_layout(self, block_size: int) -> KVLayout:
         return KVLayout(

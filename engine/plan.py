@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.request import Request
 from wire.logprobs import Logprobs
-from wire.types import BlockHandle, FinishReason
+from wire.types import BlockHandle, FinishReason, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,26 @@ class ScheduledRequest:
         return self.start + self.num_new_tokens
 
     @property
-    def samples(self) -> bool:
-        """Whether this step reaches the last known token, so that the next one is sampled."""
+    def is_last(self) -> bool:
+        """Whether this step reaches the last known token."""
         return self.end == self.request.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token is sampled then; an embedding ends there instead."""
+        return self.is_last and self.request.pooling is None
 
     @property
     def num_logits(self) -> int:
         """Rows at the chunk's end whose logits are needed."""
         return self.num_new_tokens if self.request.wants_prompt_logprobs else int(self.samples)
+
+    @property
+    def num_hidden(self) -> int:
+        """Rows at the chunk's end whose hidden states are pooled."""
+        if self.request.pooling is Pooling.MEAN:
+            return self.num_new_tokens
+        return int(self.is_last and self.request.pooling is Pooling.LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,18 @@ class StepPlan:
     def sampling(self) -> list[Request]:
         """The requests that sample, in the order of their rows; true until the commit."""
         return [item.request for item in self.scheduled if item.samples]
+
+    @property
+    def hidden_rows(self) -> list[int]:
+        """Of the batch's rows, those whose hidden states are pooled."""
+        rows: list[int] = []
+        if all(item.request.pooling is None for item in self.scheduled):
+            return rows  # most steps
+        end = 0
+        for item in self.scheduled:
+            end += item.num_new_tokens
+            rows += range(end - item.num_hidden, end)
+        return rows
 
     @property
     def num_tokens(self) -> int:
@@ -108,6 +132,8 @@ class RequestProgress:
     first step; after a preemption all blocks come again, with other handles."""
     logprobs: Logprobs | None = None
     """Of `new_tokens`, and with the first output token of the whole prompt; where asked for."""
+    embedding: bytes | None = None
+    """With the last step of a request that asks for one, which ends it; little-endian fp32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ step reaches its last token, one more is sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.grammar import GrammarCursor
-from wire.types import FinishReason, SamplingParams
+from wire.types import FinishReason, Pooling, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,8 @@ class Request:
     prompt_rows: list[bytes] = field(default_factory=list)  # logprobs of prompt tokens 1, 2, …
     grammar_cursor: GrammarCursor = field(default_factory=GrammarCursor)
     finish_reason: FinishReason | None = None
+    pooling: Pooling | None = None  # prefill-only: end with an embedding instead of a token
+    pooled: Any = None  # the sum of its hidden states so far; see engine/pooling.py
 
     @property
     def num_tokens(self) -> int:
@@ -62,9 +65,14 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Logits are needed at every position of the prompt, so no cached block is of use."""
+        """Logits are needed at every position of the prompt."""
         asks = self.sampling.prompt_logprobs is not None
         return asks and self.prefill_only and not self.num_output_tokens
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether something is asked of every position, so that no cached block is of use."""
+        return self.wants_prompt_logprobs or self.pooling is Pooling.MEAN
 
     @property
     def output_tokens(self) -> list[int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch
+from engine.final_states import telling_states
 from engine.flat_batch import FlatBatch, Ints, flatten
+from engine.fused_decoder import FusedDecoder
 from engine.kv_store import KVStore
 from engine.model_info import LoadedModel
 from engine.plan import StepPlan
@@ -27,23 +31,38 @@ class ModelRunner:
         self._spans = spans
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+    def run(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int], None] | None = None,
+        on_hidden: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
         with self._spans("batch"):
             flat = flatten(plan, self._store.layout.block_size)
-            batch = self._attention_batch(plan, flat, on_layers)
-            token_ids, positions = self._tensor(flat.token_ids), self._tensor(flat.positions)
-            needed = self._tensor(flat.needed_rows)
-        with self._spans("forward"):
-            output = self._model(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
+            call = partial(
+                self._model,
+                input_ids=self._tensor(flat.token_ids).unsqueeze(0),
+                position_ids=self._tensor(flat.positions).unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=needed,
-                attention_batch=batch,
+                logits_to_keep=self._tensor(flat.needed_rows),
+                attention_batch=self._attention_batch(plan, flat, on_layers),
             )
+        with self._spans("forward"):
+            output = call() if on_hidden is None else self._call_for_hidden(call, plan, on_hidden)
             logits: Tensor = output.logits
             return logits.squeeze(0).float()
+
+    def _call_for_hidden(
+        self, call: Callable[..., Any], plan: StepPlan, on_hidden: Callable[[Tensor], None]
+    ) -> Any:
+        rows = torch.tensor(plan.hidden_rows, device=self._device)
+        if isinstance(self._model, FusedDecoder):
+            output = call(hidden_to_keep=rows)
+            on_hidden(output.hidden.float())
+            return output
+        with telling_states(self._model, lambda states: on_hidden(states[rows].float())):
+            return call()
 
     def _attention_batch(
         self, plan: StepPlan, flat: FlatBatch, on_layers: Callable[[int], None] | None

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from engine.admission import Admission
@@ -37,6 +38,7 @@ from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
 
 NO_LOGPROBS: Mapping[str, Logprobs] = {}
+NO_EMBEDDINGS: Mapping[str, bytes] = {}
 
 
 class Scheduler:
@@ -238,8 +240,8 @@ class Scheduler:
                 return
             if not draft.room_for(request):
                 continue
-            # At least the last token is computed, whatever is cached: its logits are needed.
-            first_needed = 0 if request.wants_prompt_logprobs else request.num_tokens - 1
+            # At least the last token is computed, whatever is cached: its row is needed.
+            first_needed = 0 if request.needs_every_row else request.num_tokens - 1
             usable = request.block_hashes[: first_needed // block_size]
             matched = self._cache.match(usable)
             if self._is_being_computed(usable, len(matched)):
@@ -278,11 +280,13 @@ class Scheduler:
         tokens: Sequence[int],
         logprobs: Mapping[str, Logprobs] = NO_LOGPROBS,
         corrupted: Collection[str] = (),
+        embeddings: Mapping[str, bytes] = NO_EMBEDDINGS,
     ) -> tuple[RequestProgress, ...]:
         """Enter what a step computed; `tokens` are the sampled ones, in the plan's order.
 
         `logprobs`, by request: of its sampled token and of the prompt tokens that its chunk told.
         `corrupted` requests end without progress, and what they computed is found by nobody.
+        `embeddings`, by request: of those that end with one.
         """
         samples = [item.samples for item in plan.scheduled]
         assert sum(samples) == len(tokens), f"{len(tokens)} tokens for {sum(samples)} rows"
@@ -293,8 +297,8 @@ class Scheduler:
             if item.request.request_id in corrupted:
                 self._discard(item.request)
             elif item.request.request_id not in self._aborted_in_step:
-                mine = logprobs.get(item.request.request_id)
-                progress.append(self._advance(item, new_tokens, mine))
+                done = self._advance(item, new_tokens, logprobs.get(item.request.request_id))
+                progress.append(self._embedded(done, item.request, embeddings))
         self.end_step()
         return tuple(progress)
 
@@ -337,6 +341,16 @@ class Scheduler:
             finished_blocks=finished,
             logprobs=logprobs if new_tokens else None,
         )
+
+    def _embedded(
+        self, progress: RequestProgress, request: Request, embeddings: Mapping[str, bytes]
+    ) -> RequestProgress:
+        """Ends the request if it has its embedding now."""
+        embedding = embeddings.get(request.request_id)
+        if embedding is None:
+            return progress
+        self._drop(request)
+        return replace(progress, embedding=embedding)
 
     def _publish(self, request: Request, start: int) -> None:
         """Make the blocks that became full since `start` findable."""

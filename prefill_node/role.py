@@ -29,7 +29,16 @@ from prefill_node.attempt_clock import AttemptClock
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import Abort, Ack, AttemptFailed, HandoffDone, Message, Prefill, Resend
+from wire.messages import (
+    Abort,
+    Ack,
+    AttemptFailed,
+    Embedding,
+    HandoffDone,
+    Message,
+    Prefill,
+    Resend,
+)
 from wire.types import AttemptId, NodeId, Role, TransportAddress
 
 log = logging.getLogger(__name__)
@@ -117,6 +126,9 @@ class PrefillRole:
             self._refuse(link, id, "invalid", mistake, retryable=False)
             return
         request = self._request(message)
+        if message.pooling is not None and not built.model.can_embed:
+            self._refuse(link, id, "invalid", "this model gives no embeddings", retryable=False)
+            return
         num_tokens = request.num_tokens
         if num_tokens >= request.max_num_tokens or not built.can_hold(num_tokens):
             text = f"{num_tokens} tokens are more than this node can take"
@@ -137,7 +149,8 @@ class PrefillRole:
         self._engine.layer_marks = self._sender.layer_marks
         clock = AttemptClock(time.monotonic())
         work = self._work[id.request] = _Work(id, link, request, message.grant is not None, clock)
-        self._outbox.open(id, link, base=request.num_output_tokens)
+        if request.pooling is None:
+            self._outbox.open(id, link, base=request.num_output_tokens)
         try:
             self._engine.add(request)
         except CapacityError as error:
@@ -155,6 +168,7 @@ class PrefillRole:
             max_num_tokens=min(limit, self._shell.built.max_model_len),
             cache_salt=message.cache_salt,
             prefill_only=True,
+            pooling=message.pooling,
         )
 
     def _abort(self, id: AttemptId) -> None:
@@ -181,15 +195,21 @@ class PrefillRole:
                 self._try_advance(work, partial(self._advance, work, progress))
 
     def _tell(self, work: _Work, progress: RequestProgress) -> None:
-        """Queue the first token for the router."""
+        """Queue the first token for the router, or send the embedding."""
+        num_cached = progress.num_cached_tokens
+        if progress.embedding is not None:
+            self._shell.stats.count_lookup(work.request.num_tokens, num_cached)
+            timing = work.clock.timing()
+            work.link.send(Embedding(work.id, progress.embedding, num_cached, timing))
+            self._drop(work, "finished")
         if not progress.new_tokens:
             return
-        self._shell.stats.count_lookup(len(work.request.tokens) - 1, progress.num_cached_tokens)
+        self._shell.stats.count_lookup(len(work.request.tokens) - 1, num_cached)
         self._outbox.add(
             work.id,
             progress.new_tokens,
             progress.finish_reason,
-            progress.num_cached_tokens,
+            num_cached,
             progress.logprobs,
             work.clock.timing(),
         )

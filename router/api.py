@@ -76,18 +76,22 @@ class GenerationBody(StructuredBody):
     safety_identifier: str | None = None
 
 
-def _as_prompts(value: Any) -> list[Prompt]:
+def as_prompts(value: Any, limit: int = MAX_CHOICES) -> list[Prompt]:
     """The prompts in a string, a token array, or an array of either (not mixed).
 
     By hand, because a union of lists would make one error per element of a long token array.
     """
     if isinstance(value, str) or _is_token_array(value):
         return [value]
-    if not isinstance(value, list) or not value or len(value) > MAX_CHOICES:
-        raise ValueError(_PROMPT_RULE)
-    if not all(isinstance(item, str) for item in value) and not all(map(_is_token_array, value)):
-        raise ValueError(_PROMPT_RULE)
-    return value
+    good = isinstance(value, list) and 0 < len(value) <= limit
+    if good and all(isinstance(item, str) for item in value):
+        return value  # type: ignore[no-any-return]
+    if good and all(map(_is_token_array, value)):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(
+        "must be a string, an array of token ids, or an array of at most "
+        f"{limit} strings or token arrays, and not empty"
+    )
 
 
 def _is_token_array(value: Any) -> bool:
@@ -100,16 +104,10 @@ def _is_token_array(value: Any) -> bool:
     )
 
 
-_PROMPT_RULE = (
-    "must be a string, an array of token ids, or an array of at most "
-    f"{MAX_CHOICES} strings or token arrays, and not empty"
-)
-
-
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(_as_prompts)]  # one or several in the body
+    prompt: Annotated[list[Prompt], PlainValidator(as_prompts)]  # one or several in the body
     logprobs: NumLogprobs | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -13,6 +13,7 @@ from aiohttp import web
 from router.access import Access, request_id
 from router.control import Control
 from router.debug_pages import DebugPages
+from router.embeddings import EmbeddingPages
 from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
 from router.serving import Serving
@@ -46,6 +47,7 @@ def make_app(
     """
     pages = _Pages(serving, control, metrics)
     tokens = TokenizePages(serving)
+    embeddings = EmbeddingPages(serving)
     app = web.Application(
         client_max_size=max_body_bytes, middlewares=[_errors(metrics), access.middleware()]
     )
@@ -54,6 +56,7 @@ def make_app(
         [
             web.post("/v1/completions", serving.completions),
             web.post("/v1/chat/completions", serving.chat),
+            web.post("/v1/embeddings", embeddings.embeddings),
             web.post("/tokenize", tokens.tokenize),
             web.post("/detokenize", tokens.detokenize),
             web.get("/v1/models", pages.models),

@@ -47,7 +47,7 @@ class Asking:
         )
 
     def prefill(self, grant: Grant | None) -> Prefill:
-        """To a prefill node: compute; without a grant the first token is the last."""
+        """To a prefill node: compute; without a grant that ends with one token or embedding."""
         return Prefill(
             id=self.id,
             tokens=self._tokens,
@@ -56,6 +56,7 @@ class Asking:
             grant=grant,
             cache_salt=self.work.prompt.cache_salt,
             deadline_s=self.deadline_s,
+            pooling=self.work.pooling,
         )
 
     @property

@@ -43,5 +43,6 @@ class Choice:
     echo: Echo | None = None  # the prompt comes back in front of the text
     priority: int = 0
     num_cached_tokens: int = 0
+    embedding: bytes | None = None  # little-endian fp32, where that was asked for
     assigned_prefill: NodeId | None = None
     assigned_decode: NodeId | None = None

@@ -15,6 +15,7 @@ from router.place import Place
 from wire.errors import ConfigError
 from wire.logprobs import MAX_TOP_LOGPROBS
 from wire.messages import MAX_WORKERS
+from wire.types import Pooling
 
 _POSITIVE = ("max_streams", "max_body_bytes", "idle_connection_s", "heartbeat_s", "node_timeout_s")
 
@@ -47,6 +48,7 @@ class RouterConfig:
     debug_requests: int = 1000
     shutdown_timeout_s: float = 5.0
     max_logprobs: int = 20
+    pooling: Pooling = Pooling.LAST
     trust_request_chat_template: bool = False
     key_file: Path | None = None
     access: AccessConfig = field(default_factory=AccessConfig)
@@ -171,6 +173,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the nodes' own)",
     )
     parser.add_argument(
+        "--pooling",
+        choices=[pooling.value for pooling in Pooling],
+        default=Pooling.LAST.value,
+        help="which hidden states make an embedding: the last token's, or the mean of all "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--trust-request-chat-template",
         action="store_true",
         help="let clients send a `chat_template` of their own; it runs in a sandbox, which bounds "
@@ -202,5 +211,6 @@ def from_args(args: argparse.Namespace) -> RouterConfig:
     given = {name: getattr(args, name) for name in names}
     given["access"] = access_from_args(args)
     given["place"] = getattr(args, "place", None)
+    given["pooling"] = Pooling(args.pooling)
     given["served_model_name"] = tuple(args.served_model_name)
     return RouterConfig(**given)

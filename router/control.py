@@ -23,6 +23,7 @@ from wire.messages import (
     AttemptFailed,
     CacheEvents,
     Draining,
+    Embedding,
     FetchCacheSnapshot,
     FetchTokenizer,
     Gone,
@@ -184,6 +185,8 @@ class Control:
             self.requests.refused(sender, message)
         elif isinstance(message, AttemptFailed):
             self.requests.attempt_failed(sender, message)
+        elif isinstance(message, Embedding):
+            self.requests.embedding(sender, message)
         elif isinstance(message, HandoffDone):
             self.requests.handoff_done(message)
         else:

@@ -25,6 +25,7 @@ from router.breaker import Pair
 from router.effects import (
     AttemptEnded,
     Effect,
+    Embedded,
     Failed,
     HandedOver,
     NeedsCapacity,
@@ -41,6 +42,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    Embedding,
     Grant,
     Granted,
     Refused,
@@ -144,6 +146,8 @@ class Dispatch:
             return []
         if update.finish is FinishReason.ABORT:
             return self._attempt_over("aborted", now)
+        if self.work.pooling is not None:  # from a node that does not know of embeddings
+            return self._attempt_over("divergence", now)
         effects = self._handed_over() if sender == self.decode else []
         self._last_heard = now
         verdict = self.log.accept(
@@ -163,6 +167,16 @@ class Dispatch:
             return []
         self.phase = Phase.DECODING
         return [HandedOver(self._pair)]
+
+    def embedding(self, sender: NodeId, message: Embedding, now: float) -> list[Effect]:
+        """What was asked for instead of tokens."""
+        wanted = self.phase is Phase.PREFILLING and self.work.pooling is not None
+        if not wanted or not self._is_from(sender, message.id):
+            return []
+        if not message.vector or len(message.vector) % 4:
+            return self._attempt_over("divergence", now)
+        self.phase = Phase.ENDED
+        return [Embedded(message.vector)]
 
     def _output(self, sender: NodeId, new: Accepted) -> list[Effect]:
         if new.tokens and sender != self._author:

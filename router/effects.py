@@ -29,6 +29,13 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The prompt's embedding; the choice is over."""
+
+    vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NeedsCapacity:
     """Nobody takes it now; call `place` again when that may have changed."""
 
@@ -57,4 +64,4 @@ class Failed:
     error: ApiError
 
 
-Effect: TypeAlias = Send | Output | NeedsCapacity | HandedOver | AttemptEnded | Failed
+Effect: TypeAlias = Send | Output | Embedded | NeedsCapacity | HandedOver | AttemptEnded | Failed

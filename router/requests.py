@@ -17,6 +17,7 @@ from router.choice import Choice
 from router.effects import (
     AttemptEnded,
     Effect,
+    Embedded,
     Failed,
     HandedOver,
     NeedsCapacity,
@@ -35,6 +36,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    Embedding,
     Granted,
     HandoffDone,
     Message,
@@ -126,6 +128,16 @@ class Requests:
                 self._perform(choice, [*choice.dispatch.cancel(), Failed(error)])
         self._metrics.added.observe(self._clock() - now)
 
+    def embedding(self, sender: NodeId, message: Embedding) -> None:
+        """What one prompt gave."""
+        choice = self._choices.get(message.id.request)
+        if choice is None:
+            return
+        if message.id == choice.dispatch.id:
+            choice.num_cached_tokens = min(message.num_cached_tokens, choice.work.num_tokens)
+            choice.trace.embedded(message)
+        self._perform(choice, choice.dispatch.embedding(sender, message, self._clock()))
+
     def _take(self, choice: Choice, sender: NodeId, update: TokenUpdate, now: float) -> None:
         if update.num_cached_tokens is not None and not choice.num_cached_tokens:
             choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
@@ -199,6 +211,8 @@ class Requests:
             match effect:
                 case Output():
                     self._output(choice, effect)
+                case Embedded():
+                    self._embedded(choice, effect)
                 case Send():
                     self._deliver(choice, effect)
                 case NeedsCapacity():
@@ -246,6 +260,14 @@ class Requests:
         choice.listener.produced(choice, text)
         if finish is not None:
             self._start_followers(choice)
+
+    def _embedded(self, choice: Choice, embedded: Embedded) -> None:
+        now = self._clock()
+        choice.trace.output(0, now)
+        choice.embedding = embedded.vector
+        self._forget(choice, "stop", now)
+        choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
+        choice.listener.produced(choice, "")
 
     def _start_followers(self, choice: Choice) -> None:
         followers, choice.followers = choice.followers, []

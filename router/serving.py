@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -19,7 +20,7 @@ from router.api import CompletionBody, parse_completion
 from router.api_chat import ChatBody, parse_chat
 from router.checks import check_num_pairs
 from router.choice import Choice, Listener
-from router.choice_text import ChoiceText
+from router.choice_text import ChoiceText, TextRules
 from router.chunks import AnswerFormat, ChatFormat, CompletionFormat, TokenDetails
 from router.config import RouterConfig
 from router.control import Control
@@ -33,6 +34,7 @@ from router.metrics import RouterMetrics
 from router.params import GenerationParams, generation_params
 from router.prompts import ReadyPrompt, chat_prompt, completion_prompt
 from router.request_log import RequestLog, RequestRecord
+from router.requests import Requests
 from router.server_timing import timing_headers
 from router.structured import Structured
 from router.tokenizer import Tokenizer
@@ -87,6 +89,7 @@ class Serving:
         self._clock = clock
         self._structured = Structured()
         self.limits = config.server_limits
+        self.pooling = config.pooling  # of embeddings
         self.closing = False
         self.num_requests = 0  # that are being answered
 
@@ -152,6 +155,55 @@ class Serving:
             raise unavailable("No node is ready to serve the model.", "no_nodes", 2.0)
         return Served(model, tokenizer, self.model_names[0])
 
+    # ------------------------------------------------------------ for other pages
+
+    @property
+    def requests(self) -> Requests:
+        return self._control.requests
+
+    def now(self) -> float:
+        return self._clock()
+
+    @contextmanager
+    def answering(self, request: web.Request, num_tokens: int) -> Iterator[None]:
+        """Counts a request that nodes work on, and charges its client for the tokens."""
+        self._charge(request, num_tokens)
+        self.num_requests += 1
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+
+    def check_room(self, count: int, served: Served) -> None:
+        """Raise ApiError (429) if the queue has no room for `count` choices."""
+        try:
+            self._control.requests.check_room(count)
+        except ApiError:
+            self._metrics.for_model(served.info.name).count(names.ADMISSION_REJECTIONS)
+            raise
+
+    def plain_choice(
+        self,
+        work: Work,
+        served: Served,
+        timeline: Timeline,
+        listener: Listener,
+        *,
+        index: int,
+        priority: int,
+    ) -> Choice:
+        """A choice without text."""
+        return Choice(
+            index=index,
+            work=work,
+            dispatch=Dispatch(work, self._control.fleet, self._config.limits, self._clock()),
+            text=ChoiceText(served.tokenizer.detokenizer((), False), TextRules()),
+            trace=ChoiceTrace(work.request, index, work.num_tokens, timeline.copy()),
+            listener=listener,
+            metrics=self._metrics.for_model(served.info.name),
+            priority=priority,
+        )
+
     # ------------------------------------------------------------ generation
 
     async def _generate(
@@ -174,7 +226,7 @@ class Serving:
     ) -> web.StreamResponse:
         params = asked.params
         asked.timeline.tokenized(self._clock())
-        self._check_room(asked)
+        self.check_room(len(asked.prompts) * params.num_choices, asked.served)
         self._charge(request, sum(len(prompt.tokens) for prompt in asked.prompts))
         format = make_format(
             asked.id,
@@ -253,13 +305,6 @@ class Serving:
         self._metrics.slow_clients.inc()
         if request.transport is not None:
             request.transport.abort()
-
-    def _check_room(self, asked: _Asked) -> None:
-        try:
-            self._control.requests.check_room(len(asked.prompts) * asked.params.num_choices)
-        except ApiError:
-            self._metrics.for_model(asked.served.info.name).count(names.ADMISSION_REJECTIONS)
-            raise
 
     def _begin_record(
         self, asked: _Asked, format: AnswerFormat, choices: Sequence[Choice]

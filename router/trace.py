@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from telemetry.timeline import Timeline
-from wire.messages import PrefillTiming, TokenUpdate, TransferRecord
+from wire.messages import Embedding, PrefillTiming, TokenUpdate, TransferRecord
 from wire.types import NodeId
 
 RUNNING = ""
@@ -94,6 +94,13 @@ class ChoiceTrace:
             attempt.num_cached_tokens = update.num_cached_tokens
         if from_decode and self.timeline.first_token is not None:
             self.timeline.decoding(now)
+
+    def embedded(self, message: Embedding) -> None:
+        """The prefill node has answered without a token."""
+        self.decode_spoke = False
+        if self.attempt is not None:
+            self.attempt.timing = message.timing
+            self.attempt.num_cached_tokens = message.num_cached_tokens
 
     def output(self, num_tokens: int, now: float) -> float | None:
         """They were news; returns the seconds since the previous ones."""

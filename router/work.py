@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wire.prefix import block_hashes, root_hash
-from wire.types import SamplingParams
+from wire.types import Pooling, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +32,7 @@ class Work:
     request: str
     prompt: Prompt
     sampling: SamplingParams
+    pooling: Pooling | None = None  # an embedding is wanted, and no token
 
     @property
     def num_tokens(self) -> int:

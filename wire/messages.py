@@ -28,6 +28,7 @@ from wire.types import (
     Name,
     NodeId,
     NodeLoad,
+    Pooling,
     Port,
     Role,
     SamplingParams,
@@ -226,7 +227,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """router → prefill node. Without a grant the request must end with its first token."""
+    """router → prefill node. Without a grant the request must end with its first token.
+
+    With `pooling` no token is wanted: the answer is an Embedding, and there is no grant.
+    """
 
     id: AttemptId
     tokens: TokenIds
@@ -235,6 +239,7 @@ class Prefill:
     grant: Grant | None
     cache_salt: Text = ""
     deadline_s: Seconds = 600.0
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +262,16 @@ class TokenUpdate:
     num_cached_tokens: Count | None = None  # prompt tokens that needed no computation
     logprobs: Logprobs | None = None  # for requests that ask
     timing: PrefillTiming | None = None  # with a prefill node's first token
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """prefill node → router: the pooled hidden states of one prompt; the attempt is over."""
+
+    id: AttemptId
+    vector: Annotated[bytes, Field(strict=True, max_length=1 << 20)]  # little-endian fp32
+    num_cached_tokens: Count = 0
+    timing: PrefillTiming | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,6 +458,7 @@ Message: TypeAlias = (
     | Ack
     | Resend
     | HandoffDone
+    | Embedding
     | UnitHeader
     | UnitsReceived
     | Commit
@@ -476,6 +492,7 @@ TAGS: dict[int, type[Message]] = {
     28: Resend,
     29: Rebind,
     30: HandoffDone,
+    31: Embedding,
     40: UnitHeader,
     41: UnitsReceived,
     42: Commit,

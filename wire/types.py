@@ -52,6 +52,13 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class Pooling(StrEnum):
+    """How a prompt's hidden states become one embedding."""
+
+    LAST = "last"
+    MEAN = "mean"
+
+
 @dataclass(frozen=True, slots=True)
 class NodeId:
     """One life of one node: a restarted node has the same name and another incarnation."""

@@ -37,6 +37,10 @@ def logits_after(state: int) -> Tensor:
     return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(state)) * 2
 
 
+def hidden_state(state: int) -> Tensor:
+    return torch.randn(8, generator=torch.Generator().manual_seed(state))
+
+
 class HashRunner:
     """Computes plans on a pool of hashes; `during_run` is called in the middle of each step."""
 
@@ -44,10 +48,17 @@ class HashRunner:
         self._block_size = block_size
         self._kv = [[-1] * block_size for _ in range(num_blocks)]
         self.num_layers = 1  # that are reported
-        self.during_run: Callable[[], None] = lambda: None
+        self.during_run: Callable[[], object] = lambda: None
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+    def run(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int], None] | None = None,
+        on_hidden: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         needed = [state for item in plan.scheduled for state in self._compute(item)]
+        if on_hidden is not None:
+            on_hidden(self._hidden(plan))
         if on_layers is not None:
             for num_layers in range(1, self.num_layers + 1):
                 on_layers(num_layers)
@@ -55,6 +66,13 @@ class HashRunner:
         if not needed:
             return torch.empty(0, VOCAB_SIZE)
         return torch.stack([logits_after(state) for state in needed])
+
+    def _hidden(self, plan: StepPlan) -> Tensor:
+        rows = []
+        for item in plan.scheduled:
+            states = chain(item.request.tokens[: item.end])
+            rows += [hidden_state(s) for s in states[len(states) - item.num_hidden :]]
+        return torch.stack(rows)
 
     def _compute(self, item: ScheduledRequest) -> list[int]:
         request, states = item.request, chain(item.request.tokens[: item.end])

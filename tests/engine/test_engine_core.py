@@ -490,8 +490,13 @@ class Broken:
     def __init__(self, runner: HashRunner, *names: str, first_row_only: bool = False) -> None:
         self._runner, self._names, self._first_row_only = runner, names, first_row_only
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
-        logits, row = self._runner.run(plan, on_layers), 0
+    def run(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int], None] | None = None,
+        on_hidden: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        logits, row = self._runner.run(plan, on_layers, on_hidden), 0
         for item in plan.scheduled:
             rows = logits[row : row + item.num_logits]
             if item.request.request_id in self._names and len(rows):

@@ -64,7 +64,12 @@ class StoreRunner(HashRunner):
         self._slots = store.blocks.view(torch.int64)[:, :, 0, :, 0, 0]  # [block, layer, slot]
         self._written: list[tuple[int, int]] = []  # block and slot, in this step
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int], None] | None = None) -> Tensor:
+    def run(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int], None] | None = None,
+        on_hidden: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         def layer_done(num_layers: int) -> None:
             if on_layers is not None:
                 on_layers(num_layers)
@@ -72,7 +77,7 @@ class StoreRunner(HashRunner):
                 self._slots[block, num_layers, slot] = self._slots[block, 0, slot]
 
         self._written.clear()
-        return super().run(plan, layer_done)
+        return super().run(plan, layer_done, on_hidden)
 
     def read(self, block_id: int, position: int) -> int:
         states = set(self._slots[block_id, :, position % self._block_size].tolist())
@@ -108,6 +113,7 @@ def build(config: NodeConfig, num_blocks: int, max_model_len: int) -> BuiltEngin
         max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(0,),
+        can_embed=True,
     )
     return BuiltEngine(config, cast(Any, model), engine, NodeMemory(engine, store), num_blocks)
 

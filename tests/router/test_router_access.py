@@ -293,7 +293,7 @@ def test_a_failure_is_logged_with_the_request_id(
 ) -> None:
     async def scenario() -> None:
         async with router(endless) as harness:
-            monkeypatch.setattr(harness.server.serving, "_check_room", None)
+            monkeypatch.setattr(harness.server.serving, "check_room", None)
             headers = {"x-request-id": "find-me"}
             response, _ = await ask(harness, "POST", "/v1/completions", json=SHORT, headers=headers)
             assert response.status == 500

@@ -8,7 +8,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients soak lint bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
+.PHONY: serve test clients soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,6 +59,9 @@ lint: $(VENV)/.dev  ## ruff (lint and format check) and mypy
 
 bench-serve: $(VENV)/.dev  ## start-up, handoff, router and memory; the last line is JSON (ARGS=--quick)
 	$(BIN)/python -m benchmarks.bench_serve $(ARGS)
+
+bench-api: $(VENV)/.dev  ## what the router's HTTP side costs; the last line is JSON (ARGS=--quick)
+	$(BIN)/python -m benchmarks.bench_api $(ARGS)
 
 bench-kv-layout: $(VENV)/.dev  ## block-major against layer-major KV pools
 	$(BIN)/python -m benchmarks.bench_kv_layout $(ARGS)

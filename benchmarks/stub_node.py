@@ -224,6 +224,7 @@ class StubPair:
         step_s: time between two steps of the decode node.
         updates_per_message: a step's tokens are spread over messages of this many requests, and
             these over the step's time, as if they came from several nodes.
+        together: the decode node's first step waits until so many requests run.
     """
 
     def __init__(
@@ -235,6 +236,7 @@ class StubPair:
         *,
         step_s: float = 0.001,
         updates_per_message: int = 32,
+        together: int = 0,
         name: str = "",
     ) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
@@ -253,6 +255,7 @@ class StubPair:
         self._script = script
         self._step_s = step_s
         self._updates_per_message = updates_per_message
+        self._together = together
         self._steps = asyncio.create_task(self._run())
 
     async def ready(self) -> None:
@@ -322,12 +325,19 @@ class StubPair:
         while True:
             begin = time.monotonic()
             active = [run for run in self.running.values() if run.has_work]
+            if not self._may_step(active):
+                active = []
             size = self._updates_per_message
             groups = [active[start : start + size] for start in range(0, len(active), size)]
             for group in groups:
                 self._step(group)
                 await asyncio.sleep(self._step_s / len(groups))
             await asyncio.sleep(max(0.0005, begin + self._step_s - time.monotonic()))
+
+    def _may_step(self, active: list[_Running]) -> bool:
+        """Those that run together have all begun."""
+        begun = any(run.num_sent for run in active)
+        return begun or len(active) >= self._together
 
     def _step(self, group: list[_Running]) -> None:
         """One more token for each of `group`; a holder's first message repeats all before it."""
@@ -351,7 +361,7 @@ class StubPair:
 # ---------------------------------------------------------------- as a process
 
 
-async def serve(router_url: str, step_s: float, updates_per_message: int) -> None:
+async def serve(router_url: str, step_s: float, updates_per_message: int, together: int) -> None:
     """Run one pair whose tokens tell the time, until cancelled."""
     pair = StubPair(
         router_url,
@@ -360,6 +370,7 @@ async def serve(router_url: str, step_s: float, updates_per_message: int) -> Non
         stamp_tokenizer(),
         step_s=step_s,
         updates_per_message=updates_per_message,
+        together=together,
     )
     try:
         await pair.ready()
@@ -374,9 +385,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--router", required=True, help="the router's control address")
     parser.add_argument("--step-ms", type=float, default=20.0, help="time between tokens")
     parser.add_argument("--updates-per-message", type=int, default=32)
+    parser.add_argument("--together", type=int, default=0, help="no step before so many run")
     args = parser.parse_args(argv)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(args.router, args.step_ms / 1000, args.updates_per_message))
+        asyncio.run(
+            serve(args.router, args.step_ms / 1000, args.updates_per_message, args.together)
+        )
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def _errors(metrics: RouterMetrics) -> Any:
             response = _http_error_response(error)
         except (ConnectionError, asyncio.IncompleteReadError):
             metrics.disconnects.inc()
-            raise
+            return _to_nobody(request)
         except Exception:
             log.exception("%s %s %s failed", request.method, request.path, request_id(request))
             response = _error_response(server_error("Internal error.", "internal_error"))
@@ -208,6 +208,13 @@ async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except ApiError as error:
         return _error_response(error)
+
+
+def _to_nobody(request: web.Request) -> web.Response:
+    """For a client that has left: an exception would be a traceback in the log for each of them."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=499)
 
 
 def _error_response(error: ApiError) -> web.Response:

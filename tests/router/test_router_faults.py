@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 
 import aiohttp
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.stub_node import StubNode, StubPair
 from router.breaker import Breaker, BreakerLimits, BreakerState, Pair
+from router.event_stream import EventStream
 from tests.router.harness import (
     Answer,
     Harness,
@@ -383,6 +385,28 @@ def test_a_client_that_leaves_frees_both_nodes(stream: bool) -> None:
             assert 'finished_reason="abort",model_name="stub"} 2' in text
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_while_it_is_written_to_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The write fails before the loop has noticed the end of the connection."""
+
+    async def write(self: EventStream, data: bytes) -> None:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(EventStream, "write", write)
+
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            with pytest.raises(aiohttp.ClientError):
+                await harness.complete(stream=True, max_tokens=5)
+            await is_quiet(harness)
+            text = (await harness.get("/metrics")).body.decode()
+            assert "baton_router_client_disconnects_total 1.0" in text
+
+    asyncio.run(scenario())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_client_that_does_not_read_is_given_up() -> None:

@@ -22,6 +22,7 @@ from telemetry.histogram import Buckets
 from wire.errors import ConfigError
 from wire.types import Role as RoleName
 
+_IDLE_CONNECTION_S = 75.0  # strangers' idle connections must not use up the descriptors
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -140,7 +141,7 @@ async def serve_http(
     app.add_routes(
         [web.get("/health", health), web.get("/ready", ready), web.get("/metrics", expose)]
     )
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=_IDLE_CONNECTION_S)
     await runner.setup()
     site = web.TCPSite(runner, host, port)
     try:

@@ -19,6 +19,7 @@ from node.config import NodeConfig, add_arguments, add_decode_arguments, from_ar
 from telemetry.logs import set_up_logging
 from telemetry.progress import ProgressLine
 from wire.curve import SILENCE, knock
+from wire.descriptors import allow_many
 from wire.errors import BatonError, ConfigError
 from wire.fleet_key import FleetKey, load_key
 from wire.types import Role as RoleName
@@ -49,6 +50,7 @@ def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int
     try:
         config = from_args(args, role=role, pid=os.getpid())
         set_up_logging(config.name, args.log_level)
+        allow_many()
         return run_node(role, make_role, config)
     except BatonError as error:
         print(f"baton {role}: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from router.config import add_arguments, from_args
 from router.place import add_place_argument
 from router.server import RouterServer, run
 from telemetry.logs import set_up_logging
+from wire.descriptors import allow_many
 from wire.errors import ConfigError
 
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = from_args(args)
         if config.workers > 1 and config.place is None:
             raise ConfigError("several workers are started by `baton router --workers N`")
+        allow_many()
         asyncio.run(run(config, _print_ready))
     except ConfigError as error:
         print(f"baton router: error: {error}", file=sys.stderr)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wire.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 1 << 20
 
@@ -54,6 +59,8 @@ def _keys_in(path: Path) -> list[str]:
     """One key per line; empty lines and lines that begin with # are none."""
     try:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                log.warning("other users can read the API keys in %s; run `chmod 600`", path)
             text = file.read(_MAX_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"

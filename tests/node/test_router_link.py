@@ -371,7 +371,7 @@ def test_a_router_with_another_key_is_told_once(
         try:
             router = w.router()
             link = w.link_to(router.hub.url)
-            await w.beat_until(lambda: keyed.num_refused >= 3)
+            await w.beat_until(lambda: keyed.num_refused >= 3 and link._refusal_told)
             w.now += 100
             await w.beat_until(lambda: keyed.num_refused >= 5)
             assert not link.registered

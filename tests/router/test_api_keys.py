@@ -59,6 +59,18 @@ def test_a_file_has_one_key_per_line(tmp_path: Path) -> None:
     assert keys.find("#third") is keys.find("third") is keys.find("") is None
 
 
+@pytest.mark.parametrize(("mode", "told"), [(0o600, 0), (0o640, 0), (0o644, 1)])
+def test_keys_that_others_can_read_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, told: int
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("secret\n")
+    file.chmod(mode)
+    assert load_api_keys([], file).find("secret") == 0
+    assert caplog.text.count("other users can read the API keys") == told
+    assert "secret" not in caplog.text
+
+
 @pytest.mark.parametrize("key", ["", "two words", "tab\t", "ä", "\n"])
 def test_a_key_that_no_header_can_carry(key: str) -> None:
     with pytest.raises(ConfigError, match="printable ASCII"):

@@ -7,14 +7,14 @@ import gc
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import zmq
 
 from tests.wire.test_sockets import ANY_PORT, NODE, ROUTER, abort, until
-from wire import sockets
+from wire import curve, sockets
 from wire.codec import Envelope, encode
 from wire.curve import SILENCE, FleetContext, knock
 from wire.errors import ConfigError, WireError
@@ -143,6 +143,30 @@ def test_who_speaks_no_zmtp_is_not_heard_and_disturbs_nobody(greeting: bytes) ->
             assert heard == [Envelope(NODE, None, abort(1))]
             assert hub.num_malformed == 0
             link.close()
+            hub.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("key", [OURS, None], ids=["with a key", "without"])
+def test_who_does_not_finish_the_handshake_holds_no_memory_for_long(
+    monkeypatch: pytest.MonkeyPatch, key: FleetKey | None
+) -> None:
+    """It has begun a command of 100 MB, which libzmq must hold until it is whole."""
+    monkeypatch.setattr(curve, "_HANDSHAKE_MS", 300)
+
+    async def body() -> None:
+        with contexts(key) as (here,):
+            hub = Hub(ROUTER, ANY_PORT, lambda envelope: None, here)
+            port = int(hub.url.rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            mechanism = (b"CURVE" if key else b"NULL").ljust(20, b"\0")
+            writer.write(b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism + bytes(32))
+            writer.write(b"\x06" + (100 << 20).to_bytes(8, "big") + bytes(1 << 16))
+            async with asyncio.timeout(20):
+                with suppress(ConnectionResetError):
+                    await reader.read(-1)  # until the hub hangs up
+            writer.close()
             hub.close()
 
     run(body())

@@ -45,7 +45,7 @@ serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode
 test: $(VENV)/.dev clients  ## run every test (ARGS="tests/engine -k parity")
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
-SOAKED := faults stalls strikes damage late_network confused_peers many_aborts \
+SOAKED := faults stalls strikes same_name damage late_network confused_peers many_aborts \
   hostile
 soak: $(VENV)/.dev  ## the fault tests N times in a row, until one fails (N=20)
 	for i in $$(seq $(N)); do echo "soak: $$i of $(N), $$(date +%T)"; \

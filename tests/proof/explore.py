@@ -214,7 +214,7 @@ class Explorer:
             CounterexampleError: with the shortest trace to a broken invariant.
         """
         began = time.process_time()
-        with chosen_secrets():
+        with chosen_secrets(), self.scenario.credit():
             states = [self.first()]
             parents = {states[0]: -1}
             begin, depth = 0, 0

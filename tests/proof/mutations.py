@@ -11,6 +11,7 @@ from unittest.mock import patch
 from engine.block_pool import BlockPool, BlockState, _Block
 from engine.reservations import Reservation, Reservations
 from kvtransfer.digest import UnitSealer
+from kvtransfer.handoff import Handoff
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.outcomes import Outcome, Outcomes
@@ -215,6 +216,11 @@ def _same_blocks(
     return new
 
 
+def _acknowledged_twice(handoff: Handoff, num_bytes: int) -> None:
+    """As if acknowledgements were no totals."""
+    handoff._acked_bytes = min(handoff._acked_bytes + num_bytes, handoff.bytes_sent)
+
+
 def _something_landed(lease: Lease) -> bool:
     return bool(lease.landed)
 
@@ -226,6 +232,7 @@ CONFUSED = "a confused sender"
 CONFUSED_UNITS = "a confused sender, two units"
 REBOUND = "rebound to another prefill node"
 CONFUSED_REBIND = "a confused sender after a rebind"
+NARROW = "one attempt, a window of one unit"
 REBIRTH = "the decode node restarts"
 
 MUTATIONS = (
@@ -267,6 +274,7 @@ MUTATIONS = (
         "one attempt, two layer groups, damage",
         ((KVSender, "blocks_finished", _no_layers(KVSender.blocks_finished)),),
     ),
+    Mutation("acknowledgements add up", NARROW, ((Handoff, "acknowledged", _acknowledged_twice),)),
     Mutation("handoffs without a deadline", TWO, ((KVSender, "tick", _never_deadline),)),
     Mutation(
         "a rebound lease keeps its capability",

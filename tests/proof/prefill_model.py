@@ -16,7 +16,7 @@ from kvtransfer.transport import TransferStats
 from tests.proof.packets import ADDRESS, DEADLINE_S, LAYOUT, Packet, content, must
 from wire.codec import Envelope
 from wire.errors import CapacityError
-from wire.messages import Abort, Grant, Message, Prefill, UnitHeader
+from wire.messages import Abort, Grant, Message, Prefill, UnitHeader, UnitsReceived
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
 
@@ -32,7 +32,7 @@ class Work:
     block_ids: list[int]
     num_groups: int  # of layers
     groups_left: int = 0  # of the last block
-    handed_over: bool = True
+    credit: int = 0  # bytes that the decode node has said it has
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +49,9 @@ class Send:
 class PrefillModel:
     """See the module's docstring. Implements BlockMemory and UnitSender."""
 
-    def __init__(self, me: NodeId, num_blocks: int) -> None:
+    def __init__(self, me: NodeId, num_blocks: int, window_bytes: int = 32 << 20) -> None:
         self.me = me
+        self.window_bytes = window_bytes
         self.now = 0.0
         self.out: list[Packet] = []
         self.layout = LAYOUT
@@ -63,6 +64,7 @@ class PrefillModel:
             on_ended=self.handoff_ended,
             model_fingerprint="model",
             stats=TransferStats(),
+            window_bytes=window_bytes,
             clock=self.clock,
         )
         self.inbox = Inbox(me, self.handle, self.answer)
@@ -113,7 +115,17 @@ class PrefillModel:
             if work is not None and work.id.attempt <= message.id.attempt:
                 self.drop(work, "revoked")
         else:
+            if isinstance(message, UnitsReceived):
+                self.note_credit(envelope.sender, message)
             self.sender.handle(envelope.sender, message)
+
+    def note_credit(self, sender: NodeId, message: UnitsReceived) -> None:
+        """What an honest window may count on."""
+        for out in self.sender._outgoing.values():
+            grant = out.handoff.grant
+            if (grant.lease, grant.decode) == (message.lease, sender):
+                work = self.work[out.handoff.id.request]
+                work.credit = max(work.credit, message.num_bytes)
 
     def start(self, message: Prefill) -> None:
         id, older = message.id, self.work.get(message.id.request)
@@ -215,6 +227,10 @@ class PrefillModel:
         held = sum(len(work.block_ids) for work in self.work.values())
         must(held == self.pool.num_references(Owner.RUNNING), "blocks are held for nobody")
         must(len(self.sender) == len(self.work), "a handoff without a request, or the reverse")
+        for out in self.sender._outgoing.values():
+            on_the_way = out.handoff.bytes_sent - self.work[out.handoff.id.request].credit
+            most = max(self.window_bytes, LAYOUT.block_bytes)
+            must(on_the_way <= most, f"{on_the_way} bytes are on the way: more than the window")
 
     def drain(self) -> None:
         """Everything is lost; sends end, time passes: all blocks must come back."""

@@ -7,6 +7,8 @@ attempt that its prefill node still works on must come through.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.proof.explore import chosen_secrets
 from tests.proof.packets import ROUTER, TTL, Packet
 from tests.proof.prefill_model import PrefillModel
 from tests.proof.world import ANYTHING, Attempt, Node, Scenario, reborn
-from wire.messages import Abort, UnitHeader
+from wire.messages import Abort, UnitHeader, UnitsReceived
 from wire.types import AttemptId, NodeId
 
 NUM_WALKS = 60
@@ -27,9 +29,9 @@ MAX_ON_THE_WIRE = 60
 class Walk:
     """One decode node, two prefill nodes, four requests with as many attempts as it takes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, **chosen: Any) -> None:
         self.random = random.Random(seed)
-        self.scenario = Scenario(
+        scenario = Scenario(
             "walk",
             (),
             num_tokens=self.random.choice([2, 3, 5]),
@@ -37,7 +39,9 @@ class Walk:
             num_prefill_blocks=12,
             num_layer_groups=self.random.choice([1, 2]),
             ways_to_land=self.random.choice([("land",), ANYTHING]),
+            narrow=self.random.choice([False, True]),
         )
+        self.scenario = replace(scenario, **chosen)
         self.lives = {name: NodeId(name, 1) for name in "dab"}
         self.nodes: dict[str, Node] = {
             name: self.scenario.build(node) for name, node in self.lives.items()
@@ -45,7 +49,6 @@ class Walk:
         self.attempts = dict.fromkeys(REQUESTS, 0)
         self.wire: list[Packet] = []
         self.now = 0.0
-        self.num_committed = 0
         self.num_rebound = 0
         self.hopeless: set[bytes] = set()  # capabilities of leases whose units were lost
 
@@ -118,10 +121,7 @@ class Walk:
     def come_to_rest(self) -> None:
         """Nothing is lost any more; nobody asks for anything new."""
         for _ in range(40):
-            packets, self.wire = list(dict.fromkeys(self.wire)), []
-            for packet in packets:
-                self.deliver(packet)
-            self.work_off()
+            self.take_turns()
         decode = self.nodes["d"]
         assert isinstance(decode, DecodeModel)
         for pending in decode.pending.values():
@@ -134,10 +134,17 @@ class Walk:
                 alive and work and work.id == pending.message.id
             ), f"{work} is stuck"
 
+    def take_turns(self) -> None:
+        """All that is on the wire arrives, and every node does what it can."""
+        packets, self.wire = list(dict.fromkeys(self.wire)), []
+        for packet in packets:
+            self.deliver(packet)
+        self.work_off()
+
     def work_off(self) -> None:
         """Everything that nodes can do by themselves, without damage."""
         for node in self.nodes.values():
-            for kind in ("compute", "carry out send", "land"):
+            for kind in ("renew", "compute", "carry out send", "land"):
                 for _ in range(4 * self.scenario.num_prefill_blocks):
                     event = next((e for e in node.events() if e[0] == kind), None)
                     if event is None:
@@ -150,10 +157,13 @@ class Walk:
             node.happen(("tick", 0))
             self.settle(node)
 
-    def end(self) -> None:
+    @property
+    def num_running(self) -> int:
         decode = self.nodes["d"]
         assert isinstance(decode, DecodeModel)
-        self.num_committed = len(decode.running)
+        return len(decode.running)
+
+    def end(self) -> None:
         for node in self.nodes.values():
             node.now = self.now
             node.drain()
@@ -161,8 +171,8 @@ class Walk:
 
 @pytest.mark.parametrize("seed", range(NUM_WALKS))
 def test_walk(seed: int) -> None:
-    with chosen_secrets():
-        walk = Walk(seed)
+    walk = Walk(seed)
+    with chosen_secrets(), walk.scenario.credit():
         for _ in range(NUM_EVENTS):
             walk.step()
         walk.come_to_rest()
@@ -170,19 +180,33 @@ def test_walk(seed: int) -> None:
 
 
 def test_walks_rebind() -> None:
-    with chosen_secrets():
-        walks = [Walk(seed) for seed in range(8)]
-        for walk in walks:
+    walks = [Walk(seed) for seed in range(8)]
+    for walk in walks:
+        with chosen_secrets(), walk.scenario.credit():
             for _ in range(NUM_EVENTS):
                 walk.step()
     assert sum(walk.num_rebound for walk in walks) > 5
 
 
 def test_walks_get_somewhere() -> None:
-    with chosen_secrets():
-        walk = Walk(0)
+    walk = Walk(0)
+    with chosen_secrets(), walk.scenario.credit():
         for request in REQUESTS[:1]:
             walk.new_attempt(request)
         walk.come_to_rest()
+        assert walk.num_running == 1
         walk.end()
-    assert walk.num_committed == 1
+
+
+def test_a_window_opens_again_when_its_acknowledgements_were_lost() -> None:
+    """All of them for a while; nobody repeats them but in answer to a renewal."""
+    walk = Walk(0, num_tokens=5, num_decode_blocks=3, ways_to_land=("land",), narrow=True)
+    with chosen_secrets(), walk.scenario.credit():
+        walk.new_attempt("r")
+        for _ in range(10):
+            walk.take_turns()
+            walk.wire = [p for p in walk.wire if not isinstance(p.message, UnitsReceived)]
+        assert not walk.num_running, "the window has not closed"
+        walk.come_to_rest()
+        assert walk.num_running == 1
+        walk.end()

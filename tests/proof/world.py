@@ -7,8 +7,12 @@ superset of what FIFO sockets do. What the router may ask for is on the wire fro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
+from kvtransfer import handoff, receiver
 from tests.proof.decode_model import DecodeModel
 from tests.proof.packets import DEADLINE_S, ROUTER, TTL, Packet, tokens_of
 from tests.proof.prefill_model import PrefillModel
@@ -63,6 +67,7 @@ class Scenario:
         confused: packets may also name another lease, generation, block or sender than is right.
         table_supersedes: a new grant ends the older lease, as LeaseTable promises; else the role
             ends it before, because its room is needed.
+        narrow: windows have room for one unit, and every unit is acknowledged.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Scenario:
     ways_to_land: tuple[str, ...] = ("land",)
     confused: bool = False
     table_supersedes: bool = False
+    narrow: bool = False
 
     @property
     def nodes(self) -> list[NodeId]:
@@ -94,7 +100,17 @@ class Scenario:
                 self.table_supersedes,
                 Geometry(self.num_layer_groups),
             )
+        if self.narrow:
+            return PrefillModel(node, self.num_prefill_blocks, window_bytes=1)
         return PrefillModel(node, self.num_prefill_blocks)
+
+    @contextmanager
+    def credit(self) -> Iterator[None]:
+        """How much must arrive before it is acknowledged."""
+        with ExitStack() as stack:
+            for module in (handoff, receiver) if self.narrow else ():
+                stack.enter_context(patch.object(module, "CREDIT_BYTES", 1))
+            yield
 
     def first_packets(self) -> list[Packet]:
         """What the router may say as long as nobody has restarted."""
@@ -247,7 +263,26 @@ SCENARIOS = (
         confused=True,
         times=TIMELESS,
     ),
-    Scenario("rebound to another prefill node", _rebinding(A, B), times=PAST_TTL),
+    Scenario(
+        "one attempt, a window of one unit",
+        _attempts(A),
+        num_tokens=5,
+        num_decode_blocks=3,
+        num_prefill_blocks=3,
+        aborts=(R1,),
+        times=PAST_TTL,
+        narrow=True,
+    ),
+    Scenario(
+        "two attempts, windows of one unit",
+        _attempts(A, A),
+        num_tokens=3,
+        num_decode_blocks=4,
+        num_prefill_blocks=4,
+        times=TIMELESS,
+        narrow=True,
+    ),
+    Scenario("rebound to another prefill node", _rebinding(A, B)),
     Scenario(
         "rebound with more tokens, one block to spare",
         _rebinding(A, B, 7),
@@ -264,7 +299,6 @@ SCENARIOS = (
         "rebound to the restarted prefill node",
         _rebinding(A, reborn(A)),
         restarts=(A,),
-        times=PAST_TTL,
     ),
     Scenario(
         "a confused sender after a rebind",

@@ -26,12 +26,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from tuner.arrivals import arrival_offsets
 from tuner.client import make_session, resolve_model, send
 from tuner.drive import Done, Limits, closed_loop, open_loop
 from tuner.record import RequestRecord
 from tuner.report import Report, build_report, latency_table, overview_lines, to_json
 from tuner.settings import BenchSettings, add_arguments, settings_from
-from tuner.workload import RequestSpec, Workload, arrival_offsets, requests
+from tuner.workload import RequestSpec, Workload, requests
 from wire.errors import ConfigError
 
 __all__ = ["add_arguments", "measure", "run"]

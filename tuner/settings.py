@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.arrivals import Arrival
 from tuner.client import Endpoint, Target
 from tuner.drive import Limits
-from tuner.workload import Arrival, PromptKind, Span, Workload
+from tuner.workload import PromptKind, Span, Workload
 from wire.errors import ConfigError
 
 DEFAULT_NUM_REQUESTS = 100

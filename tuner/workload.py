@@ -1,4 +1,4 @@
-"""What is asked, and when: random prompts of given lengths and the times at which they are sent.
+"""What is asked: random prompts of given lengths, or of a trace's.
 
 All of it is a function of the seed, so two runs with the same settings send the same requests.
 """
@@ -9,7 +9,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import count
+
+from tuner.trace import Trace, TracedRequest
 
 # Short, common, and mostly one token each in any English vocabulary.
 _WORDS = """
@@ -27,13 +30,6 @@ class PromptKind(StrEnum):
 
     TOKENS = "tokens"
     WORDS = "words"
-
-
-class Arrival(StrEnum):
-    """How the times between requests are distributed when a rate is given."""
-
-    FIXED = "fixed"
-    POISSON = "poisson"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +89,50 @@ def requests(workload: Workload) -> Iterator[RequestSpec]:
 
 
 def _prompt(workload: Workload, length: int, rng: random.Random) -> Prompt:
+    return _join(workload.prompt_kind, _pieces(workload, length, rng))
+
+
+def _pieces(workload: Workload, length: int, rng: random.Random) -> list[int | str]:
     if workload.prompt_kind is PromptKind.WORDS:
-        return " ".join(rng.choice(WORDS) for _ in range(length))
-    return tuple(workload.token_ids.draw(rng) for _ in range(length))
+        return [rng.choice(WORDS) for _ in range(length)]
+    return [workload.token_ids.draw(rng) for _ in range(length)]
 
 
-def arrival_offsets(rate: float, arrival: Arrival, seed: int) -> Iterator[float]:
-    """Seconds from the start of the run at which to send requests 0, 1, 2, …; endless."""
-    rng = random.Random(f"{seed}/arrivals")
-    offset = 0.0
-    for index in count():
-        if arrival is Arrival.FIXED:
-            yield index / rate
-        else:
-            yield offset
-            offset += rng.expovariate(rate)
+def _join(kind: PromptKind, pieces: list[int | str]) -> Prompt:
+    if kind is PromptKind.WORDS:
+        return " ".join(map(str, pieces))
+    return tuple(map(int, pieces))
+
+
+def trace_requests(trace: Trace, workload: Workload) -> Iterator[RequestSpec]:
+    """A trace's requests with prompts made for them; lengths that it lacks are the workload's.
+
+    Blocks of equal id get equal tokens, so prompts share exactly the prefixes that they shared.
+    """
+    for index, traced in enumerate(trace.requests):
+        rng = random.Random(f"{workload.seed}/{index}")
+        prompt = _traced_prompt(traced, trace.block_len, workload, rng)
+        yield RequestSpec(index, prompt, traced.output_len or workload.output_len.draw(rng))
+
+
+def _traced_prompt(
+    traced: TracedRequest, block_len: int, workload: Workload, rng: random.Random
+) -> Prompt:
+    if traced.text is not None:
+        return traced.text
+    kind, token_ids, seed = workload.prompt_kind, workload.token_ids, workload.seed
+    shared: list[int | str] = []
+    for block_id in traced.block_ids:
+        shared += _block(kind, token_ids, block_len, seed, block_id)
+    own_len = max(0, traced.input_len - len(shared))
+    pieces = [*shared[: traced.input_len], *_pieces(workload, own_len, rng)]
+    return _join(kind, pieces)
+
+
+@lru_cache(maxsize=4096)  # a popular prefix is made once
+def _block(
+    kind: PromptKind, token_ids: Span, length: int, seed: int, block_id: int
+) -> tuple[int | str, ...]:
+    """What the block of this id holds."""
+    made = Workload(Span(1, 1), Span(1, 1), kind, token_ids, seed)
+    return tuple(_pieces(made, length, random.Random(f"{seed}/block/{block_id}")))

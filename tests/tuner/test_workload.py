@@ -7,14 +7,13 @@ from statistics import mean
 
 import pytest
 
+from tuner.arrivals import Arrival, arrival_offsets
 from tuner.workload import (
     WORDS,
-    Arrival,
     PromptKind,
     RequestSpec,
     Span,
     Workload,
-    arrival_offsets,
     requests,
 )
 

@@ -398,6 +398,46 @@ class Scheduler:
         elif request.finish_reason is not None:
             self._drop(request)
 
+    # ------------------------------------------------------------ many steps at once
+
+    def num_plain_steps(self) -> int:
+        """How many coming steps will decode one token of each running request, and nothing else.
+
+        None of them seats, admits, preempts or ends a request, if no token ends one early. A
+        simulator skips them; an engine has to compute them.
+        """
+        full = len(self._running) >= self._max_running
+        if not self._running or self._adopted or (self._waiting and not full):
+            return 0
+        if any(r.num_behind != 1 or r.prefill_only for r in self._running):
+            return 0
+        to_the_end = min(r.token_limit - r.num_tokens for r in self._running) - 1
+        # A request needs at most one block more for each block size of steps.
+        blocks_each = self._pool.num_available // len(self._running)
+        return max(0, min(to_the_end, blocks_each * self._config.block_size))
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_running_tokens(self) -> int:
+        """What the next step would read if all running requests only decode."""
+        return sum(request.num_tokens for request in self._running)
+
+    def skip_plain_steps(self, num_steps: int) -> None:
+        """Be where `num_steps` plain steps lead to; each request's last token stands for theirs."""
+        for request in self._running:
+            start = request.num_computed_tokens
+            end = start + num_steps
+            missing = self._config.num_blocks_for(end) - len(request.block_table)
+            if missing > 0:
+                request.block_table += self._pool.allocate(missing, Owner.RUNNING)
+            request.tokens += request.tokens[-1:] * num_steps
+            request.num_computed_tokens = end
+            if end // self._config.block_size > start // self._config.block_size:
+                self._publish(request, start)
+
     # ------------------------------------------------------------ what others may know
 
     @property

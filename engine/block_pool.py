@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 
 from wire.errors import CapacityError
 from wire.types import BlockHandle
@@ -30,12 +30,14 @@ class Owner(Enum):
     LEASED = auto()
 
 
-class BlockState(Enum):
-    FREE = auto()
-    CACHED = auto()
-    LEASED = auto()
-    RUNNING = auto()
-    QUARANTINED = auto()
+class BlockState(IntEnum):
+    """An index, so that counting blocks by state costs no hash."""
+
+    FREE = 0
+    CACHED = 1
+    LEASED = 2
+    RUNNING = 3
+    QUARANTINED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class BlockPool:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end
         self._lru: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
-        self._num_in: Counter[BlockState] = Counter({BlockState.FREE: num_blocks})
+        self._num_in = [0] * len(BlockState)
+        self._num_in[BlockState.FREE] = num_blocks
 
     # ------------------------------------------------------------ who needs a block
 
@@ -138,9 +141,16 @@ class BlockPool:
 
     def hand_over(self, block_ids: Iterable[int], old: Owner, new: Owner) -> None:
         """Turn one owner's references into the other's."""
+        if old is new:
+            return
+        change = 1 if new is Owner.RUNNING else -1
         for block_id in block_ids:
-            self._hold(block_id, new, 1)
-            self._hold(block_id, old, -1)
+            block = self._blocks[block_id]
+            before = block.state
+            block.running += change
+            block.leased -= change
+            assert block.running >= 0 <= block.leased, f"block {block_id} is not {old.name}"
+            self._moved(block_id, before)
 
     def _hold(self, block_id: int, owner: Owner, change: int) -> None:
         block = self._blocks[block_id]

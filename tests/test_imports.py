@@ -53,7 +53,10 @@ UNREADABLE = "a name computed at run time"  # which would be a way around the ta
 NEVER = {"pickle", "marshal", "shelve"}
 OUTSIDE = {"tests", "benchmarks", "scripts"}  # no package may need them
 
-LOADS_NO_TORCH = ["wire", "telemetry", "tuner.bench", "router", "router.__main__"]
+LOADS_NO_TORCH = [
+    *("wire", "telemetry", "tuner.bench", "router", "router.__main__"),
+    "baton.simulation.simulate",
+]
 
 
 @dataclass(frozen=True, slots=True)

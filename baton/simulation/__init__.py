@@ -1,1 +1,1 @@
-"""A fleet on a virtual clock: the real scheduler and routing, with a latency model for the model."""
+"""A fleet on a virtual clock: the real scheduler and routing, a latency model for the model."""

@@ -1,8 +1,8 @@
 """Names for the KV blocks of a trace's prompts, as the prefix cache uses them.
 
 The cache asks only for equal names of equal prefixes. A trace says which prefixes are equal, so no
-token has to be made up and hashed: an engine's block is named by the trace's block in which it ends,
-all of those before it, and its own index.
+token has to be made up and hashed: an engine's block is named by the trace's block in which it
+ends, all of those before it, and its own index.
 """
 
 from __future__ import annotations

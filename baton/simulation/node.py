@@ -111,17 +111,16 @@ class SimulatedEngine:
         self._scheduler.abort(request_id)
         self._wake()
 
-    def release_held(self, request_id: str) -> None:
-        self._catch_up()
-        self._scheduler.release_held(request_id)
-        self._wake()
-
     def load(self) -> NodeLoad:
         self._catch_up()
         return self._scheduler.load(self.num_steps)
 
     def take_cache_events(self) -> CacheChanges:
         return self._cache.take_events()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
 
     def stop(self) -> None:
         """The node is dead: nothing happens here any more."""
@@ -145,7 +144,7 @@ class SimulatedEngine:
         self._clock.at(time, act)
 
     def _wake(self) -> None:
-        """There may be something new to schedule: begin, or end a run with the step that it is in."""
+        """There may be something new to schedule: begin, or let a run end with its present step."""
         if self._stopped or self._stepping:
             return
         if self._run is None:

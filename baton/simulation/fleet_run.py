@@ -1,0 +1,291 @@
+"""One simulated run of a disaggregated fleet: arrivals, the router's part, and the records.
+
+The router's decisions are `router.fleet`, `router.policy`, `router.admission` and `router.dispatch`
+themselves; what stands here only carries their effects, as `router.requests` does on a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from baton.simulation.clock import VirtualClock
+from baton.simulation.names import PrefixNames
+from baton.simulation.node import FINGERPRINT
+from baton.simulation.roles import DecodeNode, NodeMessage, PrefillNode
+from baton.simulation.setup import Setup
+from router.admission import Admission
+from router.dispatch import Dispatch, DispatchLimits
+from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
+from router.errors import ApiError
+from router.fleet import Fleet
+from router.work import Prompt, Work
+from tuner.record import RequestRecord
+from tuner.trace import Trace, TracedRequest
+from wire.messages import (
+    AttemptFailed,
+    CacheEvents,
+    Granted,
+    Message,
+    ModelInfo,
+    Prefill,
+    Refused,
+    Register,
+    Reserve,
+    TokenUpdate,
+)
+from wire.types import NodeId, Role, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One request on its way."""
+
+    index: int
+    due: float
+    traced: TracedRequest
+    work: Work
+    dispatch: Dispatch
+    first_at: float | None = None
+    prefill: NodeId | None = None
+    decode: NodeId | None = None
+
+
+def register_message(role: Role, setup: Setup) -> Register:
+    limit = setup.engine.max_model_len
+    model = ModelInfo("simulated", FINGERPRINT, "simulated", limit, 1 << 30, ())
+    return Register(role, model, setup.layout, setup.engine.num_blocks, "-", (), "-")
+
+
+def request_work(index: int, traced: TracedRequest, names: list[bytes], block_size: int) -> Work:
+    """Every token of a request is its number: no two requests agree by accident."""
+    hashes = {(FINGERPRINT, block_size): names}
+    prompt = Prompt((index + 1,) * traced.input_len, "", hashes)
+    sampling = SamplingParams(max_tokens=traced.output_len, ignore_eos=True)
+    return Work(str(index), prompt, sampling)
+
+
+class FleetRun:
+    """Everything of one run."""
+
+    def __init__(self, setup: Setup, trace: Trace) -> None:
+        self.records: list[RequestRecord] = []
+        self.clock = VirtualClock()
+        self._setup = setup
+        self._trace = trace
+        self._names = PrefixNames(setup.engine.block_size, trace.block_len)
+        self._fleet = Fleet(setup.node_timeout_s, node_stall_s=float("inf"))
+        self._admission: Admission[str] = Admission(setup.max_streams, setup.max_waiting)
+        self._choices: dict[str, Choice] = {}
+        self._left = len(trace.requests)
+        self.decode_nodes: dict[NodeId, DecodeNode] = {}
+        self.prefill_nodes: dict[NodeId, PrefillNode] = {}
+        self._make_nodes()
+        self._events_sent = dict.fromkeys(self.nodes, 0)
+
+    @property
+    def nodes(self) -> dict[NodeId, DecodeNode | PrefillNode]:
+        return {**self.prefill_nodes, **self.decode_nodes}
+
+    def _make_nodes(self) -> None:
+        setup, clock = self._setup, self.clock
+        for number in range(setup.split.decode):
+            id = NodeId(f"decode-{number}", 1)
+            node = DecodeNode(id, setup, clock, self._hashes, self._tell)
+            self.decode_nodes[id] = node
+            self._fleet.register(id, register_message(Role.DECODE, setup), 0.0)
+        for number in range(setup.split.prefill):
+            id = NodeId(f"prefill-{number}", 1)
+            self.prefill_nodes[id] = PrefillNode(
+                id, setup, clock, self._hashes, self._tell, self.decode_nodes
+            )
+            self._fleet.register(id, register_message(Role.PREFILL, setup), 0.0)
+
+    def _hashes(self, request: str) -> list[bytes]:
+        """A new list each time: engines append to theirs."""
+        choice = self._choices.get(request)
+        size = self._setup.engine.block_size
+        return list(choice.work.block_hashes(FINGERPRINT, size)) if choice else []
+
+    # ------------------------------------------------------------ time
+
+    def run(self) -> list[RequestRecord]:
+        """Until every request has ended."""
+        self._arrive(0)
+        for index, node in enumerate(self.nodes):
+            phase = self._setup.heartbeat_s * (index + 1) / len(self.nodes)
+            self.clock.at(phase, partial(self._beat, node))
+        self.clock.after(self._setup.heartbeat_s, self._tick)
+        for failure in self._setup.failures:
+            self.clock.at(failure.at, partial(self._kill, failure.node))
+        while self._left and self.clock.step():
+            pass
+        return self.records
+
+    def _arrive(self, index: int) -> None:
+        """Take request `index`, and set the time of the next."""
+        requests = self._trace.requests
+        if index >= len(requests):
+            return
+        traced = requests[index]
+
+        def act() -> None:
+            self._submit(index, traced)
+            self._arrive(index + 1)
+
+        self.clock.at(traced.at, act)
+
+    def _beat(self, id: NodeId) -> None:
+        """A node's heartbeat, with what its cache has gained and lost."""
+        node = self.nodes[id]
+        if node.engine.stopped or id not in self._fleet:
+            return
+        load = node.engine.load()
+        changes = node.engine.take_cache_events()
+        if changes:
+            self._events_sent[id] += 1
+            number = self._events_sent[id]
+            first = number == 1  # a router knows a node's cache from a snapshot on
+            events = CacheEvents(number, changes.added, changes.removed, changes.snapshot or first)
+            self._fleet[id].cache.apply(events)
+        self._fleet.heartbeat(id, load, self.clock.now)
+        self._admission.unblock()
+        self._pump()
+        self.clock.after(self._setup.heartbeat_s, partial(self._beat, id))
+
+    def _tick(self) -> None:
+        for node in self._fleet.expire(self.clock.now):
+            for choice in list(self._choices.values()):
+                self._perform(choice, choice.dispatch.node_lost(node, self.clock.now))
+        for choice in list(self._choices.values()):
+            self._perform(choice, choice.dispatch.tick(self.clock.now))
+        self._pump()
+        self.clock.after(self._setup.heartbeat_s, self._tick)
+
+    def _kill(self, name: str) -> None:
+        for id, node in self.nodes.items():
+            if id.name == name:
+                node.engine.stop()
+
+    # ------------------------------------------------------------ requests
+
+    def _submit(self, index: int, traced: TracedRequest) -> None:
+        now = self.clock.now
+        names = self._names.of(index, traced)
+        work = request_work(index, traced, names, self._setup.engine.block_size)
+        dispatch = Dispatch(work, self._fleet, DispatchLimits(silence_s=float("inf")), now)
+        choice = Choice(index, now, traced, work, dispatch)
+        try:
+            self._admission.check(1)
+        except ApiError as error:
+            self._ended(choice, error.code or "refused")
+            return
+        self._choices[work.request] = choice
+        dispatch.enter_queue(now)
+        if self._admission.enter(work.request):
+            self._perform(choice, dispatch.place(now))
+
+    def _pump(self) -> None:
+        while (request := self._admission.next(self.clock.now)) is not None:
+            choice = self._choices[request]
+            self._perform(choice, choice.dispatch.place(self.clock.now))
+
+    def _tell(self, sender: NodeId, message: NodeMessage) -> None:
+        """A node's message is on its way to the router."""
+        self.clock.after(self._setup.hop_s, partial(self._heard, sender, message))
+
+    def _heard(self, sender: NodeId, message: NodeMessage) -> None:
+        now = self.clock.now
+        choice = self._choices.get(message.id.request)
+        if choice is None:
+            return
+        dispatch = choice.dispatch
+        match message:
+            case Granted():
+                self._perform(choice, dispatch.granted(sender, message, now))
+                self._pump()
+            case Refused():
+                self._perform(choice, dispatch.refused(sender, message, now))
+            case TokenUpdate():
+                self._perform(choice, dispatch.tokens(sender, message, now))
+            case AttemptFailed():
+                self._perform(choice, dispatch.attempt_failed(sender, message, now))
+
+    # ------------------------------------------------------------ effects
+
+    def _perform(self, choice: Choice, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._deliver(choice, effect)
+                case Output():
+                    self._output(choice, effect)
+                case NeedsCapacity():
+                    self._unassign(choice)
+                    request = choice.work.request
+                    self._admission.wait(request, self.clock.now, effect.retry_after_s)
+                case AttemptEnded():
+                    self._unassign(choice)
+                case Failed():
+                    self._ended(choice, effect.error.code or "error")
+
+    def _deliver(self, choice: Choice, send: Send) -> None:
+        message, request = send.message, choice.work.request
+        if isinstance(message, Reserve):
+            num_blocks = self._setup.layout.num_blocks(choice.work.max_num_tokens)
+            self._fleet.assign(send.to, request, 0, num_blocks)
+            choice.decode = send.to
+            self._note_prefill(choice, message.prefill, len(message.tokens))
+        elif isinstance(message, Prefill):
+            self._admission.settle(request)
+            self._note_prefill(choice, send.to, len(message.tokens))
+        self.clock.after(self._setup.hop_s, partial(self._arrived, send.to, message))
+
+    def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
+        choice.prefill = node
+        self._fleet.assign(node, choice.work.request, num_tokens, 0)
+
+    def _arrived(self, to: NodeId, message: Message) -> None:
+        node = self.nodes[to]
+        if not node.engine.stopped:
+            node.handle(message)
+
+    def _output(self, choice: Choice, output: Output) -> None:
+        if choice.first_at is None:
+            choice.first_at = self.clock.now
+        if choice.prefill is not None:
+            self._fleet.unassign(choice.prefill, choice.work.request)
+            choice.prefill = None
+        if output.finish is not None:
+            self._ended(choice, None)
+
+    def _unassign(self, choice: Choice) -> None:
+        for node in (choice.prefill, choice.decode):
+            if node is not None:
+                self._fleet.unassign(node, choice.work.request)
+        choice.prefill = choice.decode = None
+
+    def _ended(self, choice: Choice, error: str | None) -> None:
+        """Write the record; somebody else may have room now."""
+        if self._choices.pop(choice.work.request, None) is not None:
+            self._unassign(choice)
+            self._admission.leave(choice.work.request)
+        self.records.append(record_of(choice, self.clock.now, error))
+        self._left -= 1
+        self._pump()
+
+
+def record_of(choice: Choice, now: float, error: str | None) -> RequestRecord:
+    """As a client would have seen it: times of the first and the last token."""
+    times = () if choice.first_at is None else (choice.first_at, now)
+    return RequestRecord(
+        index=choice.index,
+        due=choice.due,
+        start=choice.due,
+        end=now,
+        chunk_times=times,
+        prompt_tokens=choice.traced.input_len,
+        output_tokens=choice.traced.output_len if error is None else 0,
+        error=error,
+    )

@@ -80,6 +80,10 @@ class CpuOps:
         """Use this instruction set, or the best one there is if it is lower; for tests."""
         self._library.baton_set_isa(ISA_NAMES.index(name))
 
+    def is_batch_invariant(self, head_dim: int, group: int) -> bool:
+        """See LayerOps."""
+        return _has_kernel(head_dim, group)
+
     def attention(
         self,
         query: Tensor,
@@ -216,7 +220,11 @@ def _attends(query: Tensor, keys: Tensor) -> bool:
     """Whether the kernel can attend over such tensors."""
     plain = query.dtype == keys.dtype == torch.float32 and query.device.type == "cpu"
     group, dim = query.shape[1] // keys.shape[2], keys.shape[3]
-    return plain and dim % 4 == 0 and dim <= MAX_HEAD_DIM and group <= MAX_GROUP
+    return plain and _has_kernel(dim, group)
+
+
+def _has_kernel(head_dim: int, group: int) -> bool:
+    return head_dim % 4 == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
 
 
 @cache

@@ -80,6 +80,14 @@ class LayerOps(Protocol):
         """Part of the numerics fingerprint: equal names on equal machines give equal bits."""
         ...
 
+    def is_batch_invariant(self, head_dim: int, group: int) -> bool:
+        """Whether attention with such heads gives a row the same bits among any other rows.
+
+        Args:
+            group: query heads per kv head.
+        """
+        ...
+
     def add_norm(
         self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float
     ) -> Tensor:
@@ -137,6 +145,10 @@ class TorchOps:
     """See LayerOps."""
 
     name = "torch"
+
+    def is_batch_invariant(self, head_dim: int, group: int) -> bool:
+        """See LayerOps; torch's attention takes another order for other numbers of rows."""
+        return False
 
     def add_norm(
         self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float

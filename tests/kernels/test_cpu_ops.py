@@ -112,6 +112,22 @@ def test_a_row_has_the_same_bits_in_every_company(ops: CpuOps) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_sees_every_key_whatever_the_number_of_rows(
+    ops: CpuOps, heads: tuple[int, int]
+) -> None:
+    """Where a row is the only one of its task that reaches into a tile of keys (65 rows did)."""
+    for context_len in (*range(60, 70), *range(94, 100), *range(124, 134), 193):
+        requests = make_requests([(context_len, context_len)])
+        keys, values = make_cache(requests, heads[1], 8)
+        for num_rows in {context_len, context_len - 1, context_len - 3, 33, 2}:
+            rows = [RequestRows(0, num_rows, context_len, requests[0].block_table)]
+            query = seeded(num_rows, heads[0], 8)
+            expected = paged_attention_reference(query, keys, values, rows, scale=0.3)
+            found = ops.attention(query, keys, values, PackedRows(rows), scale=0.3)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(("size", "rotary"), [(8, 8), (20, 12), (64, 64)])
 def test_rotary_equals_torch(ops: CpuOps, size: int, rotary: int, norms: bool) -> None:

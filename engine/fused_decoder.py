@@ -9,6 +9,7 @@ four linears and five operations. Which models have this form is decided and pro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,18 @@ class FusedDecoder(nn.Module):
             residual = residual[rows]
             branch = None if branch is None else branch[rows]
         return ops.add_norm(residual, branch, self._norm.weight, self._norm.eps)
+
+    @property
+    def num_query_heads(self) -> int:
+        """The most that any layer has."""
+        return max(layer.attention.num_query_heads for layer in self._layers)
+
+    def linears(self) -> Iterator[Linear]:
+        """All of the model's linears."""
+        for layer in self._layers:
+            yield from (layer.attention.qkv, layer.attention.output)
+            yield from (layer.mlp.gate_up, layer.mlp.down)
+        yield self._head
 
     def turn(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, R] of every row's angles."""

@@ -1,6 +1,7 @@
 """Loads a model through transformers, and refuses what would be served wrongly.
 
     headers → fingerprint → from_pretrained → nothing missing → finite → fix RoPE → probe → fuse
+            → deterministic?
 
 transformers fills a missing tensor with random numbers and only warns; here that is an error.
 Importing transformers costs seconds, so it happens inside the functions that need it.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
+from engine.determinism import why_not_deterministic
 from engine.final_states import telling_states
 from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
@@ -42,12 +44,14 @@ def load_model(
     device: str = "cpu",
     max_model_len: int | None = None,
     fusing: bool = True,
+    deterministic: bool = False,
     check_size: Callable[[int, str], None] = lambda num_bytes, dtype: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> LoadedModel:
     """Load the model folder at `path` and prove that it can be served.
 
     Args:
+        deterministic: refuse a model whose logits may depend on what shares its steps.
         check_size: told the weights' bytes in memory and their dtype before they are read; raises
             where they do not fit.
 
@@ -76,6 +80,12 @@ def load_model(
     files = MappedFiles(checkpoint.files)
     model, fusions = _fuse(model, shape, ops, files, wanted=fusing)
     trim()
+    obstacle = why_not_deterministic(
+        model, ops, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads
+    )
+    if deterministic and obstacle:
+        why = ": ".join(filter(None, (obstacle, fusions.reason)))
+        raise ConfigError(f"--deterministic: {architecture} cannot be served so here: {why}")
     return LoadedModel(
         model=model,
         config=config,
@@ -91,10 +101,11 @@ def load_model(
         eos_token_ids=eos_token_ids(config, checkpoint.folder),
         fingerprint=digest,
         numerics=numerics_fingerprint(
-            dtype=chosen, device=device, kernels=f"{ops.name}{'+fused' if fusions.decoder else ''}"
+            dtype=chosen, device=device, kernels=_kernels(ops, fusions, obstacle)
         ),
         ops=ops,
         fusions=fusions,
+        not_deterministic=obstacle,
         num_weight_bytes=num_weight_bytes,
         unexpected_tensors=unexpected,
         can_embed=bool(states),
@@ -229,6 +240,12 @@ def _fuse(
         dtype=dtype_name(model.dtype),
     )
     return fuse(model, shape.calls, layout, ops, files)
+
+
+def _kernels(ops: LayerOps, fusions: Fusions, obstacle: str) -> str:
+    """What computes, as the numerics fingerprint names it."""
+    fused = "+fused" if fusions.decoder else ""
+    return f"{ops.name}{fused}{'' if obstacle else '+deterministic'}"
 
 
 def _to_device(model: Any, device: str) -> Any:

@@ -38,6 +38,7 @@ class LoadedModel:
     numerics: str  # nodes with equal text compute equal bits
     ops: LayerOps
     fusions: Fusions
+    not_deterministic: str  # why logits may depend on a step's other rows; empty: they do not
     num_weight_bytes: int
     unexpected_tensors: tuple[str, ...]  # in the files, not in the model: ignored
     can_embed: bool  # the states that its head is given can be had

@@ -113,9 +113,12 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         fusing=config.fusing,
+        deterministic=config.deterministic,
         check_size=partial(_check_memory, config.kv_memory, available_memory()),
         progress=progress,
     )
+    obstacle = model.not_deterministic
+    log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
     layout = model.kv_layout(config.block_size)
     num_blocks = _num_blocks(config, layout)
     pool = None

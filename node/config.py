@@ -46,6 +46,7 @@ class NodeConfig:
     kv_overcommit: float = 1.0
     enable_prefix_caching: bool = True
     fusing: bool = True
+    deterministic: bool = False
     lease_ttl_s: float = 10.0
     transfer_dtype: str = "auto"
     window_bytes: int = 32 << 20
@@ -287,6 +288,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the model as transformers wrote it: slower, to compare or to find a fault",
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="refuse to start unless every request gets the same bits whatever shares its steps; "
+        "on CPUs in float32 with compiled kernels that holds without the flag",
+    )
+    group.add_argument(
         "--lease-ttl-s",
         type=float,
         default=default.lease_ttl_s,
@@ -360,6 +367,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
         fusing=not args.no_fusing,
+        deterministic=args.deterministic,
         lease_ttl_s=args.lease_ttl_s,
         transfer_dtype=vars(args).get("transfer_dtype", "auto"),  # decode nodes have it
         router_timeout_s=args.router_timeout_s,

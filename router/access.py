@@ -13,7 +13,9 @@ from aiohttp import web
 from router.access_config import AccessConfig
 from router.api_keys import load_api_keys, presented_key
 from router.errors import ApiError
-from router.rate_limit import Denial, KeyLimiter
+from router.place import Place
+from router.rate_limit import Denial, KeyLimiter, RateLimits
+from router.shared_limits import SharedAccounts, SharedLimiter
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -28,14 +30,20 @@ _LIMITER = web.RequestKey("limiter", KeyLimiter)
 class Access:
     """Middleware and the headers that belong to it. Raises ConfigError for keys it cannot read.
 
-    Without API keys all clients together are one, to whom the limits apply.
+    Without API keys all clients together are one, to whom the limits apply. They hold for all
+    workers together, where `place` says that there are several.
     """
 
-    def __init__(self, config: AccessConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: AccessConfig,
+        clock: Callable[[], float] = time.monotonic,
+        place: Place | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         self._keys = load_api_keys(config.api_keys, config.api_key_file)
-        self._limiters = [KeyLimiter(config.limits) for _ in range(max(1, len(self._keys)))]
+        self._limiters = _limiters(config.limits, max(1, len(self._keys)), place)
 
     def install(self, app: web.Application) -> None:
         app.on_response_prepare.append(self._add_headers)
@@ -101,6 +109,13 @@ class Access:
         response.headers.update(self._config.cors.headers(request.headers.get("Origin")))
         if _LIMITER in request:
             response.headers.update(request[_LIMITER].headers(self._clock()))
+
+
+def _limiters(limits: RateLimits, number: int, place: Place | None) -> list[KeyLimiter]:
+    if place is None or not limits.any:
+        return [KeyLimiter(limits) for _ in range(number)]
+    accounts = SharedAccounts(place, number)
+    return [SharedLimiter(limits, accounts, key) for key in range(number)]
 
 
 def request_id(request: web.Request) -> str:

@@ -85,8 +85,7 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
             type=int,
             default=0,
             metavar="N",
-            help=f"{text}; beyond it 429 (0: no limit); each of several workers grants "
-            "an equal share, rounded up",
+            help=f"{text}; beyond it 429 (0: no limit)",
         )
     group.add_argument("--ssl-certfile", type=Path, metavar="PATH", help="serve HTTPS with this")
     group.add_argument(

@@ -26,14 +26,6 @@ class RateLimits:
     def any(self) -> bool:
         return bool(self.requests_per_minute or self.tokens_per_minute or self.max_concurrency)
 
-    def share(self, num_workers: int) -> RateLimits:
-        """What each of several workers grants, rounded up: a limit never becomes none."""
-        return RateLimits(
-            -(-self.requests_per_minute // num_workers),
-            -(-self.tokens_per_minute // num_workers),
-            -(-self.max_concurrency // num_workers),
-        )
-
 
 @dataclass(slots=True)
 class Bucket:

@@ -7,7 +7,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from aiohttp import web
 
@@ -47,8 +46,7 @@ class RouterServer:
         self._clock = clock
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
-        limits = config.access.limits.share(config.workers)
-        self._access = Access(replace(config.access, limits=limits), clock)
+        self._access = Access(config.access, clock, config.place)
         self._worker = None if config.place is None else WorkerSites(config.place)
         self._ssl = config.access.ssl_context()
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)

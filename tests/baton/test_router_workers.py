@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -292,6 +293,7 @@ def test_keys_and_limits_hold_on_every_worker() -> None:
             headers = {"Authorization": "Bearer secret"}
             body = {"prompt": "hi", "max_tokens": 1}
             statuses, limits = [], set()
+            began = time.monotonic()
             for _ in range(40):
                 async with (
                     aiohttp.ClientSession(headers=headers) as session,
@@ -299,8 +301,9 @@ def test_keys_and_limits_hold_on_every_worker() -> None:
                 ):
                     statuses.append(answer.status)
                     limits.add(answer.headers["x-ratelimit-limit-requests"])
-            assert limits == {"5"}, "half of 9, rounded up"
-            assert 5 < statuses.count(200) <= 20 < statuses.count(429)
+            assert limits == {"9"}
+            passed_s = time.monotonic() - began
+            assert 9 <= statuses.count(200) <= 9 + passed_s * 9 / 60
 
     asyncio.run(scenario())
 

@@ -9,7 +9,6 @@ import pytest
 
 from router.__main__ import main
 from router.place import Place, add_place_argument
-from router.rate_limit import RateLimits
 
 
 @pytest.mark.parametrize("returns", [True, False])
@@ -23,8 +22,3 @@ def test_a_place_arrives_as_it_was_written(returns: bool) -> None:
 def test_several_workers_need_a_launcher(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--workers", "2"]) == 1
     assert "`baton router --workers N`" in capsys.readouterr().err
-
-
-def test_a_limit_is_shared_and_never_becomes_none() -> None:
-    assert RateLimits(10, 0, 1).share(4) == RateLimits(3, 0, 1)
-    assert RateLimits(10, 7, 3).share(1) == RateLimits(10, 7, 3)

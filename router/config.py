@@ -124,7 +124,7 @@ _HELP: dict[str, str] = {
     "control_port": "port where nodes connect (0: any free one, told in the ready line)",
     "workers": "router processes that share the HTTP port, for more than one core's worth of "
     "streams. They take the control ports from --control-port on; nodes need only one of them. "
-    "One that dies loses its streams and is started again. Limits per API key hold for all together",
+    "One that dies loses its streams and is started again. Limits per API key hold for all",
     "max_streams": "choices on nodes at the same time, of each worker",
     "max_queue": "choices that may wait, of each worker; beyond it the answer is 429",
     "queue_timeout_s": "how long a choice may wait for capacity; then the answer is 503",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from router.api import (
     NEUTRAL_COMMON,
@@ -14,6 +14,7 @@ from router.api import (
     known_fields,
 )
 from router.api_structured import Strict
+from router.api_tools import MadeCalls, ToolChoice, Tools
 from router.parsing import validate, without_neutral
 
 MAX_MESSAGES = 65_536
@@ -30,12 +31,26 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         str
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    )
+        | None
+    ) = None
     name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: MadeCalls | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("`content` is missing")
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content):
+            raise ValueError("only an assistant's message may have calls or reasoning")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("`tool_call_id` belongs to the role `tool`")
+        return self
 
 
 Messages = Annotated[
@@ -61,6 +76,9 @@ class ChatBody(GenerationBody, ChatRendering):
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
@@ -73,13 +91,10 @@ NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "include_reasoning": (True,),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),  # without tools there is nothing to run in parallel
     "prediction": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),  # without tools both mean none
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -88,9 +103,7 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 

@@ -12,7 +12,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.api_chat import ChatMessage, ChatRendering
+from router.api_tools import MadeCall
 from router.errors import bad_request
+from router.tools.use import preamble
 from wire.errors import ConfigError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -27,6 +29,7 @@ class ChatOptions:
     add_special_tokens: bool = False
     template: str | None = None  # instead of the model's
     kwargs: dict[str, Any] = field(default_factory=dict)  # variables for the template
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 PLAIN = ChatOptions()
@@ -52,12 +55,16 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
         self.special_tokens = special_tokens
+        self.source = source
         self._knows_developer = "developer" in source
+        self._knows_tools = "tools" in source
 
     def render(self, messages: list[ChatMessage], options: ChatOptions = PLAIN) -> str:
         """The prompt, up to where the assistant begins or goes on. Raises ApiError."""
         final = messages[-1] if options.continue_final_message else None
         turns = [self._as_dict(message) for message in messages]
+        if options.tools and not self._knows_tools:
+            turns = _with_preamble(turns, preamble(options.tools))
         try:
             text = self._template.render(
                 {
@@ -67,6 +74,7 @@ class ChatTemplate:
                     **options.kwargs,
                     "messages": turns,
                     "add_generation_prompt": options.add_generation_prompt,
+                    **({"tools": list(options.tools)} if options.tools else {}),
                 }
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -82,10 +90,46 @@ class ChatTemplate:
         role: str = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        content = message.content
+        content = message.content or ""
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        named = {} if message.name is None else {"name": message.name}
-        return {"role": role, "content": text, **named}
+        turn: dict[str, Any] = {"role": role, "content": text}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(message, name)) is not None:
+                turn[name] = value
+        if not message.tool_calls:
+            return turn
+        if not self._knows_tools:
+            return {
+                **turn,
+                "content": "\n".join(filter(None, [text, *map(_told, message.tool_calls)])),
+            }
+        return {**turn, "tool_calls": [_made_call(call) for call in message.tool_calls]}
+
+
+def _with_preamble(turns: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The tools in a system message, which some templates only allow as the first."""
+    if turns[0]["role"] in ("system", "developer"):
+        first = {**turns[0], "content": f"{turns[0]['content']}\n\n{text}"}
+        return [first, *turns[1:]]
+    return [{"role": "system", "content": text}, *turns]
+
+
+def _made_call(call: MadeCall) -> dict[str, Any]:
+    """As templates expect it: the arguments as an object, if they are one."""
+    return {"id": call.id, "type": "function", "function": _function(call)}
+
+
+def _function(call: MadeCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments
+    return {"name": call.function.name, "arguments": arguments}
+
+
+def _told(call: MadeCall) -> str:
+    """A call as the preamble asks for it."""
+    return f"<tool_call>\n{json.dumps(_function(call), ensure_ascii=False)}\n</tool_call>"
 
 
 def _up_to_the_end_of(content: str, text: str) -> str:

@@ -10,9 +10,11 @@ from router.dispatch import Dispatch
 from router.echo import Echo
 from router.errors import ApiError
 from router.metrics import ModelMetrics
+from router.tools.parsers import NamedParser
+from router.tools.pieces import Called, Parser, Piece
 from router.trace import ChoiceTrace
 from router.work import Work
-from wire.types import NodeId
+from wire.types import FinishReason, NodeId
 
 
 class Listener(Protocol):
@@ -42,7 +44,26 @@ class Choice:
     """Choices of the same prompt that start once its blocks are in both nodes' prefix caches."""
     echo: Echo | None = None  # the prompt comes back in front of the text
     priority: int = 0
+    parser: Parser | None = None  # of what the text says; None: it is all text
+    num_calls: int = 0
     num_cached_tokens: int = 0
     embedding: bytes | None = None  # little-endian fp32, where that was asked for
     assigned_prefill: NodeId | None = None
     assigned_decode: NodeId | None = None
+
+    def read(self, text: str) -> list[Piece]:
+        """What new text says, and with the last all that was held back."""
+        assert self.parser is not None
+        pieces = self.parser.push(text)
+        if self.text.finish is not None:
+            pieces += self.parser.flush()
+        self.num_calls += sum(isinstance(piece, Called) for piece in pieces)
+        return pieces
+
+    @property
+    def finish_reason(self) -> str:
+        """In OpenAI's words; a call that the client named itself ends with `stop`."""
+        assert self.text.finish is not None
+        if self.num_calls and self.text.finish is FinishReason.STOP:
+            return "stop" if isinstance(self.parser, NamedParser) else "tool_calls"
+        return self.text.finish.value

@@ -9,6 +9,7 @@ string escape and one concatenation.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring as quote
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from router.choice_text import Told
 from router.errors import ApiError
 from router.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
+from router.tools.pieces import Arguments, Called, Piece, Said, Thought
 
 DONE = b"data: [DONE]\n\n"
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
@@ -56,6 +58,7 @@ class ChoiceResult:
     index: int
     text: str
     finish_reason: str
+    pieces: list[Piece] | None  # what the text says, if it is not just text
     told: list[Told]  # of the echo too
     num_echoed: int
     prompt_tokens: Sequence[int]
@@ -94,6 +97,18 @@ class AnswerFormat(Protocol):
         """The event after all choices, if the client asked for it."""
         ...
 
+    def piece(self, index: int, piece: Piece, usage: Usage | None, told: list[Told]) -> str:
+        """The event for a part of an answer that is not just text."""
+        ...
+
+    def done(self, usage: Usage) -> bytes:
+        """The very end of a stream."""
+        ...
+
+    def error(self, error: ApiError) -> bytes:
+        """An error after the first byte, and the end."""
+        ...
+
     def whole(self, results: list[ChoiceResult], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed."""
         ...
@@ -116,6 +131,7 @@ class _Format:
     ) -> None:
         self.id = f"{self._prefix}-{id}"
         self._details = details
+        self._num_calls: dict[int, int] = {}  # the place of each choice's last call
         self._common = {"created": created, "model": model}
         head = _dumps({"id": self.id, "object": self._chunk_kind, **self._common})[:-1]
         self._head = f'data: {head},"choices":['
@@ -127,6 +143,12 @@ class _Format:
 
     def usage(self, usage: Usage) -> str:
         return self._event("", usage)
+
+    def done(self, usage: Usage) -> bytes:
+        return DONE
+
+    def error(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def _logprobs(self, told: list[Told], offset: int) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -197,6 +219,9 @@ class CompletionFormat(_Format):
     def finish(self, index: int, reason: str, usage: Usage | None) -> str:
         return self._event(self._choice(index, "", "null", f'"{reason}"', ""), usage)
 
+    def piece(self, index: int, piece: Piece, usage: Usage | None, told: list[Told]) -> str:
+        raise AssertionError("a completion is just text")
+
     def _choice(self, index: int, text: str, logprobs: str, reason: str, more: str) -> str:
         return (
             f'{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},'
@@ -238,8 +263,23 @@ class ChatFormat(_Format):
     def text(
         self, index: int, text: str, usage: Usage | None, told: list[Told], offset: int
     ) -> str:
-        logprobs, ids = self._beside(told, offset) if told else ("null", "")
-        delta = f'{{"content":{quote(text)}}}'
+        return self._delta(index, f'{{"content":{quote(text)}}}', usage, told)
+
+    def piece(self, index: int, piece: Piece, usage: Usage | None, told: list[Told]) -> str:
+        match piece:
+            case Said(text):
+                return self.text(index, text, usage, told, 0)
+            case Thought(text):
+                return self._delta(index, f'{{"reasoning_content":{quote(text)}}}', usage, told)
+            case Called(name):
+                place = self._num_calls[index] = self._num_calls.get(index, -1) + 1
+                call = {"index": place, **tool_call(name, "")}
+            case Arguments(text):
+                call = {"index": self._num_calls[index], "function": {"arguments": text}}
+        return self._delta(index, f'{{"tool_calls":[{_dumps(call)}]}}', usage, told)
+
+    def _delta(self, index: int, delta: str, usage: Usage | None, told: list[Told]) -> str:
+        logprobs, ids = self._beside(told, 0) if told else ("null", "")
         return self._event(self._choice(index, delta, logprobs, "null", ids), usage)
 
     def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
@@ -264,12 +304,43 @@ class ChatFormat(_Format):
         choices = [
             {
                 "index": result.index,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "message": _message(result),
                 **self._end_of(result),
             }
             for result in results
         ]
         return {**self._object(choices, usage), **self._of_prompt(results[0])}
+
+
+def _message(result: ChoiceResult) -> dict[str, Any]:
+    """An assistant's turn; content is null where there are only calls."""
+    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+    if result.pieces is None:
+        return message
+    calls: list[dict[str, Any]] = []
+    content, thoughts = "", ""
+    for piece in result.pieces:
+        match piece:
+            case Said(text):
+                content += text
+            case Thought(text):
+                thoughts += text
+            case Called(name):
+                calls.append(tool_call(name, ""))
+            case Arguments(text):
+                calls[-1]["function"]["arguments"] += text
+    message["content"] = content or (None if calls else "")
+    if thoughts:
+        message["reasoning_content"] = thoughts
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def tool_call(name: str, arguments: str) -> dict[str, Any]:
+    """A call with an id of its own: nine characters, as Mistral's templates demand."""
+    id = secrets.token_hex(5)[:9]
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def error_event(error: ApiError) -> bytes:

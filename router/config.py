@@ -12,6 +12,7 @@ from router.access_config import AccessConfig, access_from_args, add_access_argu
 from router.checks import ServerLimits
 from router.dispatch import DispatchLimits
 from router.place import Place
+from router.tools.choose import FORMATS
 from wire.errors import ConfigError
 from wire.logprobs import MAX_TOP_LOGPROBS
 from wire.messages import MAX_WORKERS
@@ -50,6 +51,8 @@ class RouterConfig:
     max_logprobs: int = 20
     pooling: Pooling = Pooling.LAST
     trust_request_chat_template: bool = False
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     key_file: Path | None = None
     access: AccessConfig = field(default_factory=AccessConfig)
     insecure: bool = False
@@ -184,6 +187,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let clients send a `chat_template` of their own; it runs in a sandbox, which bounds "
         "what it may touch, not how long it takes",
+    )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=("auto", *FORMATS),
+        default=defaults["tool_call_parser"],
+        help="how the model writes its calls (default: what its chat template shows, else hermes)",
+    )
+    parser.add_argument(
+        "--reasoning-parser",
+        choices=("auto", "think", "none"),
+        default=defaults["reasoning_parser"],
+        help="whether text in <think></think> is told as reasoning_content "
+        "(default: if the chat template knows it)",
     )
     parser.add_argument(
         "--key-file",

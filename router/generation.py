@@ -14,11 +14,12 @@ from dataclasses import replace
 
 from router.choice import Choice
 from router.choice_text import Told
-from router.chunks import DONE, AnswerFormat, ChoiceResult, Usage, error_event
+from router.chunks import AnswerFormat, ChoiceResult, Usage
 from router.errors import ApiError
 from router.logprobs import cumulative
 from router.prompts import INLINE_TOKENS
 from router.requests import Requests
+from router.tools.pieces import Piece, merged
 
 
 class Generation:
@@ -81,11 +82,14 @@ class Collected(Generation):
         super().__init__(requests, format)
         self._num_best = num_best
         self._texts: dict[int, list[str]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
         self._told: dict[int, list[Told]] = {}
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def produced(self, choice: Choice, text: str) -> None:
         self._texts.setdefault(choice.index, []).append(text)
+        if choice.parser is not None:
+            self._pieces.setdefault(choice.index, []).extend(choice.read(text))
         self._told.setdefault(choice.index, []).extend(choice.text.take_told())
         if self._count_end(choice) and not self._done.done():
             self._done.set_result(None)
@@ -130,7 +134,8 @@ class Collected(Generation):
         return ChoiceResult(
             index=choice.index,
             text=text,
-            finish_reason=choice.text.finish.value,
+            finish_reason=choice.finish_reason,
+            pieces=None if choice.parser is None else merged(self._pieces[choice.index]),
             told=echoed + told,
             num_echoed=len(echoed),
             prompt_tokens=choice.work.prompt.tokens,
@@ -159,7 +164,7 @@ class Streamed(Generation):
         super().__init__(requests, format)
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
-        self._buffer = EventBuffer(max_buffered, on_overflow)
+        self._buffer = EventBuffer(max_buffered, on_overflow, format.error)
         self._opened: set[int] = set()
 
     def produced(self, choice: Choice, text: str) -> None:
@@ -169,15 +174,26 @@ class Streamed(Generation):
             self._opened.add(index)
             events += self._open(choice, usage)
         told = choice.text.take_told()
-        if text or told:
+        if choice.parser is not None:
+            events += self._read(choice, text, usage, told)
+        elif text or told:
             offset = 0 if choice.echo is None else len(choice.echo.text)
             events.append(self._format.text(index, text, usage, told, offset))
-        finish = choice.text.finish
-        if finish is not None:
-            events.append(self._format.finish(index, finish.value, usage))
+        if choice.text.finish is not None:
+            events.append(self._format.finish(index, choice.finish_reason, usage))
         self._buffer.put("".join(events).encode())
         if self._count_end(choice):
             self._finish()
+
+    def _read(self, choice: Choice, text: str, usage: Usage | None, told: list[Told]) -> list[str]:
+        """The events for what new text says; its tokens go with the first."""
+        events = []
+        for piece in choice.read(text):
+            events.append(self._format.piece(choice.index, piece, usage, told))
+            told = []
+        if told:
+            events.append(self._format.text(choice.index, "", usage, told, 0))
+        return events
 
     def _open(self, choice: Choice, usage: Usage | None) -> list[str]:
         """What precedes a choice's own text: its role, or the prompt."""
@@ -190,7 +206,7 @@ class Streamed(Generation):
     def _finish(self) -> None:
         if self._include_usage:
             self._buffer.put(self._format.usage(self.usage()).encode())
-        self._buffer.put(DONE)
+        self._buffer.put(self._format.done(self.usage()))
         self._buffer.end(None)
 
     def failed(self, error: ApiError) -> None:
@@ -209,7 +225,13 @@ class Streamed(Generation):
 class EventBuffer:
     """Bytes between the choices, which never wait, and one HTTP handler, which may."""
 
-    def __init__(self, limit: int, on_overflow: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        on_overflow: Callable[[], None],
+        error_event: Callable[[ApiError], bytes],
+    ) -> None:
+        self._error_event = error_event
         self._limit = limit
         self._on_overflow = on_overflow
         self._parts: list[bytes] = []
@@ -223,7 +245,7 @@ class EventBuffer:
         """The status has left: nothing can be raised any more."""
         self._began = True
         if self._error is not None:
-            self._parts.append(error_event(self._error))
+            self._parts.append(self._error_event(self._error))
             self._error = None
 
     def put(self, data: bytes) -> None:
@@ -243,7 +265,7 @@ class EventBuffer:
         if self._ended:
             return
         if error is not None and self._began:
-            self._parts.append(error_event(error))
+            self._parts.append(self._error_event(error))
             error = None
         self._ended, self._error = True, error
         self._wake()

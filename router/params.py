@@ -12,7 +12,9 @@ from router.chat_template import ChatOptions, chat_options
 from router.checks import ServerLimits, check_body
 from router.choice_text import TextRules
 from router.errors import ApiError, bad_request, context_too_long
-from router.structured import grammar_of
+from router.structured import bounded, grammar_of, json_grammar
+from router.tools.choose import READ_AS_TEXT, Reading
+from router.tools.use import NO_TOOLS, ToolUse, tool_use
 from wire.messages import ModelInfo
 from wire.types import MAX_REQUEST_TOKENS, SamplingParams
 
@@ -34,6 +36,8 @@ class GenerationParams:
     best_of: int | None = None  # choices of which the best `n` are answered
     grammar: str = ""  # what the output must look like
     grammar_param: str = ""  # who asks for that
+    tools: ToolUse = NO_TOOLS
+    reading: Reading = READ_AS_TEXT
 
     @property
     def n(self) -> int:
@@ -55,7 +59,8 @@ class GenerationParams:
 
     @property
     def skip_special_tokens(self) -> bool:
-        return self.body.skip_special_tokens is not False
+        asked = self.body.skip_special_tokens is not False
+        return asked and not self.reading.shows_special_tokens
 
     @property
     def text_rules(self) -> TextRules:
@@ -70,7 +75,7 @@ class GenerationParams:
     @property
     def chat_options(self) -> ChatOptions:
         assert isinstance(self.body, ChatBody)
-        return chat_options(self.body)
+        return replace(chat_options(self.body), tools=self.tools.rendered)
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -183,8 +188,18 @@ def _for_completion(common: GenerationParams, body: CompletionBody) -> Generatio
 
 def _for_chat(common: GenerationParams, body: ChatBody) -> GenerationParams:
     limit = body.max_completion_tokens
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if use.rendered and common.grammar:
+        raise bad_request(
+            f"`{common.grammar_param}` and `tools` cannot both say what the output is.",
+            common.grammar_param,
+        )
+    if use.schema is not None:
+        grammar = bounded(json_grammar(use.schema, param="tools"), "tools", body.ignore_eos)
+        common = replace(common, grammar=grammar, grammar_param="tools")
     return replace(
         common,
+        tools=use,
         max_tokens=body.max_tokens if limit is None else limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
@@ -38,6 +38,7 @@ from router.requests import Requests
 from router.server_timing import timing_headers
 from router.structured import Structured
 from router.tokenizer import Tokenizer
+from router.tools.choose import Reading, call_format
 from router.trace import ChoiceTrace
 from router.work import Prompt, Work
 from telemetry import metrics as names
@@ -123,6 +124,7 @@ class Serving:
         params = await self._params(body, served)
         with self._metrics.tokenize.time():
             prompt = await chat_prompt(body, params, served.tokenizer, served.info)
+        params = replace(params, reading=self._reading(params, prompt, served))
         asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
         return await self._generate(request, asked, ChatFormat)
 
@@ -130,6 +132,19 @@ class Serving:
         params = generation_params(body, served.info, self.limits)
         await self._structured.check(params.grammar, params.grammar_param)
         return params
+
+    def _reading(self, params: GenerationParams, prompt: ReadyPrompt, served: Served) -> Reading:
+        """How answers to this prompt are to be understood."""
+        config, use, tokenizer = self._config, params.tools, served.tokenizer
+        if params.grammar:
+            return Reading(named=use.named, required=use.required)
+        tail = tokenizer.detokenizer((), skip_special_tokens=False).push(prompt.tokens[-8:])
+        began = tail.rstrip().endswith("<think>")
+        thinks = config.reasoning_parser == "think" or (
+            config.reasoning_parser == "auto" and (began or "<think>" in tokenizer.template_source)
+        )
+        calls = call_format(config.tool_call_parser, tokenizer.template_source)
+        return Reading(calls if use.rendered else None, thinks=thinks, began_thinking=began)
 
     async def _read(self, request: web.Request, timeline: Timeline) -> bytes:
         body = await self.read(request)
@@ -357,6 +372,7 @@ class Serving:
             metrics=self._metrics.for_model(asked.served.info.name),
             echo=echo,
             priority=params.body.priority or 0,
+            parser=params.reading.make_parser(),
         )
 
 

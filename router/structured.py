@@ -39,11 +39,16 @@ def grammar_of(body: StructuredBody) -> tuple[str, str]:
     if not asked:
         return "", ""
     grammar, param = asked[0]
+    return bounded(grammar, param, getattr(body, "ignore_eos", None)), param
+
+
+def bounded(grammar: str, param: str, ignore_eos: bool | None) -> str:
+    """`grammar`, if it may be sent at all. Raises ApiError."""
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise bad_request(f"`{param}` is too large: {len(grammar)} characters.", param)
-    if getattr(body, "ignore_eos", None):
+    if ignore_eos:
         raise bad_request(f"`ignore_eos` is not available with `{param}`.", "ignore_eos")
-    return grammar, param
+    return grammar
 
 
 def json_grammar(

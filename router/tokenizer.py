@@ -78,6 +78,11 @@ class Tokenizer:
         text = template.render(messages, options)
         return (await self.encode(text, options.add_special_tokens)).ids
 
+    @property
+    def template_source(self) -> str:
+        """The model's chat template; empty if it has none."""
+        return "" if self._template is None else self._template.source
+
     def _encode_now(self, text: str, add_special_tokens: bool) -> Encoded:
         [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return Encoded(list(encoded.ids), list(encoded.special_tokens_mask))

@@ -145,3 +145,31 @@ def test_what_only_a_node_can_tell_is_a_400(make_fleet: MakeFleet) -> None:
     assert (bad.status, first.status) == (400, 400)
     assert good.text == "a"
     fleet.assert_balanced()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_required_tool_calls(make_fleet: MakeFleet) -> None:
+    """A model that has never seen a tool calls one, with arguments that fit."""
+    fleet = make_fleet().start()
+    tool = {"type": "function", "function": {"name": "enrol", "parameters": PERSON}}
+
+    async def ask() -> Answer:
+        async with Client(fleet.url) as client:
+            return await client.stream(
+                path="/v1/chat/completions",
+                messages=[{"role": "user", "content": "Who?"}],
+                max_tokens=600,
+                seed=3,
+                tools=[tool],
+                tool_choice="required",
+                parallel_tool_calls=False,
+            )
+
+    answer = asyncio.run(ask())
+    assert (answer.error, answer.finish_reason) == (None, "tool_calls")
+    deltas = [c["delta"] for chunk in answer.chunks for c in chunk["choices"]]
+    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls", [])]
+    assert calls[0]["name"] == "enrol"
+    check_person("".join(call["arguments"] for call in calls))
+    fleet.assert_balanced()

@@ -1,0 +1,1 @@
+"""Tool calls and reasoning within a model's text."""

@@ -17,6 +17,7 @@ from engine.plan import RequestProgress
 from engine.request import Request
 from router.dispatch import Dispatch, DispatchLimits
 from router.fleet import Fleet
+from router.policy import Wishes
 from tuner.record import RequestRecord
 from tuner.trace import Trace, TracedRequest
 from wire.errors import CapacityError
@@ -87,7 +88,7 @@ class ColocatedRun:
         work = request_work(index, traced, names, self._setup.engine.block_size)
         dispatch = Dispatch(work, self._fleet, DispatchLimits(), now)  # keeps the request only
         choice = Choice(index, now, traced, work, dispatch)
-        node = self._fleet.pick_prefill(work, ())
+        node = self._fleet.pick_prefill(work, Wishes(now=now))
         assert node is not None
         choice.prefill = node
         self._choices[work.request] = choice

@@ -104,10 +104,21 @@ def _is_token_array(value: Any) -> bool:
     )
 
 
+PromptInput = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
+"""What `as_prompts` takes, for the description alone."""
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(as_prompts)]  # one or several in the body
+    prompt: Annotated[
+        list[Prompt], PlainValidator(as_prompts, json_schema_input_type=PromptInput)
+    ]  # one or several in the body
     logprobs: NumLogprobs | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
-from router.api import Prompt, as_prompts
+from router.api import Prompt, PromptInput, as_prompts
 from router.api_structured import Strict
 from router.parsing import json_object, validate, without_neutral
 
@@ -18,7 +18,10 @@ MAX_INPUTS = 2048
 class EmbeddingBody(Strict):
     """POST /v1/embeddings."""
 
-    input: Annotated[list[Prompt], PlainValidator(partial(as_prompts, limit=MAX_INPUTS))]
+    input: Annotated[
+        list[Prompt],
+        PlainValidator(partial(as_prompts, limit=MAX_INPUTS), json_schema_input_type=PromptInput),
+    ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=1 << 20)] | None = None

@@ -16,6 +16,7 @@ from router.debug_pages import DebugPages
 from router.embeddings import EmbeddingPages
 from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
+from router.openapi import openapi_page
 from router.serving import Serving
 from router.tokenize import TokenizePages
 from router.worker_sites import WorkerSites
@@ -52,23 +53,25 @@ def make_app(
         client_max_size=max_body_bytes, middlewares=[_errors(metrics), access.middleware()]
     )
     access.install(app)
-    app.add_routes(
-        [
-            web.post("/v1/completions", serving.completions),
-            web.post("/v1/chat/completions", serving.chat),
-            web.post("/v1/embeddings", embeddings.embeddings),
-            web.post("/tokenize", tokens.tokenize),
-            web.post("/detokenize", tokens.detokenize),
-            web.get("/v1/models", pages.models),
-            web.get("/v1/models/{name:.+}", pages.model),
-            web.get("/health", pages.health),
-            web.get("/ready", pages.ready),
-            web.get("/version", pages.version),
-            web.get("/ping", pages.ping),
-            web.post("/ping", pages.ping),
-            *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
-        ]
-    )
+    routes: list[web.RouteDef] = [
+        web.post("/v1/completions", serving.completions),
+        web.post("/v1/chat/completions", serving.chat),
+        web.post("/v1/embeddings", embeddings.embeddings),
+        web.post("/tokenize", tokens.tokenize),
+        web.post("/detokenize", tokens.detokenize),
+        web.get("/v1/models", pages.models),
+        web.get("/v1/models/{name:.+}", pages.model),
+        web.get("/openapi.json", openapi_page(_version())),
+        web.get("/health", pages.health),
+        web.get("/ready", pages.ready),
+        web.get("/version", pages.version),
+        web.get("/ping", pages.ping),
+        web.post("/ping", pages.ping),
+        *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
+    ]
+    for route in routes:
+        route.kwargs["expect_handler"] = _expect
+    app.add_routes(routes)
     return app
 
 
@@ -166,6 +169,15 @@ class _Pages:
         self._metrics.open_pairs.set(fleet.breaker.num_open)
         self._metrics.malformed.set(self._control.num_malformed)
         self._metrics.refused.set(self._control.num_refused)
+
+
+async def _expect(request: web.Request) -> None:
+    """What is expected beside `100-continue` is passed over.
+
+    aiohttp's own answer has not the shape of our errors, and breaks where the header is no text.
+    """
+    if request.headers["Expect"].lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _version() -> str:

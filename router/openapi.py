@@ -1,0 +1,244 @@
+"""GET /openapi.json: an OpenAPI 3.1 description, made from the models that validate.
+
+Requests are described by their own pydantic models, and by the tables of what is known and not
+supported. Answers are written as dictionaries on the hot path, so their schemas stand here; a test
+holds real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from router.api import NEUTRAL_COMPLETION, CompletionBody
+from router.api_chat import NEUTRAL_CHAT, ChatBody
+from router.api_embeddings import NEUTRAL_EMBEDDING, EmbeddingBody
+from router.tokenize import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
+
+Json = dict[str, Any]
+_REF = "#/components/schemas/{model}"
+_USER = [{"role": "user", "content": "Say hello."}]
+
+# path, request model, its neutral parameters, answer, whether it streams, an example
+_POSTS: tuple[tuple[str, type[BaseModel], Json, str, bool, Json], ...] = (
+    (
+        "/v1/completions",
+        CompletionBody,
+        NEUTRAL_COMPLETION,
+        "Completion",
+        True,
+        {"prompt": "def f(", "max_tokens": 8},
+    ),
+    (
+        "/v1/chat/completions",
+        ChatBody,
+        NEUTRAL_CHAT,
+        "ChatCompletion",
+        True,
+        {"messages": _USER, "max_tokens": 8},
+    ),
+    ("/v1/embeddings", EmbeddingBody, NEUTRAL_EMBEDDING, "Embeddings", False, {"input": "hello"}),
+    ("/tokenize", TokenizeBody, NEUTRAL_TOKENIZE, "Tokenized", False, {"prompt": "hello"}),
+    ("/detokenize", DetokenizeBody, {}, "Detokenized", False, {"tokens": [1, 2]}),
+)
+_GETS = (
+    ("/v1/models", "The served model's names", "Models"),
+    ("/v1/models/{model}", "One of them", "Model"),
+    ("/version", "This server's version", "Version"),
+    ("/load", "Requests that are being answered", "Load"),
+    ("/health", "The process lives", "Health"),
+)
+
+
+def openapi_page(version: str) -> Any:
+    """A handler; the description is made when it is asked for first."""
+    made: list[Json] = []
+
+    async def openapi(request: web.Request) -> web.Response:
+        if not made:
+            made.append(openapi_description(version))
+        return web.json_response(made[0])
+
+    return openapi
+
+
+def openapi_description(version: str) -> Json:
+    """All routes that clients use."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Baton",
+            "version": version,
+            "description": "OpenAI's API, with parameters as vLLM names them.",
+        },
+        "paths": _paths(),
+        "components": {
+            "schemas": {**_request_schemas(), **_ANSWERS},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _paths() -> Json:
+    paths: Json = {
+        path: {"post": _post(model, answer, streams, example)}
+        for path, model, _, answer, streams, example in _POSTS
+    }
+    paths |= {path: {"get": _get(path, text, answer)} for path, text, answer in _GETS}
+    paths["/ready"] = {"get": _get("/ready", "A request could be served now", "Ready")}
+    paths["/ready"]["get"]["responses"]["503"] = _answer("Ready")
+    plain = {"description": "OK"}
+    paths["/ping"] = {
+        method: {"summary": "The process lives", "responses": {"200": plain}}
+        for method in ("get", "post")
+    }
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    metrics = {"200": {"description": "Prometheus' text format", "content": text}}
+    paths["/metrics"] = {"get": {"summary": "Metrics", "responses": metrics}}
+    return paths
+
+
+def _post(model: type[BaseModel], answer: str, streams: bool, example: Json) -> Json:
+    ok = _answer(answer)
+    if streams:
+        ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    body = {"schema": _ref(model.__name__), "examples": {"short": {"value": example}}}
+    return {
+        "summary": (model.__doc__ or "").strip(),
+        "requestBody": {"required": True, "content": {"application/json": body}},
+        "responses": {"200": ok, "default": _answer("Error")},
+    }
+
+
+def _get(path: str, summary: str, answer: str) -> Json:
+    operation: Json = {
+        "summary": summary,
+        "responses": {"200": _answer(answer), "default": _answer("Error")},
+    }
+    if "{model}" in path:
+        name = {"type": "string", "minLength": 1}
+        operation["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": name}
+        ]
+    return operation
+
+
+def _answer(name: str) -> Json:
+    return {"description": name, "content": {"application/json": {"schema": _ref(name)}}}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": _REF.format(model=name)}
+
+
+def _request_schemas() -> Json:
+    """Parameters that are known and not supported take only what asks for nothing."""
+    _, made = models_json_schema(
+        [(model, "validation") for _, model, *_ in _POSTS], ref_template=_REF
+    )
+    schemas: Json = made["$defs"]
+    for _, model, neutral, *_ in _POSTS:
+        for name, values in neutral.items():
+            allowed = {"description": "Not supported.", "enum": [*values, None]}
+            schemas[model.__name__]["properties"].setdefault(name, allowed)
+    return schemas
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _object(optional: Json | None = None, **properties: Json) -> Json:
+    return {
+        "type": "object",
+        "properties": {**properties, **(optional or {})},
+        "required": list(properties),
+    }
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items}
+
+
+def _const(value: str) -> Json:
+    return {"const": value}
+
+
+_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+_MAYBE_OBJECT = {"type": ["object", "null"]}
+_FINISH = {"enum": ["stop", "length", "tool_calls"]}
+_USAGE = _object(
+    {"prompt_tokens_details": _MAYBE_OBJECT},
+    prompt_tokens=_COUNT,
+    completion_tokens=_COUNT,
+    total_tokens=_COUNT,
+)
+_MODEL = _object(
+    id=_TEXT,
+    object=_const("model"),
+    created=_COUNT,
+    owned_by=_TEXT,
+    max_model_len={"type": ["integer", "null"]},
+)
+
+
+def _generated(kind: str, **choice: Json) -> Json:
+    described = _object(index=_COUNT, logprobs=_MAYBE_OBJECT, finish_reason=_FINISH, **choice)
+    return _object(
+        id=_TEXT,
+        object=_const(kind),
+        created=_COUNT,
+        model=_TEXT,
+        choices={**_list(described), "minItems": 1},
+        usage=_USAGE,
+    )
+
+
+_ANSWERS: Json = {
+    "Error": _object(
+        error=_object(
+            message={"type": "string", "minLength": 1, "maxLength": 500},
+            type=_TEXT,
+            param=_MAYBE_TEXT,
+            code=_MAYBE_TEXT,
+        )
+    ),
+    "Completion": _generated("text_completion", text=_TEXT),
+    "ChatCompletion": _generated(
+        "chat.completion", message=_object(role=_const("assistant"), content=_MAYBE_TEXT)
+    ),
+    "Embeddings": _object(
+        object=_const("list"),
+        model=_TEXT,
+        data=_list(
+            _object(
+                object=_const("embedding"),
+                index=_COUNT,
+                embedding={"oneOf": [_TEXT, _list({"type": "number"})]},
+            )
+        ),
+        usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+    ),
+    "Tokenized": _object(
+        count=_COUNT,
+        max_model_len=_COUNT,
+        tokens=_list(_COUNT),
+        token_strs={"type": ["array", "null"], "items": _TEXT},
+    ),
+    "Detokenized": _object(prompt=_TEXT),
+    "Models": _object(object=_const("list"), data=_list(_MODEL)),
+    "Model": _MODEL,
+    "Version": _object(version=_TEXT),
+    "Load": _object(server_load=_COUNT),
+    "Health": _object(status=_const("ok")),
+    "Ready": _object(
+        ready={"type": "boolean"},
+        prefill_nodes=_COUNT,
+        decode_nodes=_COUNT,
+        tokenizer={"type": "boolean"},
+    ),
+}

@@ -15,13 +15,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata, util
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from baton.model_report import choose_dtype, report_on
+from baton.model_report import choose_dtype, report_on, report_on_loaded
 from kvtransfer.ucx_devices import has_rdma_hardware
 from node import machine
 from node.machine import size
@@ -35,6 +36,11 @@ UCX_PACKAGES = ("ucxx-cu12", "ucxx-cu13", "ucxx")  # one library under three nam
 LIBUCX_PACKAGES = ("libucx-cu12", "libucx-cu13")
 TRANSPORTS = {"loopback": (), "zmq": ("pyzmq",), "shm": (), "ucx": UCX_PACKAGES}
 
+ISA_FLAGS = {  # as kernels/cpu_ops.cpp chooses
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+}
+
 Section = dict[str, Any]
 
 
@@ -43,12 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", type=Path, metavar="MODEL", help="folder of a model to look at as well"
     )
+    parser.add_argument(
+        "--load",
+        action="store_true",
+        help="load the model as a node does: what is fused, whether it is deterministic (seconds)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 0 if nothing speaks against serving, else 1."""
-    findings = examine(args.model)
+    if args.load and args.model is None:
+        raise ConfigError("--load needs a MODEL")
+    findings = examine(args.model, load=args.load)
     if args.json:
         print(json.dumps(findings, indent=2))
     else:
@@ -56,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if findings["problems"] else 0
 
 
-def examine(model: Path | None) -> dict[str, Any]:
+def examine(model: Path | None, *, load: bool = False) -> dict[str, Any]:
     """All findings by section, and a list of what is wrong."""
     found = machine.look()
     versions = {name: version_of(name) for name in PACKAGES}
@@ -64,6 +77,7 @@ def examine(model: Path | None) -> dict[str, Any]:
         "machine": machine_section(found),
         "software": {"python": platform.python_version(), "baton-serve": version_of("baton-serve")},
         "transports": {name: transport_state(name) for name in TRANSPORTS},
+        "cpu_kernels": {"state": kernels_state(found.cpu_flags)},
         "choices": choices_section(found),
     }
     findings["software"] |= versions | {"ucxx": _ucxx_version()}
@@ -71,6 +85,8 @@ def examine(model: Path | None) -> dict[str, Any]:
     if model is not None:
         try:
             findings["model"] = report_on(model, has_bf16_units=found.has_bf16_units)
+            if load:
+                findings["model"] |= report_on_loaded(model)
         except ConfigError as error:
             problems.append(str(error))
     return findings | {"problems": problems}
@@ -116,6 +132,23 @@ def transport_state(name: str) -> str:
     if name == "ucx":
         return f"ready: {_ucx_parts()}"
     return "ready, inside one process" if name == "loopback" else "ready"
+
+
+def kernels_state(cpu_flags: frozenset[str], folder: Path | None = None) -> str:
+    """Whether the compiled CPU kernels are there, by their files; torch stands in for them."""
+    folder = folder or Path(__file__).resolve().parents[1] / "kernels"
+    built = [path for end in EXTENSION_SUFFIXES if (path := folder / f"_cpu_ops{end}").is_file()]
+    again = "run `pip install` for Baton again"
+    if not built:
+        compilers = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+        needed = f"{compilers[0]} is here" if compilers else "install a C++ compiler (g++)"
+        return f"not built, torch does their work slower and not bit-stable: {needed}, {again}"
+    sources = [folder / "cpu_ops.cpp", folder / "cpu_ops.inc"]
+    newest = max((source.stat().st_mtime for source in sources if source.is_file()), default=0.0)
+    if newest > built[0].stat().st_mtime:
+        return f"built, but older than their source: {again}"
+    isa = next((isa for isa, flags in ISA_FLAGS.items() if flags <= cpu_flags), "plain")
+    return f"built, {isa}"
 
 
 def version_of(package: str) -> str | None:

@@ -43,6 +43,19 @@ def report_on(folder: Path, *, has_bf16_units: bool) -> dict[str, Any]:
     }
 
 
+def report_on_loaded(folder: Path) -> dict[str, Any]:
+    """What only loading tells. Raises ConfigError or UnsupportedModelError where that fails."""
+    from engine.loader import load_model  # torch and transformers: seconds
+
+    loaded = load_model(folder)
+    return {
+        "fusions": str(loaded.fusions),
+        "operations": loaded.ops.name,
+        "deterministic": f"no, {why}" if (why := loaded.not_deterministic) else "yes",
+        "numerics": loaded.numerics,
+    }
+
+
 def choose_dtype(stored: str, *, has_bf16_units: bool) -> str:
     """What `--dtype auto` computes in on a CPU: bfloat16 only if stored so and fast here."""
     return "bfloat16" if stored == "bfloat16" and has_bf16_units else "float32"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ import torch
 from safetensors.numpy import save_file
 
 from baton import doctor
+from baton.bundled_model import DEFAULT_MODEL
 from baton.model_report import choose_dtype, kv_bytes_per_token, report_on
 from engine.numerics import DTYPES, has_bf16_units, resolve_dtype
+from kernels.cpu_ops import load_cpu_ops
 from node import machine
+from wire.errors import ConfigError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,7 +61,8 @@ def test_table(capsys: Any) -> None:
 def test_json(capsys: Any) -> None:
     assert run("--json") == 0
     findings = json.loads(capsys.readouterr().out)
-    assert set(findings) == {"machine", "software", "transports", "choices", "problems"}
+    sections = {"machine", "software", "transports", "cpu_kernels", "choices", "problems"}
+    assert set(findings) == sections
     assert findings["software"]["torch"] == torch.__version__
     assert findings["machine"]["usable_cores"] >= 1
 
@@ -63,7 +70,7 @@ def test_json(capsys: Any) -> None:
 def test_starts_without_torch() -> None:
     code = (
         "import sys, argparse; from baton import doctor; doctor.machine.ACCELERATOR_DEVICES = ();"
-        "doctor.run(argparse.Namespace(model=None, json=True)); sys.exit('torch' in sys.modules)"
+        "doctor.run(argparse.Namespace(model=None, json=True, load=False)); sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60)
@@ -153,3 +160,51 @@ def test_what_ucx_there_is_comes_from_its_files(
 )
 def test_size(num_bytes: int, text: str) -> None:
     assert machine.size(num_bytes) == text
+
+
+# ---------------------------------------------------------------- compiled kernels, fusions
+
+
+def test_kernels_that_were_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "install a C++ compiler" in doctor.kernels_state(frozenset(), tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "c++ is here" in doctor.kernels_state(frozenset(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [
+        ({"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma"}, "avx512"),
+        ({"avx512f", "avx2", "fma"}, "avx2"),
+        ({"asimd"}, "plain"),
+    ],
+)
+def test_kernels_that_were_built(tmp_path: Path, flags: set[str], isa: str) -> None:
+    source, built = tmp_path / "cpu_ops.inc", tmp_path / f"_cpu_ops{EXTENSION_SUFFIXES[0]}"
+    for path, when in ((source, 100), (built, 200)):
+        path.touch()
+        os.utime(path, (when, when))
+    assert doctor.kernels_state(frozenset(flags), tmp_path) == f"built, {isa}"
+    os.utime(source, (300, 300))
+    assert "older than their source" in doctor.kernels_state(frozenset(flags), tmp_path)
+
+
+def test_the_instruction_set_is_the_kernels_own() -> None:
+    ops = load_cpu_ops()
+    if ops is None:
+        pytest.skip("the CPU kernels were not built")
+    state = doctor.kernels_state(machine.look().cpu_flags)
+    assert state == f"built, {ops.isa}" or "older" in state
+
+
+def test_a_loaded_model_tells_what_was_fused(capsys: Any) -> None:
+    assert run(str(DEFAULT_MODEL), "--load", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert "packed linears" in found["fusions"]
+    assert {"operations", "deterministic", "numerics"} <= set(found)
+
+
+def test_load_needs_a_model() -> None:
+    with pytest.raises(ConfigError, match="--load needs a MODEL"):
+        run("--load")

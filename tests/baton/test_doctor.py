@@ -70,7 +70,8 @@ def test_json(capsys: Any) -> None:
 def test_starts_without_torch() -> None:
     code = (
         "import sys, argparse; from baton import doctor; doctor.machine.ACCELERATOR_DEVICES = ();"
-        "doctor.run(argparse.Namespace(model=None, json=True, load=False)); sys.exit('torch' in sys.modules)"
+        "doctor.run(argparse.Namespace(model=None, json=True, load=False));"
+        "sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60)

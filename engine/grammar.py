@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
+from engine.grammar_cursor import GrammarCursor
 from wire.grammar import mistake_of, new_matcher
 
 MAX_COMPILED = 256
@@ -35,14 +36,6 @@ class GrammarError(ValueError):
     def __init__(self, request_ids: tuple[str, ...], reason: str) -> None:
         super().__init__(f"the grammar of {', '.join(request_ids)}: {reason}")
         self.request_ids = request_ids
-
-
-@dataclass(slots=True, eq=False)
-class GrammarCursor:
-    """Where one request is in its grammar."""
-
-    matcher: LLMatcher | None = None
-    tokens: list[int] = field(default_factory=list)  # that the matcher has taken
 
 
 @dataclass(frozen=True, slots=True)

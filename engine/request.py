@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.grammar import GrammarCursor
+from engine.grammar_cursor import GrammarCursor
 from wire.types import FinishReason, Pooling, SamplingParams
 
 

@@ -59,6 +59,7 @@ class WorkerPages:
         self._workers = workers
         self._last: dict[Life, Families] = {}
         self._retired: Families = {}
+        self._scrape: asyncio.Task[bytes] | None = None
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -78,6 +79,8 @@ class WorkerPages:
     async def close(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._scrape is not None:
+            await asyncio.wait([self._scrape])
 
     def died(self, worker: Life) -> None:
         """What it has counted stays."""
@@ -86,15 +89,21 @@ class WorkerPages:
     # ------------------------------------------------------------ pages
 
     async def _metrics_page(self, request: web.Request) -> web.Response:
+        """All who ask at the same time get one answer: nobody needs a key, and it costs all."""
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.create_task(self._sum_up())
+        return web.Response(
+            body=await asyncio.shield(self._scrape),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def _sum_up(self) -> bytes:
         answers = await self._ask_all("/metrics")
         for worker, answer in answers.items():
             self._last[worker] = parse(answer.body.decode())
         self.metrics.workers.set(len(answers))
         own = parse(generate_latest(self.metrics.registry).decode())
-        told = merge([*self._last.values(), self._retired, own])
-        return web.Response(
-            body=render(told), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        return render(merge([*self._last.values(), self._retired, own]))
 
     async def _load_page(self, request: web.Request) -> web.Response:
         loads = [_json(answer)["server_load"] for answer in (await self._ask_all("/load")).values()]

@@ -132,32 +132,38 @@ def _parts(model: Any, calls: tuple[AttentionCall, ...]) -> _Parts:
 
 def _fused_layer(layer: nn.Module, index: int, call: AttentionCall, layout: KVLayout) -> FusedLayer:
     _only(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-    attention = _child(layer, "self_attn", nn.Module)
-    mlp = _child(layer, "mlp", nn.Module)
-    _only(mlp, "gate_proj", "up_proj", "down_proj", "act_fn")
-    down = _child(mlp, "down_proj", nn.Linear)
     return FusedLayer(
         index=index,
         input_norm=_norm(_child(layer, "input_layernorm", nn.Module)),
-        attention=_fused_attention(attention, call, layout),
+        attention=_fused_attention(_child(layer, "self_attn", nn.Module), call, layout),
         post_attention_norm=_norm(_child(layer, "post_attention_layernorm", nn.Module)),
-        mlp=FusedMLP(
-            merged([_child(mlp, name, nn.Linear) for name in ("gate_proj", "up_proj")]),
-            linear(down.weight.detach(), down.bias),
-        ),
+        mlp=_fused_mlp(_child(layer, "mlp", nn.Module)),
+    )
+
+
+def _fused_mlp(module: nn.Module) -> FusedMLP:
+    """Which activation it has, the proof tells."""
+    merged_already = hasattr(module, "gate_up_proj")  # Phi-3
+    inputs = ("gate_up_proj",) if merged_already else ("gate_proj", "up_proj")
+    _only(module, *inputs, "down_proj", "act_fn", "activation_fn")
+    down = _child(module, "down_proj", nn.Linear)
+    return FusedMLP(
+        merged([_child(module, name, nn.Linear) for name in inputs]),
+        linear(down.weight.detach(), down.bias),
     )
 
 
 def _fused_attention(module: nn.Module, call: AttentionCall, layout: KVLayout) -> FusedAttention:
-    _only(module, "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    inputs = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+    _only(module, *inputs, "o_proj", "q_norm", "k_norm")
     if call.softcap is not None or call.has_sinks:
         raise _OtherForm("its attention has a soft cap or sinks")
-    projections = [_child(module, f"{name}_proj", nn.Linear) for name in "qkv"]
+    qkv = merged([_child(module, name, nn.Linear) for name in inputs])
     output = _child(module, "o_proj", nn.Linear)
     return FusedAttention(
-        qkv=merged(projections),
+        qkv=qkv,
         output=linear(output.weight.detach(), output.bias),
-        num_query_heads=projections[0].out_features // layout.head_dim,
+        num_query_heads=qkv.out_features // layout.head_dim - 2 * layout.num_kv_heads,
         head_dim=layout.head_dim,
         scale=call.scale,
         window=call.window,
@@ -190,7 +196,9 @@ def _child(parent: Any, name: str, kind: type[Any]) -> Any:
 
 
 def _only(module: nn.Module, *names: str) -> None:
-    strange = {name for name, _ in module.named_children()} - set(names)
+    """Refuse a module with other children; dropout does nothing here."""
+    children = module.named_children()
+    strange = {name for name, child in children if not isinstance(child, nn.Dropout)} - set(names)
     if strange:
         raise _OtherForm(f"{type(module).__name__} has {', '.join(sorted(strange))}")
 

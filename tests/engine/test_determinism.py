@@ -118,7 +118,7 @@ def assert_same_bits(expected: dict[int, Tensor], found: dict[int, Tensor]) -> N
         assert torch.equal(row, found[num_tokens]), f"after {num_tokens} tokens"
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "phi3"])
 def loaded(request: pytest.FixtureRequest, make_model: MakeModel) -> LoadedModel:
     return load_model(make_model(request.param), dtype="float32", deterministic=True)
 

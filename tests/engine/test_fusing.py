@@ -19,8 +19,8 @@ from engine.packed_linear import PackedLinear, can_pack, linear
 from kernels.paged_attention import RequestRows
 
 MakeModel = Callable[[str], Path]
-FUSED = ["llama", "llama_tied", "llama_dynamic", "llama_yarn", "qwen2", "qwen3", "mistral"]
-NOT_FUSED = ["gemma2", "phi3", "gpt2", "opt", "mixtral", "gpt_oss"]
+FUSED = ["llama", "llama_tied", "llama_dynamic", "llama_yarn", "qwen2", "qwen3", "mistral", "phi3"]
+NOT_FUSED = ["gemma2", "gpt2", "opt", "mixtral", "gpt_oss"]
 BLOCK_SIZE = 16
 
 needs_packing = pytest.mark.skipif(

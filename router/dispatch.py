@@ -75,6 +75,7 @@ class Dispatch:
         self.prefill: NodeId | None = None
         self.decode: NodeId | None = None
         self.num_attempts = 0
+        self.id = AttemptId(work.request, 0)  # the current attempt
         self._lease = 0  # what the decode node has granted; 0: nothing
         self._author: NodeId | None = None  # of the newest tokens in the log
         self._numerics = ""  # of the author: it would sample them again
@@ -87,11 +88,6 @@ class Dispatch:
         self._last_word = "No node is free to serve the request."
         self._failures = Failures()
         self._refused: set[NodeId] = set()
-
-    @property
-    def id(self) -> AttemptId:
-        """The current attempt."""
-        return AttemptId(self.work.request, self.num_attempts)
 
     # ------------------------------------------------------------ forward
 
@@ -285,6 +281,7 @@ class Dispatch:
 
     def _begin_attempt(self) -> None:
         self.num_attempts += 1
+        self.id = AttemptId(self.work.request, self.num_attempts)
         self.log.begin_attempt(self.num_attempts)
 
     def _asking(self, now: float) -> Asking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -209,6 +210,27 @@ def the_same_seed_says_the_same(servers: Servers) -> None:
         assert texts[0] == texts[1] != texts[2]
 
 
+def a_named_tool_call(servers: Servers) -> None:
+    """A grammar holds even the bundled model to the schema."""
+    properties = {"city": {"enum": ["Oslo", "Rome"]}, "metric": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    with client(servers) as api:
+        ask = {"model": servers.model, "messages": MESSAGES, "temperature": 0, "max_tokens": 200}
+        named = {"type": "function", "function": {"name": "weather"}}
+        ask |= {"tools": [tool], "tool_choice": named}
+        (call,) = api.chat.completions.create(**ask).choices[0].message.tool_calls
+        assert call.function.name == "weather"
+        assert set(json.loads(call.function.arguments)) == set(properties)
+        deltas = [
+            delta
+            for chunk in api.chat.completions.create(**ask, stream=True)
+            for delta in chunk.choices[0].delta.tool_calls or []
+        ]
+        streamed = "".join(delta.function.arguments or "" for delta in deltas)
+        assert streamed == call.function.arguments
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -239,9 +261,8 @@ def errors_in_requests(servers: Servers) -> None:
             error = error_of(openai.BadRequestError, create, **ask, max_tokens=10**6)
             assert error.code == "context_length_exceeded"
             assert f"maximum context length is {servers.max_model_len} tokens" in error.message
-            tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-            error = error_of(openai.BadRequestError, create, **ask, tools=tools)
-            assert error.param == "tools"
+            error = error_of(openai.BadRequestError, create, **ask, modalities=["audio"])
+            assert error.param == "modalities"
 
 
 def keys_and_limits(servers: Servers) -> None:
@@ -326,6 +347,7 @@ CASES = [
     stop_strings,
     usage_in_streams,
     the_same_seed_says_the_same,
+    a_named_tool_call,
     errors_in_requests,
     keys_and_limits,
     a_stream_that_is_closed,

@@ -11,6 +11,8 @@ from typing import Any
 from aiohttp import web
 
 from router.access import Access, request_id
+from router.anthropic.errors import error_bytes
+from router.anthropic.pages import PREFIX, AnthropicPages
 from router.control import Control
 from router.debug_pages import DebugPages
 from router.embeddings import EmbeddingPages
@@ -57,6 +59,7 @@ def make_app(
         web.post("/v1/completions", serving.completions),
         web.post("/v1/chat/completions", serving.chat),
         web.post("/v1/embeddings", embeddings.embeddings),
+        *AnthropicPages(serving).routes(),
         web.post("/tokenize", tokens.tokenize),
         web.post("/detokenize", tokens.detokenize),
         web.get("/v1/models", pages.models),
@@ -188,7 +191,7 @@ def _version() -> str:
 
 
 def _errors(metrics: RouterMetrics) -> Any:
-    """Middleware: every error in OpenAI's shape, every answer counted."""
+    """Middleware: every error in its dialect's shape, every answer counted."""
 
     @web.middleware
     async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -198,15 +201,16 @@ def _errors(metrics: RouterMetrics) -> Any:
             metrics.disconnects.inc()
             raise
         except ApiError as error:
-            response = _error_response(error)
+            response = _error_response(error, request)
         except web.HTTPException as error:
-            response = _http_error_response(error)
+            response = _http_error_response(error, request)
         except (ConnectionError, asyncio.IncompleteReadError):
             metrics.disconnects.inc()
             return _to_nobody(request)
         except Exception:
             log.exception("%s %s %s failed", request.method, request.path, request_id(request))
-            response = _error_response(server_error("Internal error.", "internal_error"))
+            internal = server_error("Internal error.", "internal_error")
+            response = _error_response(internal, request)
         metrics.answered(_route(request), request.method, response.status)
         return response
 
@@ -219,7 +223,7 @@ async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except ApiError as error:
-        return _error_response(error)
+        return _error_response(error, request)
 
 
 def _to_nobody(request: web.Request) -> web.Response:
@@ -229,18 +233,19 @@ def _to_nobody(request: web.Request) -> web.Response:
     return web.Response(status=499)
 
 
-def _error_response(error: ApiError) -> web.Response:
+def _error_response(error: ApiError, request: web.Request) -> web.Response:
+    anthropic = request.path.startswith(PREFIX)
     return web.Response(
         status=error.status,
-        body=error.body_bytes(),
+        body=error_bytes(error) if anthropic else error.body_bytes(),
         content_type="application/json",
         headers=error.headers(),
     )
 
 
-def _http_error_response(error: web.HTTPException) -> web.Response:
+def _http_error_response(error: web.HTTPException, request: web.Request) -> web.Response:
     message = _HTTP_ERRORS.get(error.status, error.reason)
-    response = _error_response(ApiError(error.status, message))
+    response = _error_response(ApiError(error.status, message), request)
     if "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response

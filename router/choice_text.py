@@ -79,6 +79,11 @@ class ChoiceText:
             self._trail.shown(text, self.finish is not None)
         return text
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._stops is None else self._stops.hit
+
     def take_told(self) -> list[Told]:
         """The tokens that belong to the text shown last."""
         return [] if self._trail is None else self._trail.take()

@@ -58,6 +58,7 @@ class ChoiceResult:
     index: int
     text: str
     finish_reason: str
+    stop: str | None  # the stop string that ended it
     pieces: list[Piece] | None  # what the text says, if it is not just text
     told: list[Told]  # of the echo too
     num_echoed: int
@@ -89,8 +90,8 @@ class AnswerFormat(Protocol):
         """The event for a prompt that comes back."""
         ...
 
-    def finish(self, index: int, reason: str, usage: Usage | None) -> str:
-        """The last event of a choice."""
+    def finish(self, index: int, reason: str, usage: Usage | None, stop: str | None = None) -> str:
+        """The last event of a choice; `stop` is the stop string that ended it."""
         ...
 
     def usage(self, usage: Usage) -> str:
@@ -216,7 +217,7 @@ class CompletionFormat(_Format):
         logprobs, _ = self._beside(told, 0)
         return self._event(self._choice(index, text, logprobs, "null", ""), usage)
 
-    def finish(self, index: int, reason: str, usage: Usage | None) -> str:
+    def finish(self, index: int, reason: str, usage: Usage | None, stop: str | None = None) -> str:
         return self._event(self._choice(index, "", "null", f'"{reason}"', ""), usage)
 
     def piece(self, index: int, piece: Piece, usage: Usage | None, told: list[Told]) -> str:
@@ -285,7 +286,7 @@ class ChatFormat(_Format):
     def echo(self, index: int, text: str, usage: Usage | None, told: list[Told]) -> str:
         return self.text(index, text, usage, told, 0)
 
-    def finish(self, index: int, reason: str, usage: Usage | None) -> str:
+    def finish(self, index: int, reason: str, usage: Usage | None, stop: str | None = None) -> str:
         return self._event(self._choice(index, "{}", "null", f'"{reason}"', ""), usage)
 
     def _choice(self, index: int, delta: str, logprobs: str, reason: str, more: str) -> str:

@@ -135,6 +135,7 @@ class Collected(Generation):
             index=choice.index,
             text=text,
             finish_reason=choice.finish_reason,
+            stop=choice.text.stop,
             pieces=None if choice.parser is None else merged(self._pieces[choice.index]),
             told=echoed + told,
             num_echoed=len(echoed),
@@ -180,7 +181,8 @@ class Streamed(Generation):
             offset = 0 if choice.echo is None else len(choice.echo.text)
             events.append(self._format.text(index, text, usage, told, offset))
         if choice.text.finish is not None:
-            events.append(self._format.finish(index, choice.finish_reason, usage))
+            stop = choice.text.stop
+            events.append(self._format.finish(index, choice.finish_reason, usage, stop))
         self._buffer.put("".join(events).encode())
         if self._count_end(choice):
             self._finish()

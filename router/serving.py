@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
+from router.anthropic.format import MessagesFormat
 from router.api import CompletionBody, parse_completion
 from router.api_chat import ChatBody, parse_chat
 from router.checks import check_num_pairs
@@ -104,8 +105,8 @@ class Serving:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions"""
-        timeline = Timeline(self._clock())
-        body = parse_completion(await self._read(request, timeline))
+        timeline = self.new_timeline()
+        body = parse_completion(await self.read_timed(request, timeline))
         served = self.served(body.model)
         params = await self._params(body, served)
         with self._metrics.tokenize.time():
@@ -118,15 +119,25 @@ class Serving:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
-        timeline = Timeline(self._clock())
-        body = parse_chat(await self._read(request, timeline))
+        timeline = self.new_timeline()
+        body = parse_chat(await self.read_timed(request, timeline))
+        return await self.answer_chat(request, body, timeline, ChatFormat)
+
+    async def answer_chat(
+        self,
+        request: web.Request,
+        body: ChatBody,
+        timeline: Timeline,
+        make_format: type[ChatFormat | MessagesFormat],
+    ) -> web.StreamResponse:
+        """A conversation, in whatever dialect it came."""
         served = self.served(body.model)
         params = await self._params(body, served)
         with self._metrics.tokenize.time():
             prompt = await chat_prompt(body, params, served.tokenizer, served.info)
         params = replace(params, reading=self._reading(params, prompt, served))
         asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
-        return await self._generate(request, asked, ChatFormat)
+        return await self._generate(request, asked, make_format)
 
     async def _params(self, body: CompletionBody | ChatBody, served: Served) -> GenerationParams:
         params = generation_params(body, served.info, self.limits)
@@ -146,7 +157,10 @@ class Serving:
         calls = call_format(config.tool_call_parser, tokenizer.template_source)
         return Reading(calls if use.rendered else None, thinks=thinks, began_thinking=began)
 
-    async def _read(self, request: web.Request, timeline: Timeline) -> bytes:
+    def new_timeline(self) -> Timeline:
+        return Timeline(self._clock())
+
+    async def read_timed(self, request: web.Request, timeline: Timeline) -> bytes:
         body = await self.read(request)
         timeline.body_read(self._clock())
         return body
@@ -225,7 +239,7 @@ class Serving:
         self,
         request: web.Request,
         asked: _Asked,
-        make_format: type[CompletionFormat | ChatFormat],
+        make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
     ) -> web.StreamResponse:
         self.num_requests += 1
         try:
@@ -237,7 +251,7 @@ class Serving:
         self,
         request: web.Request,
         asked: _Asked,
-        make_format: type[CompletionFormat | ChatFormat],
+        make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
     ) -> web.StreamResponse:
         params = asked.params
         asked.timeline.tokenized(self._clock())

@@ -19,6 +19,7 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.hit: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string ends it there."""
@@ -28,7 +29,7 @@ class StopMatcher:
         match = _first_match(text, self._stops)
         if match is not None:
             end, start = match
-            self._held = ""
+            self._held, self.hit = "", text[start:end]
             return text[: end if self._include else start], True
         keep = _possible_start(text, self._stops)
         self._held = text[keep:]

@@ -13,6 +13,8 @@ from aiohttp import web
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from router.anthropic.body import NEUTRAL as NEUTRAL_MESSAGES
+from router.anthropic.body import CountBody, MessagesBody
 from router.api import NEUTRAL_COMPLETION, CompletionBody
 from router.api_chat import NEUTRAL_CHAT, ChatBody
 from router.api_embeddings import NEUTRAL_EMBEDDING, EmbeddingBody
@@ -39,6 +41,22 @@ _POSTS: tuple[tuple[str, type[BaseModel], Json, str, bool, Json], ...] = (
         "ChatCompletion",
         True,
         {"messages": _USER, "max_tokens": 8},
+    ),
+    (
+        "/v1/messages",
+        MessagesBody,
+        NEUTRAL_MESSAGES,
+        "Message",
+        True,
+        {"max_tokens": 8, "messages": _USER},
+    ),
+    (
+        "/v1/messages/count_tokens",
+        CountBody,
+        NEUTRAL_MESSAGES,
+        "CountedTokens",
+        False,
+        {"messages": _USER},
     ),
     ("/v1/embeddings", EmbeddingBody, NEUTRAL_EMBEDDING, "Embeddings", False, {"input": "hello"}),
     ("/tokenize", TokenizeBody, NEUTRAL_TOKENIZE, "Tokenized", False, {"prompt": "hello"}),
@@ -85,7 +103,7 @@ def openapi_description(version: str) -> Json:
 
 def _paths() -> Json:
     paths: Json = {
-        path: {"post": _post(model, answer, streams, example)}
+        path: {"post": _post(path, model, answer, streams, example)}
         for path, model, _, answer, streams, example in _POSTS
     }
     paths |= {path: {"get": _get(path, text, answer)} for path, text, answer in _GETS}
@@ -102,15 +120,16 @@ def _paths() -> Json:
     return paths
 
 
-def _post(model: type[BaseModel], answer: str, streams: bool, example: Json) -> Json:
+def _post(path: str, model: type[BaseModel], answer: str, streams: bool, example: Json) -> Json:
     ok = _answer(answer)
+    error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
     if streams:
         ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     body = {"schema": _ref(model.__name__), "examples": {"short": {"value": example}}}
     return {
         "summary": (model.__doc__ or "").strip(),
         "requestBody": {"required": True, "content": {"application/json": body}},
-        "responses": {"200": ok, "default": _answer("Error")},
+        "responses": {"200": ok, "default": _answer(error)},
     }
 
 
@@ -211,6 +230,20 @@ _ANSWERS: Json = {
     "ChatCompletion": _generated(
         "chat.completion", message=_object(role=_const("assistant"), content=_MAYBE_TEXT)
     ),
+    "AnthropicError": _object(
+        type=_const("error"), error=_object(type=_TEXT, message={"type": "string", "minLength": 1})
+    ),
+    "Message": _object(
+        id=_TEXT,
+        type=_const("message"),
+        role=_const("assistant"),
+        model=_TEXT,
+        content=_list(_object(type={"enum": ["text", "thinking", "tool_use"]})),
+        stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+        stop_sequence=_MAYBE_TEXT,
+        usage=_object(input_tokens=_COUNT, output_tokens=_COUNT, cache_read_input_tokens=_COUNT),
+    ),
+    "CountedTokens": _object(input_tokens=_COUNT),
     "Embeddings": _object(
         object=_const("list"),
         model=_TEXT,

@@ -65,7 +65,7 @@ AnyBlock = Annotated[
 ]
 
 
-class Message(Strict):
+class Turn(Strict):
     """One turn."""
 
     role: Literal["user", "assistant"]
@@ -111,8 +111,8 @@ class OutputConfig(Strict):
 class CountBody(Strict):
     """POST /v1/messages/count_tokens."""
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_BLOCKS)]
+    model: str | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_BLOCKS)]
     system: str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS)] | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoiceSpec | None = None

@@ -7,7 +7,6 @@ from typing import Any
 
 from router.anthropic.body import (
     CountBody,
-    Message,
     MessagesBody,
     TextBlock,
     ThinkingBlock,
@@ -15,6 +14,7 @@ from router.anthropic.body import (
     ToolResultBlock,
     ToolSpec,
     ToolUseBlock,
+    Turn,
 )
 from router.api_chat import ChatBody
 from router.errors import bad_request
@@ -80,7 +80,7 @@ def _messages(body: CountBody) -> list[dict[str, Any]]:
     return turns
 
 
-def _turns(message: Message) -> list[dict[str, Any]]:
+def _turns(message: Turn) -> list[dict[str, Any]]:
     """Results of calls are turns of their own, before what else a user says."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]

@@ -30,6 +30,8 @@ COMMANDS = {
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
     "run-batch": Command("baton.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": Command("baton.bench", "measure any OpenAI-compatible server, or the engine alone"),
+    "profile": Command("baton.profile", "measure what an engine's steps take, for the planner"),
+    "plan": Command("baton.plan", "divide nodes into prefill and decode for a workload and limits"),
     "doctor": Command("baton.doctor", "tell what this machine has and what Baton would choose"),
 }
 

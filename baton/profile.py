@@ -1,0 +1,271 @@
+"""`baton profile`: what steps of one engine take on this machine, fitted for the planner.
+
+Steps run through the product's own engine, without a network: prompts of many lengths behind cached
+prefixes of many lengths, then decodes of many batches at many contexts. Of a transfer, what both
+nodes do with a block is measured (the digest here; copy, digest there); what lies between two
+machines is told with `--link-gbit-s` and `--link-latency-ms`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import torch
+
+from baton.bundled_model import DEFAULT_MODEL
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.kv_store import KVStore
+from engine.loader import load_model
+from engine.model_info import LoadedModel
+from engine.numerics import dtype_name
+from engine.request import Request
+from engine.runner import ModelRunner
+from kvtransfer.digest import UnitSealer
+from kvtransfer.units import units_of
+from node.machine import look
+from tuner.latency import (
+    LatencyModel,
+    Sample,
+    StepWork,
+    decode_sample,
+    fit,
+    prefill_sample,
+    relative_errors,
+    transfer_sample,
+)
+from tuner.profile import Profile, fit_error, save_profile
+from wire.layout import KVLayout
+from wire.types import AttemptId, SamplingParams
+
+BLOCK_SIZE = 16
+MAX_KV_BYTES = 1 << 30
+CHUNKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PREFIXES = (0, 256, 1024, 4096)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (32, 256, 1024, 4096)
+REPEATS = 5
+TRANSFER_BLOCKS = (1, 4, 16, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `baton profile`."""
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder (the bundled model)")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
+    add("--threads", type=int, default=1, metavar="N", help="of one node (%(default)s)")
+    add("--dtype", default="auto", help="as the nodes' (%(default)s)")
+    add("--max-model-len", type=int, metavar="N", help="as the nodes' (all that the model can)")
+    add("--seconds", type=float, default=110.0, metavar="S", help="at most about (%(default)g)")
+    add("--link-gbit-s", type=float, metavar="R", help="rate between nodes, if not one machine")
+    add("--link-latency-ms", type=float, default=0.2, metavar="MS", help="(%(default)g)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, fit, write, and say how well it fits."""
+    torch.set_num_threads(args.threads)
+    loaded = load_model(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
+    layout = loaded.kv_layout(BLOCK_SIZE)
+    profiler = Profiler(loaded, layout)
+    prefill = profiler.prefills(args.seconds / 2)
+    decode = profiler.decodes(args.seconds / 2)
+    transfer = transfers(layout, args.link_gbit_s, args.link_latency_ms)
+    profile = fitted(loaded, layout, device_name(loaded, args.threads), prefill, decode, transfer)
+    save_profile(profile, args.output)
+    for name, error in profile.errors.items():
+        print(
+            f"{name:9} {error.num_samples:4} samples, off by {error.p50:.1%} (median), "
+            f"{error.p90:.1%} (90th percentile)"
+        )
+    return 0
+
+
+def device_name(loaded: LoadedModel, threads: int) -> str:
+    """What decides the speed, in words."""
+    device = look().cpu_model if loaded.device == "cpu" else torch.cuda.get_device_name()
+    return f"{device}, {threads} threads, {dtype_name(loaded.dtype)}"
+
+
+def fitted(
+    loaded: LoadedModel,
+    layout: KVLayout,
+    device: str,
+    prefill: list[Sample],
+    decode: list[Sample],
+    transfer: list[Sample],
+) -> Profile:
+    a, b, c = fit(prefill, 3)
+    d, e, f = fit(decode, 3)
+    g, h = fit(transfer, 2)
+    model = LatencyModel((a, b, c), (d, e, f), (g, h))
+    errors = {
+        "prefill": fit_error(relative_errors(model.prefill, prefill)),
+        "decode": fit_error(relative_errors(model.decode, decode)),
+        "transfer": fit_error(relative_errors(model.transfer, transfer)),
+    }
+    return Profile(
+        model_name=loaded.name,
+        model_fingerprint=loaded.fingerprint,
+        device=device,
+        max_model_len=loaded.max_model_len,
+        layout=layout,
+        latency=model,
+        errors=errors,
+    )
+
+
+class Profiler:
+    """One engine after the other on one loaded model."""
+
+    def __init__(
+        self, loaded: LoadedModel, layout: KVLayout, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._loaded = loaded
+        self._layout = layout
+        self._clock = clock
+        self._num_blocks = max(
+            2 * layout.num_blocks(loaded.max_model_len), MAX_KV_BYTES // layout.block_bytes
+        )
+        self._store = KVStore(layout, self._num_blocks)
+        self._runner = ModelRunner(loaded, self._store)
+        self._random = Random(0)
+        self._numbers = count()
+
+    def _engine(self, *, prefix_caching: bool) -> Engine:
+        config = EngineConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=self._num_blocks,
+            max_model_len=self._loaded.max_model_len,
+            max_num_seqs=max(BATCHES),
+            max_num_batched_tokens=self._loaded.max_model_len,
+            enable_prefix_caching=prefix_caching,
+        )
+        return Engine(
+            config,
+            self._runner,
+            epoch=1,
+            model_fingerprint=self._loaded.fingerprint,
+            eos_token_ids=frozenset(),
+            ops=self._loaded.ops,
+        )
+
+    def _request(self, tokens: list[int], max_tokens: int) -> Request:
+        return Request(
+            request_id=str(next(self._numbers)),
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            max_num_tokens=len(tokens) + max_tokens,
+        )
+
+    def _tokens(self, number: int) -> list[int]:
+        return [self._random.randrange(self._loaded.vocab_size) for _ in range(number)]
+
+    def _timed_step(self, engine: Engine) -> float:
+        start = self._clock()
+        engine.step()
+        return self._clock() - start
+
+    # ------------------------------------------------------------ prefill
+
+    def prefills(self, seconds: float) -> list[Sample]:
+        """Every case once, the cheapest first, then again until the time is over."""
+        end = self._clock() + seconds
+        engine = self._engine(prefix_caching=True)
+        prefixes = {n: self._tokens(n) for n in PREFIXES if n < self._loaded.max_model_len}
+        for tokens in prefixes.values():
+            if tokens:
+                self._prefill(engine, tokens)
+        self._prefill(engine, self._tokens(BLOCK_SIZE))  # warms up
+        samples: list[Sample] = []
+        for turn in range(REPEATS):
+            for prefix, chunk in self._prefill_cases(prefixes):
+                if turn and self._clock() > end:
+                    return samples
+                took = self._prefill(engine, prefixes[prefix] + self._tokens(chunk))
+                work = StepWork(chunk, (prefix + chunk) ** 2 - prefix**2)
+                samples.append(prefill_sample(work, took))
+        return samples
+
+    def _prefill_cases(self, prefixes: dict[int, list[int]]) -> Iterator[tuple[int, int]]:
+        for chunk in CHUNKS:
+            for prefix in prefixes:
+                if prefix + chunk < self._loaded.max_model_len:
+                    yield prefix, chunk
+
+    def _prefill(self, engine: Engine, tokens: list[int]) -> float:
+        """One step, after which the request is over; its blocks stay findable."""
+        engine.add(self._request(tokens, 1))
+        return self._timed_step(engine)
+
+    # ------------------------------------------------------------ decode
+
+    def decodes(self, seconds: float) -> list[Sample]:
+        """Contexts from the shortest; those that the time or the pool does not reach are left."""
+        end = self._clock() + seconds
+        samples: list[Sample] = []
+        for context in CONTEXTS:
+            if context + 4 * REPEATS * len(BATCHES) > self._loaded.max_model_len:
+                break
+            samples += self._decodes_at(context, end)
+            if self._clock() > end:
+                break
+        return samples
+
+    def _decodes_at(self, context: int, end: float) -> list[Sample]:
+        """Batches grow; each is timed for a few steps, and the median counts."""
+        engine = self._engine(prefix_caching=False)
+        most = 4 * REPEATS * len(BATCHES)
+        running: list[Request] = []
+        samples: list[Sample] = []
+        for batch in BATCHES:
+            if batch * self._layout.num_blocks(context + most) > self._num_blocks:
+                break
+            while len(running) < batch:
+                running.append(self._request(self._tokens(context), most))
+                engine.add(running[-1])
+                engine.step()
+            steps = [self._timed_step(engine) for _ in range(REPEATS)]
+            tokens = sum(request.num_tokens for request in running) - batch * (REPEATS // 2 + 1)
+            work = StepWork(decode_batch=batch, decode_context=tokens)
+            samples.append(decode_sample(work, statistics.median(steps)))
+            if self._clock() > end:
+                break
+        return samples
+
+
+def transfers(layout: KVLayout, link_gbit_s: float | None, link_latency_ms: float) -> list[Sample]:
+    """Digest, copy and digest of some blocks, and the link between."""
+    samples = []
+    size = layout.block_bytes
+    for num_blocks in TRANSFER_BLOCKS:
+        num_tokens = num_blocks * layout.block_size
+        sealer = UnitSealer(
+            key=bytes(16),
+            id=AttemptId("profile", 1),
+            lease=1,
+            tokens=range(num_tokens),
+            block_size=layout.block_size,
+            model_fingerprint="profile",
+            cache_salt="",
+        )
+        source, target = memoryview(bytearray(num_blocks * size)), memoryview(bytearray(size))
+        units = units_of(num_tokens, 0, layout)
+        seconds = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            for unit in units:
+                block = source[unit.block * size : (unit.block + 1) * size]
+                sealer.digest(unit, block)
+                sealer.digest(unit, target, sealer.copy(block, target))
+            seconds.append(time.perf_counter() - start)
+        link = link_latency_ms / 1e3
+        link += num_blocks * size * 8 / (link_gbit_s * 1e9) if link_gbit_s else 0.0
+        samples.append(transfer_sample(num_blocks * size, statistics.median(seconds) + link))
+    return samples

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tuner.record import RequestRecord
 
 RATE_STEP = 1.05  # rates closer than this are not told apart
-LOWEST_SHARE = 1 / 256  # of the first rate tried: below, a fleet counts as unable
+LOWEST_SHARE = 1 / 32  # of the first rate tried: below, a fleet counts as unable
 HIGHEST_FACTOR = 256
 
 

@@ -1,0 +1,141 @@
+"""Plans: the right split where it is known, one more node, limits that nothing keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from baton.cli import main
+from baton.plan import plan_lines
+from baton.simulation.planner import Planner, larger, splits_of
+from baton.simulation.setup import Setup, Split
+from engine.config import EngineConfig
+from tuner.goodput import Slo
+from tuner.latency import LatencyModel
+from tuner.profile import FitError, Profile, save_profile
+from tuner.trace import Trace, TracedRequest
+from wire.layout import KVLayout
+
+MODEL = LatencyModel((0.010, 2e-4, 0.0), (0.008, 1e-6, 1e-3), (0.001, 1e-10))
+LAYOUT = KVLayout(2, 2, 16, 16, "float32")
+ENGINE = EngineConfig(num_blocks=4000, max_model_len=4096, max_num_seqs=32)
+SETUP = Setup(Split(mixed=1), ENGINE, LAYOUT, MODEL)
+
+
+def steady(number: int, input_len: int, output_len: int) -> Trace:
+    return Trace("made", tuple(TracedRequest(i / 4, input_len, output_len) for i in range(number)))
+
+
+def test_every_split_is_tried_once() -> None:
+    assert splits_of(1) == [Split(mixed=1)]
+    assert splits_of(3) == [Split(mixed=3), Split(1, 2), Split(2, 1)]
+    assert larger(Split(1, 2)) == [Split(2, 2), Split(1, 3)]
+    assert larger(Split(mixed=3)) == [Split(mixed=4)]
+
+
+def test_long_prompts_want_prefill_nodes_and_long_answers_decode_nodes() -> None:
+    prompts = Planner(SETUP, steady(60, 1500, 3), Slo(1.0, 0.025), 0.9)
+    answers = Planner(SETUP, steady(60, 60, 60), Slo(1.0, 0.012), 0.9)
+    rates = [
+        [planner.candidate(split, 512).rate for split in (Split(2, 1), Split(1, 2))]
+        for planner in (prompts, answers)
+    ]
+    assert rates[0][0] > 1.5 * rates[0][1]
+    assert rates[1][1] > 1.5 * rates[1][0]
+
+
+def test_loose_limits_leave_nodes_colocated() -> None:
+    plan = Planner(SETUP, steady(40, 300, 30), Slo(5.0, 1.0), 0.9).plan(2, [512])
+    assert plan.best.split == Split(mixed=2)
+    assert "best alternative (1 prefill + 1 decode" in "\n".join(plan_lines(plan))
+
+
+def test_every_token_budget_is_tried() -> None:
+    """A chunk per 64 tokens pays the step's constant 16 times for a prompt."""
+    plan = Planner(SETUP, steady(40, 1000, 30), Slo(5.0, 0.1), 0.9).plan(1, [64, 2048])
+    assert [candidate.token_budget for candidate in plan.candidates] == [64, 2048]
+    assert plan.best.token_budget == 2048
+    assert plan.best.rate > plan.candidates[0].rate
+
+
+def test_limits_that_nothing_keeps() -> None:
+    plan = Planner(SETUP, steady(20, 300, 30), Slo(0.001, 0.1), 0.9).plan(2, [512])
+    assert not plan.possible
+    text = "\n".join(plan_lines(plan))
+    assert "impossible" in text
+    assert "90th percentiles are 7" in text  # 0.07 s of prefill
+    assert plan.one_more == ()
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    made = Profile("m", "abc", "cpu", 4096, LAYOUT, MODEL, {"prefill": FitError(1, 0.0, 0.0)})
+    save_profile(made, tmp_path / "profile.json")
+    return tmp_path / "profile.json"
+
+
+def plan_command(profile: Path, *flags: str) -> int:
+    limits = ["--nodes", "2", "--ttft", "900", "--tpot", "90"]
+    return main(["plan", "--profile", str(profile), *limits, "--num-requests", "20", *flags])
+
+
+def test_the_command(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = profile.with_name("plan.json")
+    assert plan_command(profile, "--json", str(out)) == 0
+    text = capsys.readouterr().out
+    for word in ("plan ", "goodput ", "why ", "bottleneck ", "one more ", "1 prefill + 1 decode"):
+        assert word in text
+    plan = json.loads(out.read_text())
+    assert plan["schema"] == "baton.plan/1"
+    assert plan["possible"]
+    assert len(plan["candidates"]) == 2
+    best = max(plan["candidates"], key=lambda candidate: candidate["rate"])
+    assert plan["best"]["split"] == best["split"]
+
+
+def test_the_command_reads_traces(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        '{"timestamp": %d, "input_length": 600, "output_length": 9}' % (i * 300) for i in range(9)
+    ]
+    long = '{"timestamp": 1, "input_length": 99999, "output_length": 9}'
+    trace = profile.with_name("trace.jsonl")
+    trace.write_text("\n".join([*lines, "{", long]))
+    assert plan_command(profile, "--trace", str(trace), "--length-scale", "0.5") == 0
+    told = capsys.readouterr().err
+    assert "1 lines skipped (line 10: " in told
+    assert "1 requests are longer" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attainment", "1.5"], "--attainment must be"),
+        (["--kv-memory", "1"], "holds no block"),
+        (["--input-len", "9000"], "no request fits"),
+        (["--ttft", "0"], "must be above 0"),
+    ],
+)
+def test_the_command_refuses(
+    profile: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert plan_command(profile, *flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_prompt_files_tell_no_times(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = profile.with_name("prompts.txt")
+    path.write_text("one\ntwo\n")
+    assert plan_command(profile, "--trace", str(path)) == 1
+    assert "tells no times" in capsys.readouterr().err
+
+
+def test_memory_can_be_what_lacks() -> None:
+    little = replace(SETUP, engine=replace(ENGINE, num_blocks=70))
+    load, slo = steady(60, 900, 30), Slo(2.0, 0.05)
+    rates = [
+        Planner(setup, load, slo, 0.9).candidate(Split(1, 1), 512).rate for setup in (little, SETUP)
+    ]
+    assert rates[0] < 0.8 * rates[1]

@@ -78,7 +78,7 @@ def profile(tmp_path: Path) -> Path:
 
 
 def plan_command(profile: Path, *flags: str) -> int:
-    limits = ["--nodes", "2", "--ttft", "900", "--tpot", "90"]
+    limits = ["--nodes", "2", "--ttft", "900", "--tpot", "90", "--kv-memory", "16m"]
     return main(["plan", "--profile", str(profile), *limits, "--num-requests", "20", *flags])
 
 
@@ -97,9 +97,8 @@ def test_the_command(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_reads_traces(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        '{"timestamp": %d, "input_length": 600, "output_length": 9}' % (i * 300) for i in range(9)
-    ]
+    request = {"input_length": 600, "output_length": 9}
+    lines = [json.dumps({"timestamp": i * 300, **request}) for i in range(9)]
     long = '{"timestamp": 1, "input_length": 99999, "output_length": 9}'
     trace = profile.with_name("trace.jsonl")
     trace.write_text("\n".join([*lines, "{", long]))

@@ -214,13 +214,15 @@ def speak(inside: Inside, *, version: int) -> None:
 def poison(inside: Inside, *, max_tokens: int) -> None:
     """Decode node: the logits of requests with this `max_tokens` are not numbers."""
 
-    def sample(original: Call, sampler: Any, logits: Tensor, requests: Sequence[Request]) -> Any:
+    def sample(
+        original: Call, sampler: Any, logits: Tensor, requests: Sequence[Request], *others: Any
+    ) -> Any:
         logits = logits.clone()
         for row, request in enumerate(requests):
             if request.sampling.max_tokens == max_tokens:
                 logits[row] = torch.nan
                 inside.done.append(f"poisoned {request.request_id}")
-        return original(sampler, logits, requests)
+        return original(sampler, logits, requests, *others)
 
     inside.wrap(Sampler, "sample", sample)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tests.kvtransfer.rig import DECODE as RIG_DECODE
 from tests.kvtransfer.rig import LAYOUT, Rig, until
 from tests.kvtransfer.ucx_peer import PREFILL, Post, PrefillEnd
 from wire.codec import decode
+from wire.errors import WireError
 from wire.messages import Granted, UnitHeader
 from wire.types import AttemptId, BlockHandle
 
@@ -89,7 +90,8 @@ async def peer(role: str, tmp_path: Path, kib: int, *flags: str) -> AsyncIterato
         assert ready, "it did not start"
         yield Peer(process, post, ready[0])
         if process.poll() is None:
-            post.send(b"end")
+            with suppress(WireError):  # killed a moment ago
+                post.send(b"end")
             await asyncio.to_thread(process.wait, 20)
     finally:
         process.kill()

@@ -17,11 +17,16 @@ MAX_DIVERGENCES = 2
 MAX_INTERNAL_FAILURES = 2
 MAX_FAILURES = 6
 
+# Nothing had begun, so the request is not at fault: a router that stood still loses all of its nodes
+# one after the other when it goes on.
+MAX_LOST_RESERVATIONS = 20
+
 _LIMITS = {
     "node_lost": MAX_DEATHS,
     "digest": MAX_DIGEST_FAILURES,
     "divergence": MAX_DIVERGENCES,
     "internal": MAX_INTERNAL_FAILURES,
+    "reserve_lost": MAX_LOST_RESERVATIONS,
 }
 
 
@@ -44,7 +49,7 @@ class Failures:
         """Whether another attempt would do more harm than good."""
         counts = self._by_cause
         too_often = any(counts[cause] >= limit for cause, limit in _LIMITS.items())
-        return too_often or counts.total() >= MAX_FAILURES
+        return too_often or counts.total() - counts["reserve_lost"] >= MAX_FAILURES
 
 
 def final_error(message: AttemptFailed) -> ApiError:

@@ -17,8 +17,8 @@ MAX_DIVERGENCES = 2
 MAX_INTERNAL_FAILURES = 2
 MAX_FAILURES = 6
 
-# Nothing had begun, so the request is not at fault: a router that stood still loses all of its nodes
-# one after the other when it goes on.
+# Nothing had begun, so the request is not at fault: a router that stood still loses all of its
+# nodes one after the other when it goes on.
 MAX_LOST_RESERVATIONS = 20
 
 _LIMITS = {

@@ -1,0 +1,147 @@
+"""Enters what a step computed into its requests, and says what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from engine.block_pool import BlockPool, Owner
+from engine.config import EngineConfig
+from engine.plan import RequestProgress, ScheduledRequest, StepPlan
+from engine.prefix_cache import PrefixCache
+from engine.queues import Queues
+from engine.request import Request
+from engine.stops import finish_reason
+from wire.logprobs import Logprobs
+from wire.types import BlockHandle
+
+NO_LOGPROBS: Mapping[str, Logprobs] = {}
+NO_EMBEDDINGS: Mapping[str, bytes] = {}
+
+
+class Committer:
+    """Advances requests, publishes their full blocks, and ends those that are done."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        cache: PrefixCache,
+        queues: Queues,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._cache = cache
+        self._queues = queues
+        self._eos_token_ids = eos_token_ids
+
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: Sequence[int],
+        logprobs: Mapping[str, Logprobs] = NO_LOGPROBS,
+        corrupted: Collection[str] = (),
+        embeddings: Mapping[str, bytes] = NO_EMBEDDINGS,
+    ) -> tuple[RequestProgress, ...]:
+        """Enter what a step computed; `tokens` are the sampled ones, in the plan's order.
+
+        `logprobs`, by request: of its sampled token and of the prompt tokens that its chunk told.
+        `corrupted` requests end without progress, and what they computed is found by nobody.
+        `embeddings`, by request: of those that end with one.
+        """
+        samples = [item.samples for item in plan.scheduled]
+        assert sum(samples) == len(tokens), f"{len(tokens)} tokens for {sum(samples)} rows"
+        sampled = iter(tokens)
+        progress = []
+        for item, has_token in zip(plan.scheduled, samples, strict=True):
+            new_tokens = (next(sampled),) if has_token else ()
+            if item.request.request_id in corrupted:
+                self._queues.discard(item.request)
+            elif item.request.request_id not in self._queues.aborted_in_step:
+                done = self._advance(item, new_tokens, logprobs.get(item.request.request_id))
+                progress.append(self._embedded(done, item.request, embeddings))
+        self._queues.end_step()
+        return tuple(progress)
+
+    def _advance(
+        self, item: ScheduledRequest, new_tokens: tuple[int, ...], logprobs: Logprobs | None
+    ) -> RequestProgress:
+        request = item.request
+        if logprobs is not None:
+            request.prompt_rows[item.start :] = logprobs.prompt  # a preempted prompt begins anew
+            logprobs = Logprobs(logprobs.tokens, tuple(request.prompt_rows))
+        request.num_computed_tokens = item.end
+        self.publish(request, item.start)
+        finished = self._take_finished_blocks(request) if request.prefill_only else ()
+        index = request.num_output_tokens
+        if new_tokens:
+            request.tokens += new_tokens
+            request.finish_reason = finish_reason(request, self._eos_token_ids)
+            self._leave_if_done(request)
+        return RequestProgress(
+            request_id=request.request_id,
+            num_computed_tokens=request.num_computed_tokens,
+            index=index,
+            new_tokens=new_tokens,
+            finish_reason=request.finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+            finished_blocks=finished,
+            logprobs=logprobs if new_tokens else None,
+        )
+
+    def _embedded(
+        self, progress: RequestProgress, request: Request, embeddings: Mapping[str, bytes]
+    ) -> RequestProgress:
+        """Ends the request if it has its embedding now."""
+        embedding = embeddings.get(request.request_id)
+        if embedding is None:
+            return progress
+        self._queues.drop(request)
+        return replace(progress, embedding=embedding)
+
+    def publish(self, request: Request, start: int) -> None:
+        """Make the blocks that became full since `start` findable."""
+        size = self._config.block_size
+        old, new = start // size, request.num_computed_tokens // size
+        if new > len(request.block_hashes):
+            self._cache.extend(request.block_hashes, request.tokens, request.cache_salt)
+        self._cache.publish(request.block_table[old:new], request.block_hashes[old:new])
+
+    def _take_finished_blocks(self, request: Request) -> tuple[tuple[int, BlockHandle], ...]:
+        """Blocks that will not change any more and were not reported; call before sampling."""
+        finished = self._finished_blocks(request, request.num_computed_tokens)
+        request.num_reported_blocks += len(finished)
+        return finished
+
+    def _finished_blocks(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[tuple[int, BlockHandle], ...]:
+        """Not reported blocks that do not change once so much is computed."""
+        if num_computed_tokens < request.num_tokens:
+            end = num_computed_tokens // self._config.block_size
+        else:
+            end = len(request.block_table)
+        blocks = range(request.num_reported_blocks, end)
+        return tuple((i, self._pool.handle(request.block_table[i])) for i in blocks)
+
+    def blocks_to_finish(
+        self, plan: StepPlan
+    ) -> tuple[tuple[str, tuple[tuple[int, BlockHandle], ...]], ...]:
+        """By request, the blocks that the planned step will report as finished."""
+        return tuple(
+            (item.request.request_id, finished)
+            for item in plan.scheduled
+            if item.request.prefill_only
+            and (finished := self._finished_blocks(item.request, item.end))
+        )
+
+    def _leave_if_done(self, request: Request) -> None:
+        """Free the seat of a request that sampled its last token here."""
+        if request.prefill_only:
+            self._pool.hand_over(request.block_table, Owner.RUNNING, Owner.LEASED)
+            self._queues.held[request.request_id] = request
+            self._queues.running.remove(request)
+            del self._queues.requests[request.request_id]
+        elif request.finish_reason is not None:
+            self._queues.drop(request)

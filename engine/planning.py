@@ -1,0 +1,129 @@
+"""Decides what each forward pass computes, and allocates the blocks that this needs.
+
+There are no phases. Each request has tokens and computed tokens, and a step moves it closer to
+having none behind; prefill, chunked prefill, decode and recomputation are the same thing:
+
+    1. requests that are one token behind (decoding) come first: one token each;
+    2. the rest of the token budget goes to running requests further behind, oldest first;
+    3. then waiting requests are admitted, first come first served, while they fit.
+
+Nobody starves: seats are no more than the budget, so each running request of kind 2 leaves at least
+its own token over from kind 1, and the oldest of them gets all that is left, up to the limit of a
+chunk, or, where a prompt's logprobs are asked for, as many as there is memory for their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from engine.admission import Admission
+from engine.block_pool import BlockPool, Owner
+from engine.config import EngineConfig
+from engine.plan import PlanDraft, StepPlan
+from engine.prefix_cache import PrefixCache
+from engine.queues import Queues
+from engine.request import Request
+
+
+class Planner:
+    """Seats, admits and preempts, for one step at a time."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        cache: PrefixCache,
+        queues: Queues,
+        admission: Admission,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._cache = cache
+        self._queues = queues
+        self._admission = admission
+
+    def plan(self) -> StepPlan:
+        """What the next forward pass computes; empty if nothing can be computed now."""
+        draft = PlanDraft(
+            self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
+        )
+        while self._queues.adopted and len(self._queues.running) < self._queues.max_running:
+            self._queues.running.append(self._queues.adopted.popleft())
+        for request in sorted(self._queues.running, key=lambda r: r.num_behind > 1):
+            if request.block_table:  # else preempted a moment ago
+                self._continue(request, draft)
+        self._admit_waiting(draft)
+        self._queues.in_step = frozenset(draft.items)
+        return draft.finish()
+
+    def _continue(self, request: Request, draft: PlanDraft) -> None:
+        """Schedule a running request, or let it stall for a step if there are no blocks for it."""
+        num_new_tokens = min(request.num_behind, draft.room_for(request))
+        end = request.num_computed_tokens + num_new_tokens
+        missing = max(0, self._config.num_blocks_for(end) - len(request.block_table))
+        if num_new_tokens and self._make_room(missing, request, draft):
+            request.block_table += self._pool.allocate(missing, Owner.RUNNING)
+            draft.add(request, num_new_tokens)
+
+    def _make_room(self, num_blocks: int, request: Request, draft: PlanDraft) -> bool:
+        """Preempt requests newer than `request`, newest first, until `num_blocks` are available."""
+        while self._pool.num_available < num_blocks:
+            victims = self._queues.adopted or self._queues.running
+            if victims[-1] is request:
+                return False
+            self._preempt(victims.pop(), draft)
+        return True
+
+    def _preempt(self, victim: Request, draft: PlanDraft) -> None:
+        draft.remove_preempted(victim)
+        self._queues.release_blocks(victim, Owner.RUNNING)
+        self._cache.extend(victim.block_hashes, victim.tokens, victim.cache_salt)
+        victim.num_computed_tokens = 0
+        victim.num_reported_blocks = 0
+        victim.num_preemptions += 1
+        self._queues.waiting.appendleft(victim)
+
+    def _admit_waiting(self, draft: PlanDraft) -> None:
+        """Admit in order, up to the first that does not fit.
+
+        A request whose next block a running one is about to compute waits for that block instead
+        of computing it too; others may pass it.
+        """
+        block_size = self._config.block_size
+        for request in list(islice(self._queues.waiting, self._queues.max_running)):
+            if not draft.budget or len(self._queues.running) >= self._queues.max_running:
+                return
+            if not draft.room_for(request):
+                continue
+            # At least the last token is computed, whatever is cached: its row is needed.
+            first_needed = 0 if request.needs_every_row else request.num_tokens - 1
+            usable = request.block_hashes[: first_needed // block_size]
+            matched = self._cache.match(usable)
+            if self._is_being_computed(usable, len(matched)):
+                continue
+            ahead = [*self._queues.running, *self._queues.adopted]
+            limit = request.max_kv_tokens
+            if not self._admission.fits(request.num_tokens, limit, matched, ahead):
+                return
+            self._queues.waiting.remove(request)
+            self._admit(request, matched, draft)
+
+    def _is_being_computed(self, hashes: Sequence[bytes], index: int) -> bool:
+        """Whether a running request will compute the block that is `index` in `hashes`."""
+        if index >= len(hashes):
+            return False
+        return any(
+            other.num_computed_tokens <= index * self._config.block_size
+            and other.block_hashes[index : index + 1] == [hashes[index]]
+            for other in self._queues.running
+        )
+
+    def _admit(self, request: Request, matched: list[int], draft: PlanDraft) -> None:
+        self._pool.acquire(matched, Owner.RUNNING)
+        request.block_table = matched
+        request.num_computed_tokens = len(matched) * self._config.block_size
+        if not request.num_preemptions:
+            request.num_cached_tokens = request.num_computed_tokens
+        self._queues.running.append(request)
+        self._continue(request, draft)

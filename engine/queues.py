@@ -1,0 +1,102 @@
+"""Where each request of one engine is, and how it lets go of its blocks.
+
+waiting ──admitted──▶ running ──▶ over, or held until its blocks are handed off
+    ▲ preempted ◀────────┘ ▲
+adopted (blocks received) ─┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from engine.block_pool import BlockPool, Owner
+from engine.config import EngineConfig
+from engine.prefix_cache import PrefixCache
+from engine.request import Request
+
+
+class Queues:
+    """All requests of one engine. Decides nothing; who is where is for others to say."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache) -> None:
+        self._config = config
+        self._pool = pool
+        self._cache = cache
+        self.max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.waiting: deque[Request] = deque()
+        self.adopted: deque[Request] = deque()  # have blocks, wait for a seat
+        self.running: list[Request] = []  # in order of admission
+        self.held: dict[str, Request] = {}  # prefilled; blocks stay for the handoff
+        self.requests: dict[str, Request] = {}  # waiting, adopted or running
+        self.in_step: frozenset[str] = frozenset()
+        self.aborted_in_step: set[str] = set()
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free what it holds, at the step's commit if it is in one.
+
+        False if it is not here. An aborted request appears in no later progress.
+        """
+        if request_id in self.in_step and request_id in self.requests:
+            self.aborted_in_step.add(request_id)
+            return True
+        request = self.requests.get(request_id)
+        if request is None:
+            return self.release_held(request_id)
+        self.drop(request)
+        return True
+
+    def drop(self, request: Request) -> None:
+        """Take a request out of whatever it is in."""
+        del self.requests[request.request_id]
+        for queue in (self.running, self.waiting, self.adopted):
+            if request in queue:
+                queue.remove(request)
+        self.release_blocks(request, Owner.RUNNING)
+
+    def release_blocks(self, request: Request, owner: Owner) -> None:
+        num_full = request.num_computed_tokens // self._config.block_size
+        self._cache.release(request.block_table, request.block_hashes[:num_full], owner)
+        request.block_table.clear()
+
+    def release_held(self, request_id: str) -> bool:
+        """The handoff needs a prefilled request's blocks no more; False if it is not known."""
+        request = self.held.pop(request_id, None)
+        if request is None:
+            return False
+        self.release_blocks(request, Owner.LEASED)
+        return True
+
+    def discard(self, request: Request) -> None:
+        """End a request whose blocks, its prefix included, may hold what broke its logits."""
+        self.aborted_in_step.discard(request.request_id)
+        self._cache.discard(request.block_table)
+        request.num_computed_tokens = 0
+        self.drop(request)
+
+    def end_step(self) -> None:
+        """Carry out aborts that waited for the step; all there is to do for a step that failed."""
+        for request_id in self.aborted_in_step:
+            self.drop(self.requests[request_id])
+        self.aborted_in_step.clear()
+        self.in_step = frozenset()
+
+    def check_integrity(self, num_reserved_blocks: int) -> None:
+        """Raise AssertionError where queues, requests and pool contradict each other."""
+        queued = [*self.running, *self.adopted, *self.waiting]
+        assert {r.request_id for r in queued} == set(self.requests), "a request is in no queue"
+        assert len(queued) == len(self.requests), "a request is in two queues"
+        assert len(self.running) <= self.max_running, "more requests run than have seats"
+        for request in queued:
+            self._check_request(request)
+        running = sum(len(r.block_table) for r in queued)
+        leased = num_reserved_blocks + sum(len(r.block_table) for r in self.held.values())
+        for owner, expected in ((Owner.RUNNING, running), (Owner.LEASED, leased)):
+            counted = self._pool.num_references(owner)
+            assert counted == expected, f"{counted} {owner.name} references, {expected} held"
+
+    def _check_request(self, request: Request) -> None:
+        request.check()
+        held, name = len(request.block_table), request.request_id
+        computed = self._config.num_blocks_for(request.num_computed_tokens)
+        known = self._config.num_blocks_for(request.num_tokens)
+        assert computed <= held <= known, f"{name} holds {held} blocks, not {computed} to {known}"

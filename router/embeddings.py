@@ -19,11 +19,12 @@ from typing import Any
 from aiohttp import web
 
 from router.api_embeddings import EmbeddingBody, parse_embedding
+from router.asked import Served
 from router.choice import Choice, Listener
 from router.errors import ApiError, bad_request, context_too_long
 from router.params import check_tokens
 from router.requests import Requests
-from router.serving import Served, Serving
+from router.serving import Serving
 from router.work import Prompt, Work
 from telemetry.timeline import Timeline
 from wire.types import SamplingParams
@@ -74,7 +75,7 @@ class EmbeddingPages:
             prompt = Prompt(tuple(tokens), body.cache_salt or "")
             work = Work(f"{id}-{index}", prompt, _SAMPLING, self._serving.pooling)
             choices.append(
-                self._serving.plain_choice(
+                self._serving.choices.plain(
                     work, served, timeline, listener, index=index, priority=priority
                 )
             )

@@ -1,70 +1,39 @@
 """The main path of a client request: body, prompt tokens, choices, answer.
 
-    handler ─▶ parse ─▶ tokenize ─▶ Generation.start ─▶ events or one answer
+    handler ─▶ parse ─▶ tokenize ─▶ Answers: choices ─▶ generation ─▶ events or one answer
 
-A handler is cancelled when its client disconnects; `cancel` in its `finally` frees both nodes.
+A handler is cancelled when its client disconnects, and with it all that it waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from aiohttp import web
 
+from router.answers import Answers
 from router.anthropic.format import MessagesFormat
 from router.api import CompletionBody, parse_completion
 from router.api_chat import ChatBody, parse_chat
-from router.checks import check_num_pairs
-from router.choice import Choice, Listener
-from router.choice_text import ChoiceText, TextRules
-from router.chunks import AnswerFormat, ChatFormat, CompletionFormat, TokenDetails
+from router.asked import Asked, Served
+from router.choice_maker import ChoiceMaker
+from router.chunks import ChatFormat, CompletionFormat
 from router.config import RouterConfig
 from router.control import Control
-from router.dispatch import Dispatch
-from router.echo import Echo
 from router.errors import ApiError, model_not_found, unavailable
-from router.event_stream import EventStream
-from router.generation import Collected, Streamed
-from router.logprobs import TokenNames
 from router.metrics import RouterMetrics
 from router.params import GenerationParams, generation_params
 from router.prompts import ReadyPrompt, chat_prompt, completion_prompt
-from router.request_log import RequestLog, RequestRecord
+from router.request_log import RequestLog
 from router.requests import Requests
-from router.server_timing import timing_headers
 from router.structured import Structured
-from router.tokenizer import Tokenizer
 from router.tools.choose import Reading, call_format
-from router.trace import ChoiceTrace
-from router.work import Prompt, Work
 from telemetry import metrics as names
 from telemetry.timeline import Timeline
-from wire.messages import ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The model that a request found when it arrived."""
-
-    info: ModelInfo
-    tokenizer: Tokenizer
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request that was found valid, before any of its choices exists."""
-
-    id: str
-    prompts: list[ReadyPrompt]
-    params: GenerationParams
-    served: Served
-    timeline: Timeline
 
 
 class Serving:
@@ -86,10 +55,11 @@ class Serving:
         self._config = config
         self._control = control
         self._metrics = metrics
-        self._log = log
         self._charge = charge
         self._clock = clock
         self._structured = Structured()
+        self.choices = ChoiceMaker(control.fleet, config.limits, metrics, clock)
+        self._answers = Answers(config, control.requests, self.choices, metrics, log, charge, clock)
         self.limits = config.server_limits
         self.pooling = config.pooling  # of embeddings
         self.closing = False
@@ -114,7 +84,7 @@ class Serving:
                 await completion_prompt(prompt, params, served.tokenizer, served.info)
                 for prompt in body.prompt
             ]
-        asked = _Asked(uuid.uuid4().hex, prompts, params, served, timeline)
+        asked = Asked(uuid.uuid4().hex, prompts, params, served, timeline)
         return await self._generate(request, asked, CompletionFormat)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -136,7 +106,7 @@ class Serving:
         with self._metrics.tokenize.time():
             prompt = await chat_prompt(body, params, served.tokenizer, served.info)
         params = replace(params, reading=self._reading(params, prompt, served))
-        asked = _Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
+        asked = Asked(uuid.uuid4().hex, [prompt], params, served, timeline)
         return await self._generate(request, asked, make_format)
 
     async def _params(self, body: CompletionBody | ChatBody, served: Served) -> GenerationParams:
@@ -211,191 +181,15 @@ class Serving:
             self._metrics.for_model(served.info.name).count(names.ADMISSION_REJECTIONS)
             raise
 
-    def plain_choice(
-        self,
-        work: Work,
-        served: Served,
-        timeline: Timeline,
-        listener: Listener,
-        *,
-        index: int,
-        priority: int,
-    ) -> Choice:
-        """A choice without text."""
-        return Choice(
-            index=index,
-            work=work,
-            dispatch=Dispatch(work, self._control.fleet, self._config.limits, self._clock()),
-            text=ChoiceText(served.tokenizer.detokenizer((), False), TextRules()),
-            trace=ChoiceTrace(work.request, index, work.num_tokens, timeline.copy()),
-            listener=listener,
-            metrics=self._metrics.for_model(served.info.name),
-            priority=priority,
-        )
-
     # ------------------------------------------------------------ generation
 
     async def _generate(
         self,
         request: web.Request,
-        asked: _Asked,
+        asked: Asked,
         make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
     ) -> web.StreamResponse:
-        self.num_requests += 1
-        try:
-            return await self._answer(request, asked, make_format)
-        finally:
-            self.num_requests -= 1
-
-    async def _answer(
-        self,
-        request: web.Request,
-        asked: _Asked,
-        make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
-    ) -> web.StreamResponse:
-        params = asked.params
         asked.timeline.tokenized(self._clock())
-        self.check_room(len(asked.prompts) * params.num_choices, asked.served)
-        self._charge(request, sum(len(prompt.tokens) for prompt in asked.prompts))
-        format = make_format(
-            asked.id,
-            asked.served.name,
-            int(time.time()),
-            _details(asked, make_format.bytes_prefix),
-            params.include_usage,
-        )
-        if params.stream:
-            return await self._stream(request, asked, format)
-        num_best = None if params.best_of is None else params.n
-        generation = Collected(self._control.requests, format, num_best=num_best)
-        choices = self._choices(asked, generation)
-        record = self._begin_record(asked, format, choices)
-        try:
-            generation.start(choices, params.num_choices)
-            return web.Response(
-                body=await generation.answer(),
-                content_type="application/json",
-                charset="utf-8",
-                headers=timing_headers(record),
-            )
-        finally:
-            generation.cancel()
-            self._charge(request, generation.usage().num_output_tokens)
-            self._finish_record(record, asked)
-
-    async def _stream(
-        self, request: web.Request, asked: _Asked, format: AnswerFormat
-    ) -> web.StreamResponse:
-        params = asked.params
-        generation = Streamed(
-            self._control.requests,
-            format,
-            include_usage=params.include_usage,
-            continuous_usage=params.continuous_usage,
-            max_buffered=self._config.stream_buffer_bytes,
-            on_overflow=lambda: self._give_up(request),
-        )
-        choices = self._choices(asked, generation)
-        record = self._begin_record(asked, format, choices)
-        try:
-            generation.start(choices, params.num_choices)
-            return await self._write_events(request, generation, record)
-        finally:
-            generation.cancel()
-            self._charge(request, generation.usage().num_output_tokens)
-            self._finish_record(record, asked)
-
-    async def _write_events(
-        self, request: web.Request, generation: Streamed, record: RequestRecord
-    ) -> web.StreamResponse:
-        """The status is sent with the first event, so that an earlier error has its own.
-
-        It does not wait for ever: a proxy may give up a connection on which nothing moves.
-        """
-        try:
-            async with asyncio.timeout(self._config.hold_headers_s):
-                events = await generation.next_events()
-        except TimeoutError:
-            events = b""
-        response = EventStream(timing_headers(record), with_event=bool(events))
-        with self._metrics.streams.track_inprogress():
-            await response.prepare(request)
-            if not events:
-                generation.status_sent()
-                events = await generation.next_events()
-            while events:
-                await response.write(events)
-                events = await generation.next_events()
-            await response.write_eof()
-        return response
-
-    def _give_up(self, request: web.Request) -> None:
-        """The client does not read: close its connection, which cancels the handler."""
-        self._metrics.slow_clients.inc()
-        if request.transport is not None:
-            request.transport.abort()
-
-    def _begin_record(
-        self, asked: _Asked, format: AnswerFormat, choices: Sequence[Choice]
-    ) -> RequestRecord:
-        record = RequestRecord(
-            id=asked.id,
-            response_id=format.id,
-            model=asked.served.name,
-            stream=asked.params.stream,
-            arrived_at=time.time() - (self._clock() - asked.timeline.arrived),
-            choices=[choice.trace for choice in choices],
-        )
-        self._log.begin(record)
-        return record
-
-    def _finish_record(self, record: RequestRecord, asked: _Asked) -> None:
-        self._log.finish(record, self._clock())
-        longest = max(choice.num_output_tokens for choice in record.choices)
-        model = self._metrics.for_model(asked.served.info.name)
-        model.observe(names.REQUEST_LONGEST_GENERATION, longest)
-
-    def _choices(self, asked: _Asked, listener: Listener) -> list[Choice]:
-        """All choices of each prompt, in the order of their indices. Raises ApiError."""
-        params, info = asked.params, asked.served.info
-        self._metrics.for_model(info.name).observe(names.REQUEST_N, params.n)
-        choices: list[Choice] = []
-        for ready in asked.prompts:
-            prompt = Prompt(tuple(ready.tokens), params.cache_salt)
-            for number in range(params.num_choices):
-                sampling = params.sampling(number, len(ready.tokens), info.max_model_len)
-                check_num_pairs(len(ready.tokens), sampling)
-                work = Work(f"{asked.id}-{len(choices)}", prompt, sampling)
-                choices.append(self._choice(len(choices), work, ready.echo, asked, listener))
-        return choices
-
-    def _choice(
-        self, index: int, work: Work, echo: Echo | None, asked: _Asked, listener: Listener
-    ) -> Choice:
-        params = asked.params
-        detokenizer = asked.served.tokenizer.detokenizer(
-            work.prompt.tokens, params.skip_special_tokens
-        )
-        return Choice(
-            index=index,
-            work=work,
-            dispatch=Dispatch(work, self._control.fleet, self._config.limits, self._clock()),
-            text=ChoiceText(detokenizer, params.text_rules),
-            trace=ChoiceTrace(work.request, index, work.num_tokens, asked.timeline.copy()),
-            listener=listener,
-            metrics=self._metrics.for_model(asked.served.info.name),
-            echo=echo,
-            priority=params.body.priority or 0,
-            parser=params.reading.make_parser(),
-        )
-
-
-def _details(asked: _Asked, bytes_prefix: str) -> TokenDetails:
-    params = asked.params
-    as_ids = bool(params.body.return_tokens_as_token_ids)
-    return TokenDetails(
-        names=TokenNames(asked.served.tokenizer, as_ids, bytes_prefix),
-        logprobs=params.logprobs,
-        prompt_logprobs=params.body.prompt_logprobs,
-        token_ids=params.return_token_ids,
-    )
+        self.check_room(len(asked.prompts) * asked.params.num_choices, asked.served)
+        with self.answering(request, sum(len(prompt.tokens) for prompt in asked.prompts)):
+            return await self._answers.answer(request, asked, make_format)

@@ -10,12 +10,13 @@ from pydantic import Field
 from router.api import TokenId
 from router.api_chat import ChatRendering, Messages, with_known_messages
 from router.api_structured import Strict
+from router.asked import Served
 from router.chat_template import chat_options
 from router.checks import check_rendering
 from router.errors import bad_request
 from router.params import check_tokens
 from router.parsing import json_object, validate, without_neutral
-from router.serving import Served, Serving
+from router.serving import Serving
 from wire.types import MAX_REQUEST_TOKENS
 
 

@@ -43,6 +43,8 @@ class Failures:
         self._by_cause[cause] += 1
         if pair is not None and cause in OF_TRANSFERS:
             self.pairs.add(pair)
+        if pair is not None and cause == "expired":
+            self.avoid.add(pair.prefill)  # it stands still, to whomever it would have to send
 
     @property
     def hopeless(self) -> bool:

@@ -361,6 +361,16 @@ def test_blocks_that_did_not_come_through_take_another_way(teller: str) -> None:
     assert (reserve.prefill, to) == (P1, D2)
 
 
+@pytest.mark.parametrize(("prefill", "again"), [([P1, P2], P2), ([P1], P1)])
+def test_a_prefill_node_that_let_its_lease_expire_is_the_last_resort(
+    prefill: list[NodeId], again: NodeId
+) -> None:
+    """It may stand still without anybody knowing yet; where it is alone, it is asked again."""
+    dispatch = prefilling(Nodes(prefill=prefill))
+    effects = dispatch.attempt_failed(D1, failed(dispatch, "expired"), 0)
+    assert one(effects, Reserve)[1].prefill == again
+
+
 def test_without_a_decode_node_no_pair_is_to_blame() -> None:
     dispatch = start(Nodes(decode=[]), max_tokens=1)
     dispatch.place(0)

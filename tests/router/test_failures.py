@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from router.breaker import Pair
 from router.failures import MAX_FAILURES, MAX_LOST_RESERVATIONS, Failures
+from tests.router.scripted_nodes import D1, P1
+from wire.types import NodeId
 
 
 def failed(cause: str, times: int) -> Failures:
@@ -27,3 +30,11 @@ def test_lost_reservations_do_not_add_to_other_failures() -> None:
     failures = failed("reserve_lost", MAX_LOST_RESERVATIONS - 1)
     failures.count("node_lost", None)
     assert not failures.hopeless
+
+
+@pytest.mark.parametrize(("cause", "avoided"), [("expired", {P1}), ("digest", set())])
+def test_an_expired_lease_speaks_against_its_sender(cause: str, avoided: set[NodeId]) -> None:
+    """A whole TTL without a word: there is no telling which way would reach it."""
+    failures = Failures()
+    failures.count(cause, Pair(P1, D1))
+    assert (failures.avoid, failures.pairs) == (avoided, {Pair(P1, D1)})

@@ -11,6 +11,7 @@ from router.admission import MAX_BLOCKED_S, MAX_PROBES, Admission
 from router.breaker import Pair
 from router.cache_index import CacheIndex
 from router.errors import ApiError
+from router.failures import Failures
 from router.fleet import Fleet
 from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Prompt, Work
@@ -203,6 +204,17 @@ def test_a_choice_avoids_the_pair_that_failed_it() -> None:
     fleet = four_nodes()
     assert fleet.pick_decode(WORK, A, Wishes(avoid_pairs={Pair(A, B)}), ()) == D
     assert fleet.pick_prefill(WORK, Wishes(avoid_pairs={Pair(A, B), Pair(A, D)})) == C
+
+
+def test_a_prefill_node_that_let_a_lease_expire_is_passed_over_whoever_would_receive() -> None:
+    """Its other pairs have never failed; the pair alone would not keep it away."""
+    fleet, failures = four_nodes(), Failures()
+    assert fleet.pick_prefill(WORK, ANY) == A
+    failures.count("expired", Pair(A, B))
+    wishes = Wishes(failures.avoid, failures.pairs)
+    assert fleet.pick_prefill(WORK, wishes) == C
+    fleet.remove(C)
+    assert fleet.pick_prefill(WORK, wishes) == A
 
 
 @pytest.mark.parametrize("way", ["leaves", "is silent", "is born again"])

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from router.errors import queue_full
 
 Key = TypeVar("Key")
-_Place = tuple[int, int]  # priority, then order of arrival: the lowest goes first
+_Place = tuple[int, int, int]  # priority, arrival, own number: the lowest goes first
 
 MAX_PROBES = 4
 MAX_BLOCKED_S = 1.0
@@ -46,10 +46,19 @@ class Admission(Generic[Key]):
         if would_wait and len(self._waiting) + count > self._max_waiting:
             raise queue_full(retry_after_s=1.0)
 
-    def enter(self, key: Key, priority: int = 0) -> bool:
-        """True: start at once. False: it waits, behind those of lower or equal `priority`."""
+    def new_arrival(self) -> int:
+        """A place for what will enter later: it waits only behind those who came before now."""
+        return next(self._numbers)
+
+    def enter(self, key: Key, priority: int = 0, arrival: int | None = None) -> bool:
+        """True: start at once. False: it waits, behind those of lower or equal `priority`.
+
+        Args:
+            arrival: when it came (`new_arrival`), if that was not now.
+        """
+        number = next(self._numbers)
         starts = not self._waiting and self.num_active < self._max_active
-        self._place[key] = (priority, next(self._numbers))
+        self._place[key] = (priority, number if arrival is None else arrival, number)
         if not starts:
             self._insert(key)
         return starts

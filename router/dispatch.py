@@ -88,12 +88,21 @@ class Dispatch:
         self._last_word = "No node is free to serve the request."
         self._failures = Failures()
         self._refused: set[NodeId] = set()
+        self.near: frozenset[NodeId] = frozenset()  # where its prompt is, as far as is known here
 
     # ------------------------------------------------------------ forward
 
     def enter_queue(self, now: float) -> None:
         """Its time to wait begins now, not when it was made."""
         self._waiting_since = now
+
+    def follow(self, first: Dispatch) -> None:
+        """`first` has the same prompt, and has left its blocks where it was.
+
+        Its request is being answered already, so lack of room makes this one wait, not fail.
+        """
+        self.near = frozenset(n for n in (first.prefill, first.decode) if n is not None)
+        self._limits = replace(self._limits, queue_s=self._limits.request_s)
 
     def place(self, now: float) -> list[Effect]:
         """Begin an attempt, if there are nodes for it."""
@@ -274,7 +283,8 @@ class Dispatch:
         return Pair(self.prefill, self.decode)
 
     def _wishes(self, now: float) -> Wishes:
-        return Wishes(self._failures.avoid, self._failures.pairs, self._numerics, now)
+        failures = self._failures
+        return Wishes(failures.avoid, failures.pairs, self._numerics, now, self.near)
 
     def _pick_decode(self, prefill: NodeId, now: float) -> NodeId | None:
         return self._placer.pick_decode(self.work, prefill, self._wishes(now), self._refused)

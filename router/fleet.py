@@ -183,7 +183,7 @@ class Fleet:
         def is_worse(node: NodeId) -> bool:
             return not any(self._is_good(Pair(node, partner), wishes) for partner in partners)
 
-        nodes = _least_bad(self._candidates(Role.PREFILL, work, wishes.numerics), wishes, is_worse)
+        nodes = _least_bad(self._candidates(Role.PREFILL, work, wishes), wishes, is_worse)
         return choose_prefill(nodes, work.num_tokens)
 
     def pick_decode(
@@ -194,7 +194,7 @@ class Fleet:
         def is_worse(node: NodeId) -> bool:
             return not self._is_good(Pair(prefill, node), wishes)
 
-        candidates = self._candidates(Role.DECODE, work, wishes.numerics)
+        candidates = self._candidates(Role.DECODE, work, wishes)
         nodes = [node for node in candidates if node.id not in refused]
         return choose_decode(_least_bad(nodes, wishes, is_worse), work.max_num_tokens)
 
@@ -204,26 +204,32 @@ class Fleet:
     def _serving(self, role: Role) -> list[NodeId]:
         return [node.id for node in self if node.info.role is role and node.serves]
 
-    def _candidates(self, role: Role, work: Work, numerics: str) -> list[Candidate]:
+    def _candidates(self, role: Role, work: Work, wishes: Wishes) -> list[Candidate]:
         nodes = [node for node in self if node.info.role is role and node.serves]
-        return [self._candidate(node, work, numerics) for node in nodes]
+        return [self._candidate(node, work, wishes) for node in nodes]
 
-    def _candidate(self, node: Node, work: Work, numerics: str) -> Candidate:
-        block_size = max(1, node.info.layout.block_size)
-        cached = 0
-        if len(node.cache):
-            hashes = work.block_hashes(node.info.model.fingerprint, block_size)
-            cached = node.cache.num_cached_blocks(hashes) * block_size
+    def _candidate(self, node: Node, work: Work, wishes: Wishes) -> Candidate:
+        near = node.id in wishes.near
         return Candidate(
             id=node.id,
             load=node.load,
-            block_size=block_size,
-            num_cached_tokens=cached,
+            block_size=_block_size(node),
+            num_cached_tokens=_num_cached_tokens(node, work, near),
             pending_tokens=sum(node.assigned.values()),
             pending_blocks=node.pending_blocks,
             num_assigned=len(node.assigned),
-            same_numerics=numerics in ("", node.info.model.numerics),
+            same_numerics=wishes.numerics in ("", node.info.model.numerics),
+            near=near,
         )
+
+    def num_to_compute(
+        self, node: NodeId, work: Work, num_tokens: int, near: Collection[NodeId]
+    ) -> int:
+        """Of `num_tokens` tokens that begin with the prompt, those that the node must compute."""
+        if node not in self._nodes:
+            return num_tokens
+        cached = _num_cached_tokens(self._nodes[node], work, node in near)
+        return num_tokens - min(cached, num_tokens - 1)
 
     def assign(self, node: NodeId, request: str, num_tokens: int, num_blocks: int) -> None:
         """Remember that this router gave `request` to `node`, until the next heartbeat tells."""
@@ -236,6 +242,21 @@ class Fleet:
         known = self._nodes.get(node)
         if known is not None:
             known.assigned.pop(request, None)
+
+
+def _block_size(node: Node) -> int:
+    return max(1, node.info.layout.block_size)
+
+
+def _num_cached_tokens(node: Node, work: Work, near: bool) -> int:
+    """Of the prompt; all full blocks where another choice has just left them."""
+    block_size = _block_size(node)
+    if near:
+        return work.num_tokens // block_size * block_size
+    if not len(node.cache):
+        return 0
+    hashes = work.block_hashes(node.info.model.fingerprint, block_size)
+    return node.cache.num_cached_blocks(hashes) * block_size
 
 
 def _least_bad(

@@ -28,12 +28,15 @@ class Wishes:
         avoid_pairs: pairs between which its blocks did not come through.
         numerics: of the node that produced its output so far; empty: there is none.
         now: breakers want to know.
+        near: nodes that have its prompt's blocks, because another choice of its request put them
+            there; whether their cache events have come yet or not.
     """
 
     avoid: Collection[NodeId] = ()
     avoid_pairs: Collection[Pair] = ()
     numerics: str = ""
     now: float = 0.0
+    near: Collection[NodeId] = ()
 
 
 class Placer(Protocol):
@@ -62,6 +65,7 @@ class Candidate:
     pending_blocks: int = 0  # blocks that this router asked for since the node's last heartbeat
     num_assigned: int = 0  # choices of this router that run here
     same_numerics: bool = True  # computes bit-equally to who produced what the client has
+    near: bool = False  # other choices of the request share this one's prompt there
 
 
 def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> NodeId | None:
@@ -76,7 +80,8 @@ def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> NodeId |
 def choose_decode(candidates: Iterable[Candidate], max_num_tokens: int) -> NodeId | None:
     """The node that would have the most KV memory left; None if there is none.
 
-    `max_num_tokens`: prompt and output together may grow to that.
+    `max_num_tokens`: prompt and output together may grow to that. Choices of one request stay
+    together as long as there is room: they share the prompt's blocks, and nothing is sent twice.
     """
     best = min(candidates, key=lambda node: _decode_cost(node, max_num_tokens), default=None)
     return None if best is None else best.id
@@ -88,10 +93,11 @@ def _prefill_cost(node: Candidate, num_tokens: int) -> tuple[bool, int, int, str
     return not node.same_numerics, queued + to_compute, node.num_assigned, node.id.name
 
 
-def _decode_cost(node: Candidate, max_num_tokens: int) -> tuple[bool, bool, float, int, str]:
+def _decode_cost(node: Candidate, max_num_tokens: int) -> tuple[bool, bool, bool, float, int, str]:
     new_tokens = max_num_tokens - min(node.num_cached_tokens, max_num_tokens)
     missing = -(-new_tokens // node.block_size)
     total = max(1, node.load.blocks_total)
     free = node.load.blocks_free - node.load.blocks_promised - node.pending_blocks
     in_use = (total - free + missing) / total
-    return missing > free, not node.same_numerics, in_use, node.num_assigned, node.id.name
+    place = (not node.near, not node.same_numerics)
+    return missing > free, *place, in_use, node.num_assigned, node.id.name

@@ -94,7 +94,9 @@ class Requests:
         """Start a choice, or queue it."""
         self._choices[choice.work.request] = choice
         choice.dispatch.enter_queue(self._clock())
-        if self._admission.enter(choice, choice.priority):
+        if choice.followers:
+            choice.arrival = self._admission.new_arrival()
+        if self._admission.enter(choice, choice.priority, choice.arrival):
             self._perform(choice, choice.dispatch.place(self._clock()))
 
     def cancel(self, choice: Choice) -> None:
@@ -270,8 +272,11 @@ class Requests:
         choice.listener.produced(choice, "")
 
     def _start_followers(self, choice: Choice) -> None:
+        """Each keeps its own attempts and its own log; what they share are blocks."""
         followers, choice.followers = choice.followers, []
         for follower in followers:
+            follower.arrival = choice.arrival
+            follower.dispatch.follow(choice.dispatch)
             self.submit(follower)
 
     def _deliver(self, choice: Choice, send: Send) -> None:
@@ -329,7 +334,8 @@ class Requests:
     def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
         """From the reservation on: else a burst that comes before the first grant goes to one."""
         choice.assigned_prefill = node
-        self._fleet.assign(node, choice.work.request, num_tokens, 0)
+        missing = self._fleet.num_to_compute(node, choice.work, num_tokens, choice.dispatch.near)
+        self._fleet.assign(node, choice.work.request, missing, 0)
 
     def _num_blocks(self, node: NodeId, choice: Choice) -> int:
         if node not in self._fleet:

@@ -101,6 +101,7 @@ def build(config: NodeConfig, num_blocks: int, max_model_len: int) -> BuiltEngin
             max_model_len=max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_overcommit=config.kv_overcommit,
+            enable_prefix_caching=config.enable_prefix_caching,
         ),
         StoreRunner(store),
         epoch=num_blocks,

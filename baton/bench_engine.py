@@ -26,7 +26,7 @@ from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.request import Request
 from engine.runner import ModelRunner
-from engine.spans import Recorder, Span
+from engine.spans import Recorder, Span, no_spans
 from telemetry.progress import ProgressLine
 from wire.errors import ConfigError
 from wire.types import SamplingParams
@@ -156,7 +156,7 @@ class EngineBench:
         return case
 
     def _engine(self) -> Engine:
-        spans = {} if self._recorder is None else {"spans": self._recorder}
+        spans = self._recorder or no_spans
         config = EngineConfig(
             block_size=BLOCK_SIZE,
             num_blocks=self._num_blocks,
@@ -167,13 +167,13 @@ class EngineBench:
         )
         return Engine(
             config,
-            ModelRunner(self._loaded, self._store, **spans),
+            ModelRunner(self._loaded, self._store, spans),
             epoch=1,
             model_fingerprint="bench",
             eos_token_ids=frozenset(),
             ops=self._loaded.ops,
             grammars=None,
-            **spans,
+            spans=spans,
         )
 
     def _request(self, number: int, num_tokens: int) -> Request:

@@ -40,7 +40,7 @@ class Admission:
         ahead = list(ahead)
         available = self._pool.num_available - self._pool.num_cached_among(matched)
         known = self._blocks_for(num_tokens) - len(matched)
-        known += sum(self._blocks_for(r.num_tokens) - len(r.block_table) for r in ahead)
+        known += sum(max(0, self._blocks_for(r.num_tokens) - len(r.block_table)) for r in ahead)
         promised = self._blocks_for(max_kv_tokens) - len(matched) + self.promised(ahead)
         return known <= available and promised <= available + self._overcommitted
 

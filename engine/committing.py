@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from engine.block_pool import BlockPool, Owner
 from engine.config import EngineConfig
@@ -11,6 +12,7 @@ from engine.plan import RequestProgress, ScheduledRequest, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
 from engine.request import Request
+from engine.rows import accepted
 from engine.stops import finish_reason
 from wire.logprobs import Logprobs
 from wire.types import BlockHandle
@@ -44,18 +46,18 @@ class Committer:
         corrupted: Collection[str] = (),
         embeddings: Mapping[str, bytes] = NO_EMBEDDINGS,
     ) -> tuple[RequestProgress, ...]:
-        """Enter what a step computed; `tokens` are the sampled ones, in the plan's order.
+        """Enter what a step computed; `tokens` are what its rows sampled, in the plan's order.
 
-        `logprobs`, by request: of its sampled token and of the prompt tokens that its chunk told.
+        `logprobs`, by request: of its new tokens and of the prompt tokens that its chunk told.
         `corrupted` requests end without progress, and what they computed is found by nobody.
         `embeddings`, by request: of those that end with one.
         """
-        samples = [item.samples for item in plan.scheduled]
-        assert sum(samples) == len(tokens), f"{len(tokens)} tokens for {sum(samples)} rows"
+        num_samples = [item.num_samples for item in plan.scheduled]
+        assert sum(num_samples) == len(tokens), f"{len(tokens)} tokens for {sum(num_samples)} rows"
         sampled = iter(tokens)
         progress = []
-        for item, has_token in zip(plan.scheduled, samples, strict=True):
-            new_tokens = (next(sampled),) if has_token else ()
+        for item, count in zip(plan.scheduled, num_samples, strict=True):
+            new_tokens = accepted(item.draft_tokens, tuple(islice(sampled, count)))
             if item.request.request_id in corrupted:
                 self._queues.discard(item.request)
             elif item.request.request_id not in self._queues.aborted_in_step:
@@ -68,16 +70,16 @@ class Committer:
         self, item: ScheduledRequest, new_tokens: tuple[int, ...], logprobs: Logprobs | None
     ) -> RequestProgress:
         request = item.request
+        request.num_computed_tokens = item.end - len(item.draft_tokens)
+        index = request.num_output_tokens
+        finished = self._take_finished_blocks(request) if request.prefill_only else ()
+        new_tokens = self._append(request, new_tokens)
+        self.publish(request, item.start)
         if logprobs is not None:
             request.prompt_rows[item.start :] = logprobs.prompt  # a preempted prompt begins anew
-            logprobs = Logprobs(logprobs.tokens, tuple(request.prompt_rows))
-        request.num_computed_tokens = item.end
-        self.publish(request, item.start)
-        finished = self._take_finished_blocks(request) if request.prefill_only else ()
-        index = request.num_output_tokens
+            told = logprobs.tokens[: len(new_tokens)]
+            logprobs = Logprobs(told, tuple(request.prompt_rows))
         if new_tokens:
-            request.tokens += new_tokens
-            request.finish_reason = finish_reason(request, self._eos_token_ids)
             self._leave_if_done(request)
         return RequestProgress(
             request_id=request.request_id,
@@ -89,6 +91,19 @@ class Committer:
             finished_blocks=finished,
             logprobs=logprobs if new_tokens else None,
         )
+
+    def _append(self, request: Request, new_tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that the request takes: none behind the one that ends it.
+
+        The last one's KV is still to be computed, that of accepted draft tokens is there.
+        """
+        for count, token in enumerate(new_tokens, start=1):
+            request.tokens.append(token)
+            request.num_computed_tokens += count > 1
+            request.finish_reason = finish_reason(request, self._eos_token_ids)
+            if request.finish_reason is not None:
+                return new_tokens[:count]
+        return new_tokens
 
     def _embedded(
         self, progress: RequestProgress, request: Request, embeddings: Mapping[str, bytes]

@@ -7,7 +7,7 @@ blocks of the requests in the step are theirs: an abort of one of them takes eff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Protocol
 
@@ -15,14 +15,23 @@ from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
+from engine.drafting.speculation import Speculation
 from engine.grammar import Constrained, Grammars, Masks
 from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
-from engine.plan import LayerProgress, OnLayers, RequestProgress, StepPlan, StepResult
+from engine.plan import (
+    LayerProgress,
+    OnLayers,
+    RequestProgress,
+    StepPlan,
+    StepResult,
+)
+from engine.planning import NO_DRAFTS
 from engine.pooling import NOTHING_POOLED, pool_step
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
-from engine.sampler import CORRUPTED, Sampler
+from engine.rows import CORRUPTED
+from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.spans import Spans, no_spans
 from kernels.ops import LayerOps
@@ -64,8 +73,10 @@ class Engine:
         ops: LayerOps | None = None,
         grammars: Grammars | None = None,
         spans: Spans = no_spans,
+        speculation: Speculation | None = None,
     ) -> None:
         self._spans = spans
+        self._speculation = speculation
         self.config = config
         self._runner = runner
         self._sampler = Sampler(eos_token_ids, ops)
@@ -87,7 +98,7 @@ class Engine:
     # ------------------------------------------------------------ the step
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult | None:
-        """Schedule → run → sample → commit; None if nothing can be computed now.
+        """Draft → schedule → run → sample → commit; None if nothing can be computed now.
 
         `on_layers` is called from the forward pass after the layers that `layer_marks` names.
 
@@ -95,8 +106,9 @@ class Engine:
         requests (`step_request_ids`) are as before and may be tried again or aborted.
         A request whose logits are broken ends alone: the result names it.
         """
+        drafts = self._draft()
         with self._spans("schedule"):
-            plan = self._plan()
+            plan = self._plan(drafts)
         if not plan.scheduled:
             return None
         try:
@@ -115,23 +127,44 @@ class Engine:
         corrupted |= pooled.corrupted
         with self._spans("commit"):
             progress = self._commit(plan, tokens, logprobs, corrupted, pooled.embeddings)
+        counts = self._speculation.committed(plan, progress) if self._speculation else None
         return StepResult(
-            self._num_steps, progress, plan.num_tokens, plan.num_preempted, tuple(sorted(corrupted))
+            self._num_steps,
+            progress,
+            plan.num_tokens,
+            plan.num_preempted,
+            tuple(sorted(corrupted)),
+            counts,
         )
 
-    def _plan(self) -> StepPlan:
+    def _draft(self) -> Mapping[str, Sequence[int]]:
+        """Tokens that may follow; nobody but this thread adds tokens to requests that decode."""
+        if self._speculation is None:
+            return NO_DRAFTS
         with self._lock:
-            plan = self._scheduler.plan()
+            decoding = self._scheduler.decoding()
+        with self._spans("draft"):
+            return self._speculation.propose(decoding)
+
+    def _plan(self, drafts: Mapping[str, Sequence[int]]) -> StepPlan:
+        with self._lock:
+            plan = self._scheduler.plan(drafts)
             self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
             return plan
 
     def _begin_masks(self, plan: StepPlan) -> Masks | None:
         """Work that goes on beside the forward pass; None if no request has a grammar."""
-        requests = plan.sampling
-        rows = [row for row, request in enumerate(requests) if request.sampling.grammar]
+        rows: list[int] = []
+        constrained = []
+        end = 0
+        for item in plan.scheduled:
+            start, end = end, end + item.num_samples
+            if item.samples and item.request.sampling.grammar:
+                rows += range(start, end)
+                constrained.append(_constrained(item.request, item.draft_tokens))
         if not rows or self._grammars is None:
             return None
-        return self._grammars.begin(rows, [_constrained(requests[row]) for row in rows])
+        return self._grammars.begin(rows, constrained)
 
     def _layer_report(
         self, plan: StepPlan, on_layers: OnLayers | None
@@ -290,16 +323,20 @@ class Engine:
 
 
 def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[str]:
-    """The requests of the step with logits that are no numbers."""
-    pairs = zip(plan.sampling, tokens, strict=True)
-    sampled = frozenset(request.request_id for request, token in pairs if token == CORRUPTED)
-    return sampled | corrupted_prompts(plan, logits)
+    """The requests of the step whose last known token has logits that are no numbers."""
+    found, row = set(), 0
+    for item in plan.scheduled:
+        if item.samples and tokens[row] == CORRUPTED:
+            found.add(item.request.request_id)
+        row += item.num_samples
+    return frozenset(found) | corrupted_prompts(plan, logits)
 
 
-def _constrained(request: Request) -> Constrained:
+def _constrained(request: Request, draft_tokens: tuple[int, ...] = ()) -> Constrained:
     return Constrained(
         request.request_id,
         request.sampling.grammar,
         request.output_tokens,
         request.grammar_cursor,
+        draft_tokens,
     )

@@ -45,7 +45,7 @@ def flatten(plan: StepPlan, block_size: int) -> FlatBatch:
     in_table, offsets = np.divmod(positions, block_size)
     num_logits = _array(i.num_logits for i in items)
     return FlatBatch(
-        token_ids=_array(chain.from_iterable(i.request.tokens[i.start : i.end] for i in items)),
+        token_ids=_array(chain.from_iterable(i.new_tokens for i in items)),
         positions=positions,
         blocks=flat_tables[in_table + np.repeat(table_start[:-1], lengths)],
         offsets=offsets,

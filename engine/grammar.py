@@ -46,6 +46,7 @@ class Constrained:
     grammar: str
     output_tokens: list[int]
     cursor: GrammarCursor
+    draft_tokens: tuple[int, ...] = ()
 
 
 class Masks:
@@ -96,18 +97,38 @@ class Grammars:
         return mistake_of(self._beginning(grammar))
 
     def begin(self, rows: list[int], requests: list[Constrained]) -> Masks:
-        """Start to compute the masks of requests, which the rows `rows` of the logits belong to."""
+        """Start to compute masks for the rows `rows` of the logits.
+
+        They belong to `requests` in their order: one row to each, and one to each draft token.
+        """
         return Masks(rows, self._thread.submit(self._masks, requests))
 
     def _masks(self, requests: list[Constrained]) -> Tensor:
-        return torch.stack([self._mask(request) for request in requests])
+        return torch.stack([mask for request in requests for mask in self._masks_of(request)])
 
-    def _mask(self, request: Constrained) -> Tensor:
-        """bool [V]"""
+    def _masks_of(self, request: Constrained) -> list[Tensor]:
+        """bool [V] each: of the request as it is, and behind each of its draft tokens.
+
+        A row behind a token that is not allowed is of no use, so anything goes; nothing goes where
+        the grammar fails, which is an error only if it does so behind known tokens.
+        """
         matcher = self._advanced(request)
-        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        masks = [self._mask(matcher)]
         if matcher.is_error():
             raise GrammarError((request.request_id,), matcher.get_error()[:200])
+        if not request.draft_tokens:
+            return masks
+        matcher = matcher.deep_copy()
+        for token in request.draft_tokens:
+            if not masks[-1][token] or not matcher.consume_token(token) or matcher.is_stopped():
+                break
+            mask = self._mask(matcher)
+            masks.append(torch.zeros_like(mask) if matcher.is_error() else mask)
+        useless = torch.ones(self._vocab_size, dtype=torch.bool)
+        return masks + [useless] * (1 + len(request.draft_tokens) - len(masks))
+
+    def _mask(self, matcher: LLMatcher) -> Tensor:
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(packed, bitorder="little", count=self._vocab_size)
         return torch.from_numpy(bits.view(np.bool_))
 

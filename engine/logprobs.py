@@ -13,11 +13,13 @@ Rows are packed part by part and the logits forgotten with the step, so what is 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from engine.plan import ScheduledRequest, StepPlan
+from engine.rows import accepted
 from engine.sampler import finite_rows
 from wire.logprobs import PAIR_BYTES, Logprobs
 
@@ -26,23 +28,24 @@ _PART = 64  # rows of which a copy is made at a time
 
 def sampling_logits(plan: StepPlan, logits: Tensor) -> Tensor:
     """Of the logits of a step, [rows, V], those from which tokens are sampled, [R, V]."""
-    if logits.shape[0] == len(plan.sampling):
+    if logits.shape[0] == plan.num_samples:
         return logits
-    ends, row = [], 0
+    ends: list[int] = []
+    row = 0
     for item in plan.scheduled:
         row += item.num_logits
-        if item.samples:
-            ends.append(row - 1)
+        ends += range(row - item.num_samples, row)
     return logits[ends]
 
 
 def corrupted_prompts(plan: StepPlan, logits: Tensor) -> frozenset[str]:
     """Requests with broken logits in the part of the prompt whose logprobs they ask for."""
-    if logits.shape[0] == len(plan.sampling):
+    if logits.shape[0] == plan.num_samples:
         return frozenset()
     sound, row, found = finite_rows(logits).tolist(), 0, set()
     for item in plan.scheduled:
-        if not all(sound[row : row + item.num_logits]):
+        told = item.request.wants_prompt_logprobs
+        if told and not all(sound[row : row + item.num_logits]):
             found.add(item.request.request_id)
         row += item.num_logits
     return frozenset(found)
@@ -51,15 +54,18 @@ def corrupted_prompts(plan: StepPlan, logits: Tensor) -> frozenset[str]:
 def step_logprobs(
     plan: StepPlan, logits: Tensor, tokens: Sequence[int], corrupted: Collection[str] = ()
 ) -> dict[str, Logprobs]:
-    """By request: the logprobs of its sampled token and of its chunk, for those who ask."""
+    """By request: the logprobs of its new tokens and of its chunk, for those who ask.
+
+    `tokens` are what all rows sampled; those of accepted draft tokens are told too.
+    """
     if not any(_asks(item) for item in plan.scheduled):
         return {}
     sampled, row, found = iter(tokens), 0, {}
     for item in plan.scheduled:
-        token = [next(sampled)] if item.samples else []
+        new = accepted(item.draft_tokens, tuple(islice(sampled, item.num_samples)))
         if _asks(item) and item.request.request_id not in corrupted:
             mine = logits[row : row + item.num_logits]
-            found[item.request.request_id] = _of_request(item, mine, token)
+            found[item.request.request_id] = _of_request(item, mine, new)
         row += item.num_logits
     return found
 
@@ -69,16 +75,17 @@ def _asks(item: ScheduledRequest) -> bool:
     return of_token or item.request.wants_prompt_logprobs
 
 
-def _of_request(item: ScheduledRequest, logits: Tensor, token: list[int]) -> Logprobs:
+def _of_request(item: ScheduledRequest, logits: Tensor, new: tuple[int, ...]) -> Logprobs:
     request, sampling = item.request, item.request.sampling
     prompt: list[bytes] = []
     if request.wants_prompt_logprobs:
         told = request.tokens[item.start + 1 : item.end + 1]
         prompt = pack_rows(logits[: len(told)], told, sampling.prompt_logprobs or 0)
-    new = []
-    if token and sampling.logprobs is not None:
-        new = pack_rows(logits[-1:], token, sampling.logprobs)
-    return Logprobs(tuple(new), tuple(prompt))
+    rows: list[bytes] = []
+    if new and sampling.logprobs is not None:
+        first = item.num_logits - item.num_samples
+        rows = pack_rows(logits[first : first + len(new)], new, sampling.logprobs)
+    return Logprobs(tuple(rows), tuple(prompt))
 
 
 def pack_rows(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[bytes]:

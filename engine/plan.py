@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.request import Request
+from engine.rows import Ahead, Row
 from wire.logprobs import Logprobs
 from wire.types import BlockHandle, FinishReason, Pooling
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """Compute `num_new_tokens` tokens of `request`, from `start` on."""
+    """Compute `num_new_tokens` tokens of `request`, from `start` on; the last are `draft_tokens`.
+
+    Draft tokens stand behind the request's last token; nobody knows yet whether they are its next.
+    """
 
     request: Request
     start: int
     num_new_tokens: int
+    draft_tokens: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -25,7 +30,12 @@ class ScheduledRequest:
     @property
     def is_last(self) -> bool:
         """Whether this step reaches the last known token."""
-        return self.end == self.request.num_tokens
+        return self.end - len(self.draft_tokens) == self.request.num_tokens
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What is computed."""
+        return [*self.request.tokens[self.start : self.end], *self.draft_tokens]
 
     @property
     def samples(self) -> bool:
@@ -35,7 +45,22 @@ class ScheduledRequest:
     @property
     def num_logits(self) -> int:
         """Rows at the chunk's end whose logits are needed."""
-        return self.num_new_tokens if self.request.wants_prompt_logprobs else int(self.samples)
+        if self.request.wants_prompt_logprobs:
+            return self.num_new_tokens
+        return self.num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that are sampled: the last token's and each draft token's."""
+        return (1 + len(self.draft_tokens)) if self.samples else 0
+
+    @property
+    def sampled_rows(self) -> list[Row]:
+        """What they belong to."""
+        if not self.samples:
+            return []
+        draft = self.draft_tokens
+        return [self.request, *(Ahead(self.request, draft[:n]) for n in range(1, 1 + len(draft)))]
 
     @property
     def num_hidden(self) -> int:
@@ -53,9 +78,13 @@ class StepPlan:
     num_preempted: int = 0
 
     @property
-    def sampling(self) -> list[Request]:
-        """The requests that sample, in the order of their rows; true until the commit."""
-        return [item.request for item in self.scheduled if item.samples]
+    def sampling(self) -> list[Row]:
+        """What is sampled, in the order of the rows; true until the commit."""
+        return [row for item in self.scheduled for row in item.sampled_rows]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(item.num_samples for item in self.scheduled)
 
     @property
     def hidden_rows(self) -> list[int]:
@@ -101,6 +130,14 @@ class PlanDraft:
         self.budget -= num_new_tokens
         if request.wants_prompt_logprobs:
             self.prompt_logits -= num_new_tokens
+
+    def add_draft(self, request: Request, tokens: tuple[int, ...]) -> None:
+        """Let a scheduled request be computed beyond its last token."""
+        item = self.items[request.request_id]
+        self.items[request.request_id] = replace(
+            item, num_new_tokens=item.num_new_tokens + len(tokens), draft_tokens=tokens
+        )
+        self.budget -= len(tokens)
 
     def remove_preempted(self, request: Request) -> None:
         self.num_preempted += 1
@@ -148,6 +185,16 @@ class LayerProgress:
     """Request id, and what will be `RequestProgress.finished_blocks` of this step."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What speculation did in one step."""
+
+    drafts: tuple[tuple[int, int], ...] = ()  # (drafted, accepted) tokens of each request with any
+    draft_s: float = 0.0  # that drafting took
+    saved_s: float = 0.0  # what the step's tokens would have taken longer one by one
+    failure: str = ""  # why the drafter is not asked any more
+
+
 OnLayers = Callable[[LayerProgress], None]
 
 
@@ -160,4 +207,5 @@ class StepResult:
     num_tokens: int
     num_preempted: int
     corrupted: tuple[str, ...] = ()  # requests that ended because their logits are not finite
+    speculation: DraftCounts | None = None
     seconds: float = 0.0  # what it took; whoever has a clock fills it in

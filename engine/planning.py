@@ -5,16 +5,21 @@ having none behind; prefill, chunked prefill, decode and recomputation are the s
 
     1. requests that are one token behind (decoding) come first: one token each;
     2. the rest of the token budget goes to running requests further behind, oldest first;
-    3. then waiting requests are admitted, first come first served, while they fit.
+    3. then waiting requests are admitted, first come first served, while they fit;
+    4. last, decoding requests may be computed beyond their last token, on draft tokens.
 
 Nobody starves: seats are no more than the budget, so each running request of kind 2 leaves at least
 its own token over from kind 1, and the oldest of them gets all that is left, up to the limit of a
 chunk, or, where a prompt's logprobs are asked for, as many as there is memory for their logits.
+
+Draft tokens are luxury: at most half of what kind 1 leaves over is kept for them; they preempt
+nobody, and while somebody waits they take no block. Blocks behind the last token that stays go back
+with the commit. No request is drafted beyond its limit, so predicted growth covers drafts too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from engine.admission import Admission
@@ -24,6 +29,8 @@ from engine.plan import PlanDraft, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
 from engine.request import Request
+
+NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
 
 class Planner:
@@ -43,19 +50,32 @@ class Planner:
         self._queues = queues
         self._admission = admission
 
-    def plan(self) -> StepPlan:
-        """What the next forward pass computes; empty if nothing can be computed now."""
+    def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
+        """What the next forward pass computes; empty if nothing can be computed now.
+
+        `drafts`, by request: tokens that may follow its last one. As many are computed as fit.
+        """
         draft = PlanDraft(
             self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
         )
         while self._queues.adopted and len(self._queues.running) < self._queues.max_running:
             self._queues.running.append(self._queues.adopted.popleft())
-        for request in sorted(self._queues.running, key=lambda r: r.num_behind > 1):
-            if request.block_table:  # else preempted a moment ago
-                self._continue(request, draft)
+        decoding = [r for r in self._queues.running if r.num_behind == 1]
+        catching_up = [r for r in self._queues.running if r.num_behind > 1]
+        self._continue_all(decoding, draft)
+        kept = min(sum(map(len, drafts.values())), draft.budget // 2)
+        draft.budget -= kept
+        self._continue_all(catching_up, draft)
         self._admit_waiting(draft)
+        draft.budget += kept
+        self._add_drafts(drafts, draft)
         self._queues.in_step = frozenset(draft.items)
         return draft.finish()
+
+    def _continue_all(self, requests: Sequence[Request], draft: PlanDraft) -> None:
+        for request in requests:
+            if request.block_table:  # else preempted a moment ago
+                self._continue(request, draft)
 
     def _continue(self, request: Request, draft: PlanDraft) -> None:
         """Schedule a running request, or let it stall for a step if there are no blocks for it."""
@@ -108,6 +128,30 @@ class Planner:
                 return
             self._queues.waiting.remove(request)
             self._admit(request, matched, draft)
+
+    def _add_drafts(self, drafts: Mapping[str, Sequence[int]], draft: PlanDraft) -> None:
+        """Compute decoding requests beyond their last token, where there are slots for that."""
+        for request_id, tokens in drafts.items():
+            item = draft.items.get(request_id)
+            if item is None or not item.samples or item.num_new_tokens > 1:
+                continue
+            request = item.request
+            room = min(draft.budget, request.max_kv_tokens - request.num_tokens)
+            slots = self._slots_beyond(request)
+            taken = tuple(tokens[: max(0, min(room, slots))])
+            if taken:
+                end = self._config.num_blocks_for(item.end + len(taken))
+                missing = end - len(request.block_table)
+                request.block_table += self._pool.allocate(max(0, missing), Owner.RUNNING)
+                self._queues.drafted.append(request)
+                draft.add_draft(request, taken)
+
+    def _slots_beyond(self, request: Request) -> int:
+        """Slots for draft tokens of a request: new blocks only while nobody waits for any."""
+        waited_for = self._queues.waiting or self._queues.adopted
+        num_free = 0 if waited_for else self._pool.num_available
+        num_slots = (len(request.block_table) + num_free) * self._config.block_size
+        return num_slots - request.num_tokens
 
     def _is_being_computed(self, hashes: Sequence[bytes], index: int) -> bool:
         """Whether a running request will compute the block that is `index` in `hashes`."""

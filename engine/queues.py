@@ -30,6 +30,11 @@ class Queues:
         self.requests: dict[str, Request] = {}  # waiting, adopted or running
         self.in_step: frozenset[str] = frozenset()
         self.aborted_in_step: set[str] = set()
+        self.drafted: list[Request] = []  # may hold blocks for the step's draft tokens
+
+    @property
+    def num_free_seats(self) -> int:
+        return self.max_running - len(self.running)
 
     def abort(self, request_id: str) -> bool:
         """End a request and free what it holds, at the step's commit if it is in one.
@@ -77,8 +82,17 @@ class Queues:
         """Carry out aborts that waited for the step; all there is to do for a step that failed."""
         for request_id in self.aborted_in_step:
             self.drop(self.requests[request_id])
+        for request in self.drafted:
+            self._give_back(request)
+        self.drafted.clear()
         self.aborted_in_step.clear()
         self.in_step = frozenset()
+
+    def _give_back(self, request: Request) -> None:
+        """The blocks behind the request's last token, where only refused draft tokens were."""
+        known = self._config.num_blocks_for(request.num_tokens)
+        self._pool.release(reversed(request.block_table[known:]), Owner.RUNNING)
+        del request.block_table[known:]
 
     def check_integrity(self, num_reserved_blocks: int) -> None:
         """Raise AssertionError where queues, requests and pool contradict each other."""

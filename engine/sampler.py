@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.grammar import Masks
-from engine.request import Request
+from engine.rows import CORRUPTED, Row
 from kernels.noise import row_keys
 from kernels.ops import LayerOps, TorchOps
 from kernels.sampling import penalize
@@ -27,10 +27,6 @@ from wire.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows fp32."""
-
-
-CORRUPTED = -1
-"""In place of a token, where the row has a NaN or its maximum is infinite."""
 
 
 class Sampler:
@@ -41,12 +37,13 @@ class Sampler:
         self._ops = ops or TorchOps()
 
     def sample(
-        self, logits: Tensor, requests: Sequence[Request], masks: Masks | None = None
+        self, logits: Tensor, requests: Sequence[Row], masks: Masks | None = None
     ) -> list[int]:
-        """One token per request, for logits fp32 [R, V] with row r belonging to requests[r].
+        """One token per row, for logits fp32 [R, V] with row r belonging to requests[r].
 
-        CORRUPTED for a row that is not finite; the others are not concerned. Raises GrammarError
-        where a grammar takes too much.
+        CORRUPTED for a row that has a NaN, an infinite maximum, or a grammar that failed behind a
+        draft token; the others are not concerned. Raises GrammarError where a grammar takes too
+        much.
         """
         if not requests:
             return []
@@ -54,13 +51,15 @@ class Sampler:
         if not sound.all():
             logits = logits.where(sound.unsqueeze(1), 0.0)
         logits = self._adjust(logits, requests, masks)
+        if masks is not None:
+            sound &= logits.amax(-1) > -torch.inf
         tokens = logits.argmax(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
         if drawn:
             tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn], self._ops)
         return [int(token) for token in tokens.where(sound, CORRUPTED).tolist()]
 
-    def _adjust(self, logits: Tensor, requests: Sequence[Request], masks: Masks | None) -> Tensor:
+    def _adjust(self, logits: Tensor, requests: Sequence[Row], masks: Masks | None) -> Tensor:
         """The logits with masks, biases and penalties applied; a copy if there are any."""
         touched = [i for i, r in enumerate(requests) if _adjusts(r)]
         if touched or masks is not None:
@@ -71,7 +70,7 @@ class Sampler:
             masks.apply(logits)
         return logits
 
-    def _adjust_row(self, row: Tensor, request: Request) -> None:
+    def _adjust_row(self, row: Tensor, request: Row) -> None:
         sampling = request.sampling
         if request.num_output_tokens < sampling.min_tokens:
             stops = self._eos_token_ids | set(sampling.stop_token_ids)
@@ -90,7 +89,7 @@ def finite_rows(logits: Tensor) -> Tensor:
     return logits.amax(-1).isfinite()  # a NaN anywhere in the row is its maximum
 
 
-def _adjusts(request: Request) -> bool:
+def _adjusts(request: Row) -> bool:
     sampling = request.sampling
     return bool(
         request.num_output_tokens < sampling.min_tokens
@@ -108,7 +107,7 @@ def _ids(ids: Collection[int], row: Tensor) -> Tensor:
     return torch.tensor(inside, dtype=torch.int64, device=row.device)
 
 
-def _penalize_output(row: Tensor, request: Request) -> None:
+def _penalize_output(row: Tensor, request: Row) -> None:
     occurrences = Counter(request.output_tokens)
     ids = _ids(occurrences, row)
     counts = row.new_tensor([occurrences[i] for i in ids.tolist()])
@@ -116,7 +115,7 @@ def _penalize_output(row: Tensor, request: Request) -> None:
     row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
-def _draw(logits: Tensor, requests: Sequence[Request], ops: LayerOps) -> Tensor:
+def _draw(logits: Tensor, requests: Sequence[Row], ops: LayerOps) -> Tensor:
     """Sampled tokens, int64 [R], of rows with a temperature."""
     params = [r.sampling for r in requests]
     device = logits.device

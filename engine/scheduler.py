@@ -13,13 +13,14 @@ Leased blocks are never taken; who waits for them waits for a deadline that othe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 
 from engine.admission import Admission
 from engine.block_pool import BlockPool, Owner
 from engine.committing import NO_EMBEDDINGS, NO_LOGPROBS, Committer
 from engine.config import EngineConfig
 from engine.plan import RequestProgress, StepPlan
-from engine.planning import Planner
+from engine.planning import NO_DRAFTS, Planner
 from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
 from engine.request import Request
@@ -145,9 +146,15 @@ class Scheduler:
 
     # ------------------------------------------------------------ a step
 
-    def plan(self) -> StepPlan:
-        """What the next forward pass computes; empty if nothing can be computed now."""
-        return self._planner.plan()
+    def decoding(self) -> list[Request]:
+        """Requests of which the next step would compute the last token, and no more."""
+        seated = islice(self._queues.adopted, self._queues.num_free_seats)
+        running = (*self._queues.running, *seated)
+        return [r for r in running if r.num_behind == 1 and not r.prefill_only]
+
+    def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
+        """What the next forward pass computes; see Planner.plan."""
+        return self._planner.plan(drafts)
 
     def commit(
         self,

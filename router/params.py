@@ -133,6 +133,7 @@ class GenerationParams:
             logit_bias=self.logit_bias,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
+            speculate=body.speculative_decoding is not False,
             logprobs=self._sampled_logprobs,
             prompt_logprobs=None if choice else self.prompt_logprobs,  # the same for all choices
             grammar="" if self.is_mute else self.grammar,

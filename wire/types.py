@@ -107,6 +107,7 @@ class SamplingParams:
     logprobs: NumLogprobs | None = None  # of each output token, and of so many best
     prompt_logprobs: NumLogprobs | None = None  # the same for the prompt, from the prefill node
     grammar: Grammar = ""  # what the output must look like
+    speculate: Flag = True  # whether tokens may be drafted; they come out the same
 
     def num_logprob_pairs(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
         """Pairs (`wire/logprobs.py`) of a request that comes to so many tokens."""

@@ -75,7 +75,8 @@ class HashRunner:
         return torch.stack(rows)
 
     def _compute(self, item: ScheduledRequest) -> list[int]:
-        request, states = item.request, chain(item.request.tokens[: item.end])
+        request = item.request
+        states = chain([*request.tokens[: item.start], *item.new_tokens])
         for position in range(item.start):
             held = self.read(request.block_table[position // self._block_size], position)
             assert held == states[position], f"{request.request_id} reads a wrong slot {position}"

@@ -51,8 +51,11 @@ class Watch:
         on_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         logits = self._runner.run(plan, on_layers, on_hidden)
-        for request, row in zip(plan.sampling, logits, strict=True):
-            self.logits[request.request_id, request.num_tokens] = row
+        row = iter(logits)
+        for item in plan.scheduled:
+            for number in range(item.num_samples):
+                known = item.request.num_tokens + number
+                self.logits[item.request.request_id, known] = next(row)
         return logits
 
 

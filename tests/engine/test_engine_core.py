@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.drafting.speculation import Speculation
 from engine.engine import Engine
 from engine.plan import RequestProgress, StepPlan, StepResult
 from engine.request import Request
 from engine.reservations import Reservation
+from tests.engine.drafters import Oracle, always
 from tests.engine.expected_logprobs import check_prompt_rows, check_row
 from tests.engine.hash_runner import (
     VOCAB_SIZE,
@@ -50,6 +52,7 @@ def make_engine(
     enable_prefix_caching: bool = True,
     max_num_seqs: int = 6,
     max_num_batched_tokens: int = 16,
+    speculation: Speculation | None = None,
 ) -> tuple[Engine, HashRunner]:
     config = EngineConfig(
         block_size=BLOCK_SIZE,
@@ -61,7 +64,15 @@ def make_engine(
         enable_prefix_caching=enable_prefix_caching,
     )
     runner = HashRunner(num_blocks, BLOCK_SIZE)
-    return Engine(config, runner, epoch=5, model_fingerprint="m", eos_token_ids=EOS), runner
+    engine = Engine(
+        config,
+        runner,
+        epoch=5,
+        model_fingerprint="m",
+        eos_token_ids=EOS,
+        speculation=speculation,
+    )
+    return engine, runner
 
 
 def make_request(
@@ -115,7 +126,7 @@ class Leased:
 class Walk:
     """One engine under random use."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, drafts: bool = False) -> None:
         self.rng = rng = random.Random(seed)
         self.overcommit = rng.choice([1.0, 1.0, 3.0])
         self.engine, self.runner = make_engine(
@@ -124,6 +135,7 @@ class Walk:
             enable_prefix_caching=rng.random() < 0.8,
             max_num_seqs=rng.choice([2, 6]),
             max_num_batched_tokens=rng.choice([3, 8, 24]),
+            speculation=self.speculation() if drafts else None,
         )
         self.runner.during_run = self.in_the_step
         self.alive: dict[str, Expected] = {}
@@ -134,6 +146,16 @@ class Walk:
         self.known_hashes: set[bytes] = set()
         self.num_added = self.num_finished = self.num_preempted = self.num_prompts_told = 0
         self.num_rebound = 0
+
+    def speculation(self) -> Speculation:
+        """Drafts that are right in part, never, or always, of any length."""
+        share = self.rng.choice([0.0, 0.5, 0.8, 1.0])
+        self.drafter = Oracle(self.tokens_of, share, vocab_size=VOCAB_SIZE)
+        return always(self.drafter, self.rng.choice([1, 3, 9]), VOCAB_SIZE)
+
+    def tokens_of(self, request: Request) -> list[int]:
+        output = self.alive[request.request_id].output if request.request_id in self.alive else []
+        return [*request.tokens[: request.num_prompt_tokens], *output]
 
     # -------------------------------------------------------- what can happen
 
@@ -352,11 +374,13 @@ class Walk:
             assert progress.logprobs is None
             return
         told = progress.logprobs or Logprobs()
-        tokens = request.tokens[: request.num_prompt_tokens + progress.index + 1]
-        after = [logits_after(state) for state in chain(tokens[:-1])]
-        assert len(told.tokens) == (sampling.logprobs is not None)
-        for row in told.tokens:
-            check_row(row, after[-1], tokens[-1], sampling.logprobs or 0)
+        first = request.num_prompt_tokens + progress.index
+        after = [logits_after(state) for state in chain(request.tokens[:-1])]
+        wanted = len(progress.new_tokens) * (sampling.logprobs is not None)
+        assert len(told.tokens) == wanted
+        for number, row in enumerate(told.tokens, start=first):
+            check_row(row, after[number - 1], request.tokens[number], sampling.logprobs or 0)
+        tokens = request.tokens[: first + 1]
         if sampling.prompt_logprobs is not None and request.prefill_only:
             check_prompt_rows(told.prompt, after, tokens[:-1], sampling.prompt_logprobs)
             self.num_prompts_told += 1
@@ -399,19 +423,24 @@ class Walk:
         assert self.engine.load().blocks_promised == 0
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_walk(seed: int) -> None:
-    walk = Walk(seed)
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("seed", range(45))
+def test_random_walk(seed: int, drafts: bool) -> None:
+    walk = Walk(seed, drafts=drafts)
     walk.run(120)
     walk.wind_down()
 
 
-def test_the_walk_reaches_what_it_is_for() -> None:
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_walk_reaches_what_it_is_for(drafts: bool) -> None:
     """Preemption, prefix hits, finished requests: a walk that avoids them proves nothing."""
     walks = [Walk(seed) for seed in range(8)]
     for walk in walks:
         walk.overcommit = 3.0
-        walk.engine, walk.runner = make_engine(num_blocks=12, kv_overcommit=3.0)
+        speculation = walk.speculation() if drafts else None
+        walk.engine, walk.runner = make_engine(
+            num_blocks=12, kv_overcommit=3.0, speculation=speculation
+        )
         walk.runner.during_run = walk.in_the_step
         walk.run(150)
         walk.wind_down()
@@ -420,6 +449,8 @@ def test_the_walk_reaches_what_it_is_for() -> None:
     assert sum(walk.num_prompts_told for walk in walks) > 10
     assert sum(len(walk.aborted) for walk in walks) > 10
     assert sum(walk.num_rebound for walk in walks) > 10
+    if drafts:
+        assert sum(walk.drafter.num_accepted for walk in walks) > 100
 
 
 # ------------------------------------------------------------ single facts

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from engine.request import Request
-from engine.sampler import CORRUPTED, Sampler
+from engine.rows import CORRUPTED
+from engine.sampler import Sampler
 from kernels.noise import GUMBEL_MAX, GUMBEL_MIN, gumbel, random_integers, row_keys
 from kernels.sampling import filter_floor
 from wire.types import SamplingParams

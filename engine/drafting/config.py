@@ -1,0 +1,84 @@
+"""`--speculative-config`: JSON with vLLM's field names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wire.errors import ConfigError
+
+METHODS = ("none", "ngram", "draft_model")
+MAX_DRAFT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Who drafts, and how many tokens at most."""
+
+    method: str = "none"
+    model: Path | None = None  # of the method draft_model
+    num_speculative_tokens: int = 5
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
+
+    def __post_init__(self) -> None:
+        _check(self.method in METHODS, f"method must be one of {', '.join(METHODS)}")
+        drafts = self.method == "draft_model"
+        _check(drafts == (self.model is not None), "model goes with the method draft_model")
+        in_range = 1 <= self.num_speculative_tokens <= MAX_DRAFT
+        _check(in_range, f"num_speculative_tokens must be between 1 and {MAX_DRAFT}")
+        _check(
+            1 <= self.prompt_lookup_min <= self.prompt_lookup_max <= MAX_DRAFT,
+            f"prompt_lookup_min and prompt_lookup_max must go from 1 to {MAX_DRAFT}, in order",
+        )
+
+
+NO_SPECULATION = SpeculativeConfig()
+_TYPES: dict[str, type] = {
+    "method": str,
+    "model": str,
+    "num_speculative_tokens": int,
+    "prompt_lookup_min": int,
+    "prompt_lookup_max": int,
+}
+
+
+def parse_speculative_config(text: str) -> SpeculativeConfig:
+    """The config that the JSON object describes; empty is none. Raises ConfigError."""
+    if not text.strip():
+        return NO_SPECULATION
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--speculative-config is not JSON: {error}") from error
+    _check(isinstance(fields, dict), "it must be a JSON object")
+    unknown = sorted(set(fields) - set(_TYPES))
+    _check(not unknown, f"unknown: {', '.join(unknown)}; known are {', '.join(_TYPES)}")
+    for name, value in fields.items():
+        wanted = _TYPES[name]
+        _check(type(value) is wanted, f"{name} must be {_words(wanted)}, not {value!r:.80}")
+    return SpeculativeConfig(**_completed(fields))
+
+
+def _completed(fields: dict[str, Any]) -> dict[str, Any]:
+    """With the method that a model alone implies, and one lookup length where one is given."""
+    fields = dict(fields)
+    if "model" in fields:
+        fields.setdefault("method", "draft_model")
+        fields["model"] = Path(fields["model"])
+    for given, other in (("min", "max"), ("max", "min")):
+        if f"prompt_lookup_{given}" in fields:
+            fields.setdefault(f"prompt_lookup_{other}", fields[f"prompt_lookup_{given}"])
+    _check("method" in fields, f"method is missing, one of {', '.join(METHODS)}")
+    return fields
+
+
+def _words(wanted: type) -> str:
+    return "a whole number" if wanted is int else "a string"
+
+
+def _check(holds: bool, mistake: str) -> None:
+    if not holds:
+        raise ConfigError(f"--speculative-config: {mistake}")

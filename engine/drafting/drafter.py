@@ -1,0 +1,42 @@
+"""What every way to guess a request's next tokens offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Wants up to `num_tokens` tokens that may follow `request`'s last one; 0: none now."""
+
+    request: Request
+    num_tokens: int
+
+
+class Drafter(Protocol):
+    """Proposes tokens for a batch. A wrong proposal costs time, never a wrong token."""
+
+    @property
+    def method(self) -> str:
+        """As `--speculative-config` names it."""
+        ...
+
+    @property
+    def cost_per_token(self) -> bool:
+        """Whether a longer draft takes longer: it is made token by token."""
+        ...
+
+    def propose(self, asks: Sequence[Ask]) -> list[Sequence[int]]:
+        """One draft per ask, in order; it may be shorter than was asked, or empty.
+
+        `asks` names every decoding request; what is kept for others may be forgotten.
+        """
+        ...
+
+    def accepted(self, request: Request, num_tokens: int) -> None:
+        """Of the last draft for `request` so many tokens were right, and are among its tokens."""
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import string
 import time
 import uuid
@@ -70,6 +71,11 @@ class Access:
         """The request has used so many tokens."""
         if _LIMITER in request:
             request[_LIMITER].charge(num_tokens, self._clock())
+
+    def owner(self, request: web.Request) -> str:
+        """Whose a stored response is: the key's hash, which does not hang on the keys' order."""
+        key = presented_key(request.headers) if len(self._keys) else None
+        return "" if key is None else hashlib.sha256(key.encode()).hexdigest()
 
     def _who(self, request: web.Request) -> int:
         """The number of the client's key. Raises ApiError."""

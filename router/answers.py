@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
-from router.anthropic.format import MessagesFormat
 from router.asked import Asked
 from router.choice import Choice
 from router.choice_maker import ChoiceMaker
-from router.chunks import AnswerFormat, ChatFormat, CompletionFormat
+from router.chunks import AnswerFormat, FormatMaker
 from router.config import RouterConfig
 from router.event_stream import EventStream
 from router.generation import Collected, Streamed
@@ -55,7 +54,7 @@ class Answers:
         self,
         request: web.Request,
         asked: Asked,
-        make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
+        make_format: FormatMaker,
     ) -> web.StreamResponse:
         """One answer, or a stream of events. Raises ApiError."""
         params = asked.params
@@ -80,8 +79,10 @@ class Answers:
         record = self._begin_record(asked, format, choices)
         try:
             generation.start(choices, params.num_choices)
+            answer = await generation.answer()
+            await format.settled()
             return web.Response(
-                body=await generation.answer(),
+                body=answer,
                 content_type="application/json",
                 charset="utf-8",
                 headers=timing_headers(record),
@@ -107,14 +108,18 @@ class Answers:
         record = self._begin_record(asked, format, choices)
         try:
             generation.start(choices, params.num_choices)
-            return await self._write_events(request, generation, record)
+            return await self._write_events(request, generation, format, record)
         finally:
             generation.cancel()
             self._charge(request, generation.usage().num_output_tokens)
             self._finish_record(record, asked)
 
     async def _write_events(
-        self, request: web.Request, generation: Streamed, record: RequestRecord
+        self,
+        request: web.Request,
+        generation: Streamed,
+        format: AnswerFormat,
+        record: RequestRecord,
     ) -> web.StreamResponse:
         """The status is sent with the first event, so that an earlier error has its own.
 
@@ -132,6 +137,7 @@ class Answers:
                 generation.status_sent()
                 events = await generation.next_events()
             while events:
+                await format.settled()
                 await response.write(events)
                 events = await generation.next_events()
             await response.write_eof()

@@ -19,6 +19,8 @@ from router.embeddings import EmbeddingPages
 from router.errors import ApiError, model_not_found, server_error
 from router.metrics import RouterMetrics
 from router.openapi import openapi_page
+from router.responses.pages import ResponsePages
+from router.responses.store import ResponseStore
 from router.serving import Serving
 from router.tokenize import TokenizePages
 from router.worker_sites import WorkerSites
@@ -41,6 +43,7 @@ def make_app(
     metrics: RouterMetrics,
     access: Access,
     max_body_bytes: int,
+    store: ResponseStore,
     debug: DebugPages | None = None,
     worker: WorkerSites | None = None,
 ) -> web.Application:
@@ -59,6 +62,7 @@ def make_app(
         web.post("/v1/completions", serving.completions),
         web.post("/v1/chat/completions", serving.chat),
         web.post("/v1/embeddings", embeddings.embeddings),
+        *ResponsePages(serving, store, metrics, access.owner).routes(),
         *AnthropicPages(serving).routes(),
         web.post("/tokenize", tokens.tokenize),
         web.post("/detokenize", tokens.detokenize),

@@ -114,6 +114,23 @@ class AnswerFormat(Protocol):
         """The answer that is not streamed."""
         ...
 
+    async def settled(self) -> None:
+        """What it has written may leave; awaited each time before it does."""
+        ...
+
+
+class FormatMaker(Protocol):
+    """Makes the format of one answer; usually the format's class."""
+
+    @property
+    def bytes_prefix(self) -> str:
+        """Of the names of tokens that are a part of a character."""
+        ...
+
+    def __call__(
+        self, id: str, model: str, created: int, details: TokenDetails, include_usage: bool
+    ) -> AnswerFormat: ...
+
 
 class _Format:
     """What both formats share: the head of every event, and usage at its end."""
@@ -147,6 +164,9 @@ class _Format:
 
     def done(self, usage: Usage) -> bytes:
         return DONE
+
+    async def settled(self) -> None:
+        """Nothing is to be done before."""
 
     def error(self, error: ApiError) -> bytes:
         return error_event(error)

@@ -18,7 +18,15 @@ from wire.logprobs import MAX_TOP_LOGPROBS
 from wire.messages import MAX_WORKERS
 from wire.types import Pooling
 
-_POSITIVE = ("max_streams", "max_body_bytes", "idle_connection_s", "heartbeat_s", "node_timeout_s")
+_POSITIVE = (
+    "max_streams",
+    "max_body_bytes",
+    "idle_connection_s",
+    "heartbeat_s",
+    "node_timeout_s",
+    "response_ttl_s",
+    "response_store_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,9 @@ class RouterConfig:
     hold_headers_s: float = 10.0
     debug_requests: int = 1000
     shutdown_timeout_s: float = 5.0
+    response_store: Path | None = None
+    response_ttl_s: float = 2_592_000.0
+    response_store_bytes: int = 64 << 20
     max_logprobs: int = 20
     pooling: Pooling = Pooling.LAST
     trust_request_chat_template: bool = False
@@ -140,6 +151,8 @@ _HELP: dict[str, str] = {
     "body_timeout_s": "how long a client may take to send a body",
     "idle_connection_s": "a connection that brings no whole request head for so long is closed",
     "stream_buffer_bytes": "what may wait for a client that does not read its stream",
+    "response_ttl_s": "how long a response of /v1/responses is kept after its last use",
+    "response_store_bytes": "what kept responses may take; the oldest go first",
     "max_logprobs": "most alternatives per token that a client may ask for",
     "hold_headers_s": "how long a stream's status waits for the first token, so that an earlier "
     "error has a status of its own and Server-Timing is known (0: not at all)",
@@ -174,6 +187,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names that clients may use for the model; answers carry the first "
         "(default: the nodes' own)",
+    )
+    parser.add_argument(
+        "--response-store",
+        type=Path,
+        metavar="PATH",
+        help="file (SQLite) that keeps what /v1/responses has answered; several routers of one "
+        "machine may share it (default: in memory, lost with the router)",
     )
     parser.add_argument(
         "--pooling",

@@ -25,6 +25,7 @@ class RouterMetrics:
         self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
         self.disconnects = names.ROUTER_DISCONNECTS.counter(registry)
         self.slow_clients = names.ROUTER_SLOW_CLIENTS.counter(registry)
+        self.store_failures = names.ROUTER_STORE_FAILURES.counter(registry)
         self.responses = names.ROUTER_RESPONSES.counter(registry)
         self._http_requests = names.HTTP_REQUESTS.counter(registry)
         self.added = names.ROUTER_ADDED.histogram(registry)

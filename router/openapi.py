@@ -18,6 +18,9 @@ from router.anthropic.body import CountBody, MessagesBody
 from router.api import NEUTRAL_COMPLETION, CompletionBody
 from router.api_chat import NEUTRAL_CHAT, ChatBody
 from router.api_embeddings import NEUTRAL_EMBEDDING, EmbeddingBody
+from router.responses.body import NEUTRAL as NEUTRAL_RESPONSES
+from router.responses.body import ResponsesBody
+from router.responses.pages import MAX_LISTED
 from router.tokenize import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
 
 Json = dict[str, Any]
@@ -41,6 +44,14 @@ _POSTS: tuple[tuple[str, type[BaseModel], Json, str, bool, Json], ...] = (
         "ChatCompletion",
         True,
         {"messages": _USER, "max_tokens": 8},
+    ),
+    (
+        "/v1/responses",
+        ResponsesBody,
+        NEUTRAL_RESPONSES,
+        "Response",
+        True,
+        {"input": "Say hello.", "max_output_tokens": 8},
     ),
     (
         "/v1/messages",
@@ -109,6 +120,7 @@ def _paths() -> Json:
     paths |= {path: {"get": _get(path, text, answer)} for path, text, answer in _GETS}
     paths["/ready"] = {"get": _get("/ready", "A request could be served now", "Ready")}
     paths["/ready"]["get"]["responses"]["503"] = _answer("Ready")
+    paths |= _stored_response_paths()
     plain = {"description": "OK"}
     paths["/ping"] = {
         method: {"summary": "The process lives", "responses": {"200": plain}}
@@ -138,12 +150,32 @@ def _get(path: str, summary: str, answer: str) -> Json:
         "summary": summary,
         "responses": {"200": _answer(answer), "default": _answer("Error")},
     }
-    if "{model}" in path:
-        name = {"type": "string", "minLength": 1}
-        operation["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": name}
-        ]
+    for name in ("model", "id"):
+        if f"{{{name}}}" in path:
+            operation["parameters"] = [_parameter(name, "path", {"type": "string", "minLength": 1})]
     return operation
+
+
+def _parameter(name: str, place: str, schema: Json) -> Json:
+    return {"name": name, "in": place, "required": place == "path", "schema": schema}
+
+
+def _stored_response_paths() -> Json:
+    path = "/v1/responses/{id}"
+    items = f"{path}/input_items"
+    listed = _get(items, "The input that a response answered", "InputItems")
+    listed["parameters"] += [
+        _parameter("order", "query", {"enum": ["asc", "desc"]}),
+        _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": MAX_LISTED}),
+        _parameter("after", "query", {"type": "string"}),
+    ]
+    return {
+        path: {
+            "get": _get(path, "A response that was kept", "Response"),
+            "delete": _get(path, "Forget it", "DeletedResponse"),
+        },
+        items: {"get": listed},
+    }
 
 
 def _answer(name: str) -> Json:
@@ -229,6 +261,38 @@ _ANSWERS: Json = {
     "Completion": _generated("text_completion", text=_TEXT),
     "ChatCompletion": _generated(
         "chat.completion", message=_object(role=_const("assistant"), content=_MAYBE_TEXT)
+    ),
+    "Response": _object(
+        {"incomplete_details": _MAYBE_OBJECT, "instructions": _MAYBE_TEXT},
+        id=_TEXT,
+        object=_const("response"),
+        created_at=_COUNT,
+        status={"enum": ["completed", "incomplete"]},
+        model=_TEXT,
+        output={
+            **_list(_object(type={"enum": ["message", "function_call", "reasoning"]}, id=_TEXT)),
+            "minItems": 1,
+        },
+        usage=_object(
+            input_tokens=_COUNT,
+            input_tokens_details=_object(cached_tokens=_COUNT),
+            output_tokens=_COUNT,
+            output_tokens_details=_object(reasoning_tokens=_COUNT),
+            total_tokens=_COUNT,
+        ),
+        error={"type": "null"},
+        previous_response_id=_MAYBE_TEXT,
+        store={"type": "boolean"},
+        tools=_list({"type": "object"}),
+        text={"type": "object"},
+    ),
+    "DeletedResponse": _object(id=_TEXT, object=_const("response"), deleted={"const": True}),
+    "InputItems": _object(
+        object=_const("list"),
+        data=_list(_object(id=_TEXT, type=_TEXT)),
+        first_id=_MAYBE_TEXT,
+        last_id=_MAYBE_TEXT,
+        has_more={"type": "boolean"},
     ),
     "AnthropicError": _object(
         type=_const("error"), error=_object(type=_TEXT, message={"type": "string", "minLength": 1})

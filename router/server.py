@@ -22,6 +22,7 @@ from router.fleet import Fleet
 from router.metrics import RouterMetrics
 from router.request_log import RequestLog
 from router.requests import Requests
+from router.responses.sqlite_store import SqliteStore, StoreLimits
 from router.serving import Serving
 from router.tokenizer import load_tokenizer
 from router.worker_sites import WorkerSites
@@ -33,6 +34,7 @@ from wire.types import NodeId
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_CHAINED_BODIES = 4  # a conversation may be so many times larger than one body
 _REJOIN_S = 10.0  # after it a worker that returns serves without nodes, as a first one does
 
 
@@ -63,6 +65,7 @@ class RouterServer:
         self.serving = Serving(
             config, self.control, self._metrics, self._log, self._access.charge, clock
         )
+        self._store = open_store(config)
         self.http_url = ""
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
@@ -81,6 +84,7 @@ class RouterServer:
             self._metrics,
             self._access,
             config.max_body_bytes,
+            self._store,
             self._debug_pages(),
             self._worker,
         )
@@ -140,6 +144,7 @@ class RouterServer:
         if self._worker is not None:
             await self._worker.close()
         await self.control.close()
+        await self._store.close()
 
     async def _until_ready(self) -> None:
         deadline = self._clock() + _REJOIN_S
@@ -150,6 +155,21 @@ class RouterServer:
         deadline = self._clock() + self._config.shutdown_timeout_s
         while len(self.control.requests) and self._clock() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)  # requests end in many places; nobody else waits for all
+
+
+def open_store(config: RouterConfig) -> SqliteStore:
+    """Where this router keeps responses. Raises ConfigError.
+
+    Workers without a file of the operator's share one in their own folder, as the next request of
+    a conversation may come to any of them.
+    """
+    path = config.response_store
+    if path is None and config.place is not None:
+        path = config.place.folder / "responses"
+    limits = StoreLimits(
+        config.response_ttl_s, config.response_store_bytes, _CHAINED_BODIES * config.max_body_bytes
+    )
+    return SqliteStore(path, limits)
 
 
 async def run(config: RouterConfig, on_ready: Callable[[RouterServer], None]) -> None:

@@ -16,12 +16,11 @@ from dataclasses import replace
 from aiohttp import web
 
 from router.answers import Answers
-from router.anthropic.format import MessagesFormat
 from router.api import CompletionBody, parse_completion
 from router.api_chat import ChatBody, parse_chat
 from router.asked import Asked, Served
 from router.choice_maker import ChoiceMaker
-from router.chunks import ChatFormat, CompletionFormat
+from router.chunks import ChatFormat, CompletionFormat, FormatMaker
 from router.config import RouterConfig
 from router.control import Control
 from router.errors import ApiError, model_not_found, unavailable
@@ -98,7 +97,7 @@ class Serving:
         request: web.Request,
         body: ChatBody,
         timeline: Timeline,
-        make_format: type[ChatFormat | MessagesFormat],
+        make_format: FormatMaker,
     ) -> web.StreamResponse:
         """A conversation, in whatever dialect it came."""
         served = self.served(body.model)
@@ -187,7 +186,7 @@ class Serving:
         self,
         request: web.Request,
         asked: Asked,
-        make_format: type[CompletionFormat | ChatFormat | MessagesFormat],
+        make_format: FormatMaker,
     ) -> web.StreamResponse:
         asked.timeline.tokenized(self._clock())
         self.check_room(len(asked.prompts) * asked.params.num_choices, asked.served)

@@ -147,6 +147,9 @@ ROUTER_GRANT_WAIT = Metric(
     "baton_router_grant_wait_seconds", "From a Reserve to its grant", (), HANDOFF_SECONDS
 )
 ROUTER_DISCONNECTS = Metric("baton_router_client_disconnects", "Clients that left early")
+ROUTER_STORE_FAILURES = Metric(
+    "baton_router_response_store_failures", "Responses that were answered and could not be kept"
+)
 ROUTER_SLOW_CLIENTS = Metric("baton_router_slow_clients", "Streams ended because nobody read")
 ROUTER_RESPONSES = Metric("baton_router_http_responses", "Answers", ("route", "status"))
 ROUTER_ADDED = Metric(

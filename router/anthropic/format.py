@@ -80,6 +80,9 @@ class MessagesFormat:
     def done(self, usage: Usage) -> bytes:
         return b""
 
+    async def settled(self) -> None:
+        """Nothing is to be done before."""
+
     def error(self, error: ApiError) -> bytes:
         return _event(error_object(error)).encode()
 

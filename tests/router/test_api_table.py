@@ -14,8 +14,11 @@ from pydantic import BaseModel
 from router.api import NEUTRAL_COMPLETION, CompletionBody, parse_completion
 from router.api_chat import NEUTRAL_CHAT, ChatBody, parse_chat
 from router.errors import ApiError
+from router.responses.body import NEUTRAL as NEUTRAL_RESPONSES
+from router.responses.body import ResponsesBody, parse_responses
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+SHORT_ROW = re.compile(r"\| `(\w+)` \| ([^|]*) \| [^|]*\|$")
 ROW = re.compile(r"\| `(\w+)` \| ([^|]*) \| ([^|]*) \| [^|]*\|$")
 Neutral = dict[str, tuple[Any, ...]]
 USER = [{"role": "user", "content": "x"}]
@@ -52,6 +55,16 @@ def test_the_table_is_true() -> None:
     }
 
 
+def test_the_table_of_responses_is_true() -> None:
+    text = TABLE.read_text().partition("## Responses")[2].partition("\n## ")[0]
+    rows = [match.groups() for line in text.splitlines() if (match := SHORT_ROW.match(line))]
+    known = {*ResponsesBody.model_fields, *NEUTRAL_RESPONSES}
+    assert len(rows) == len(known)
+    assert {row[0]: row[1] for row in rows} == {
+        name: status(name, ResponsesBody, NEUTRAL_RESPONSES) for name in known
+    }
+
+
 # Parameters of OpenAI's and vLLM's documentation that must be known, whatever their status.
 DOCUMENTED_COMPLETIONS = """
 best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed
@@ -61,6 +74,12 @@ skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens allowed
 prompt_logprobs add_special_tokens response_format structured_outputs priority request_id
 logits_processors return_tokens_as_token_ids return_token_ids cache_salt kv_transfer_params
 vllm_xargs prompt_embeds bad_words
+"""
+DOCUMENTED_RESPONSES = """
+background context_management conversation include input instructions max_output_tokens
+max_tool_calls metadata model parallel_tool_calls previous_response_id prompt prompt_cache_key
+prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options
+temperature text tool_choice tools top_logprobs top_p truncation user
 """
 DOCUMENTED_CHAT = """
 messages model audio frequency_penalty function_call functions logit_bias logprobs
@@ -82,6 +101,7 @@ def test_everything_documented_elsewhere_is_known() -> None:
     chat = {*ChatBody.model_fields, *NEUTRAL_CHAT}
     assert set(DOCUMENTED_COMPLETIONS.split()) <= completions
     assert set(DOCUMENTED_CHAT.split()) <= chat
+    assert set(DOCUMENTED_RESPONSES.split()) <= {*ResponsesBody.model_fields, *NEUTRAL_RESPONSES}
 
 
 CASES = [
@@ -89,6 +109,8 @@ CASES = [
     *((parse_completion, {"prompt": "x"}, name, ["x"]) for name in NEUTRAL_COMPLETION),
     *((parse_chat, {"messages": USER}, name, value) for name, value in _wrong(ChatBody)),
     *((parse_chat, {"messages": USER}, name, ["x"]) for name in NEUTRAL_CHAT),
+    *((parse_responses, {"input": "x"}, name, value) for name, value in _wrong(ResponsesBody)),
+    *((parse_responses, {"input": "x"}, name, ["x"]) for name in NEUTRAL_RESPONSES),
 ]
 
 

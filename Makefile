@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 CLIENTS_JS := tests/clients/js
+CONSOLE_JS := tests/console/js
 ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,12 +38,18 @@ $(CLIENTS_JS)/node_modules/.done: $(CLIENTS_JS)/package-lock.json
 	cd $(CLIENTS_JS) && npm ci --no-audit --no-fund --loglevel=error && touch node_modules/.done || \
 	  echo "no node client installed: its test will be skipped" >&2
 
+$(CONSOLE_JS)/node_modules/.done: $(CONSOLE_JS)/package-lock.json $(CONSOLE_JS)/unpack.mjs
+	cd $(CONSOLE_JS) && npm ci --no-audit --no-fund --loglevel=error && node unpack.mjs && touch node_modules/.done || \
+	  echo "no browser installed: the tests of the page will be skipped" >&2
+
+browser: $(if $(shell command -v chromium),,$(CONSOLE_JS)/node_modules/.done)  ## a Chromium for the page's tests, where the machine has none
+
 clients: $(CLIENTS)/.done $(CLIENTS_JS)/node_modules/.done  ## install the clients that tests/clients runs
 
 serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode node (ARGS="--port 9000")
 	$(BIN)/baton serve $(ARGS)
 
-test: $(VENV)/.dev clients  ## run every test (ARGS="tests/engine -k parity")
+test: $(VENV)/.dev clients browser  ## run every test (ARGS="tests/engine -k parity")
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 SOAKED := faults stalls strikes same_name damage late_network confused_peers many_aborts \
@@ -82,4 +89,4 @@ bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers;
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_engine $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules $(CONSOLE_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info

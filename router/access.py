@@ -13,6 +13,7 @@ from aiohttp import web
 
 from router.access_config import AccessConfig
 from router.api_keys import load_api_keys, presented_key
+from router.console.pages import is_console
 from router.errors import ApiError
 from router.place import Place
 from router.rate_limit import Denial, KeyLimiter, RateLimits
@@ -79,7 +80,7 @@ class Access:
 
     def _who(self, request: web.Request) -> int:
         """The number of the client's key. Raises ApiError."""
-        if not len(self._keys) or request.path in OPEN_PATHS:
+        if not len(self._keys) or request.path in OPEN_PATHS or is_console(request.path):
             return 0
         key = presented_key(request.headers)
         if key is None:

@@ -13,10 +13,12 @@ from aiohttp import web
 from router.access import Access, request_id
 from router.anthropic.errors import error_bytes
 from router.anthropic.pages import PREFIX, AnthropicPages
+from router.console.pages import ConsolePages
 from router.control import Control
 from router.debug_pages import DebugPages
 from router.embeddings import EmbeddingPages
 from router.errors import ApiError, model_not_found, server_error
+from router.fleet_json import fleet_json
 from router.metrics import RouterMetrics
 from router.openapi import openapi_page
 from router.responses.pages import ResponsePages
@@ -46,6 +48,7 @@ def make_app(
     store: ResponseStore,
     debug: DebugPages | None = None,
     worker: WorkerSites | None = None,
+    console: bool = True,
 ) -> web.Application:
     """The router's HTTP application; with `debug`, its debug routes too.
 
@@ -75,6 +78,8 @@ def make_app(
         web.get("/ping", pages.ping),
         web.post("/ping", pages.ping),
         *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
+        *([] if debug is None else [web.get("/debug/fleet", pages.fleet)]),
+        *(ConsolePages().routes() if console else []),
     ]
     for route in routes:
         route.kwargs["expect_handler"] = _expect
@@ -121,6 +126,13 @@ class _Pages:
     async def load(self, request: web.Request) -> web.Response:
         """Requests that are being answered, in vLLM's shape."""
         return web.json_response({"server_load": self._serving.num_requests})
+
+    async def fleet(self, request: web.Request) -> web.Response:
+        """The nodes as this router sees them; of several workers each answers for itself."""
+        requests = self._control.requests
+        waiting = requests.num_waiting
+        body = fleet_json(self._control.fleet, len(requests) - waiting, waiting, self._control.now)
+        return web.json_response(body)
 
     async def ready(self, request: web.Request) -> web.Response:
         """A request could be served now."""

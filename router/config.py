@@ -55,6 +55,7 @@ class RouterConfig:
     stream_buffer_bytes: int = 256 << 10
     hold_headers_s: float = 10.0
     debug_requests: int = 1000
+    console: bool = True
     shutdown_timeout_s: float = 5.0
     response_store: Path | None = None
     response_ttl_s: float = 2_592_000.0
@@ -201,6 +202,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Pooling.LAST.value,
         help="which hidden states make an embedding: the last token's, or the mean of all "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--console",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve the page at / (default: %(default)s)",
     )
     parser.add_argument(
         "--trust-request-chat-template",

@@ -100,6 +100,11 @@ class Control:
         return self._context.num_refused
 
     @property
+    def now(self) -> float:
+        """By the clock of the fleet's times."""
+        return self._clock()
+
+    @property
     def ready(self) -> bool:
         """Whether a request could be served now."""
         return self.fleet.ready and self.tokenizer is not None

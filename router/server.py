@@ -87,6 +87,7 @@ class RouterServer:
             self._store,
             self._debug_pages(),
             self._worker,
+            config.console,
         )
         self._runner = web.AppRunner(
             app,

@@ -1,0 +1,1 @@
+"""The page at `/` for people: playground, requests and fleet, from plain files."""

@@ -69,7 +69,7 @@ def test_every_route_but_the_open_ones_wants_a_key() -> None:
                 for route in resource
                 if route.method != "HEAD" and "{" not in resource.canonical
             }
-            opened = {("GET", p) for p in ("/health", "/ready", "/ping", "/metrics")}
+            opened = {("GET", p) for p in ("/", "/health", "/ready", "/ping", "/metrics")}
             opened.add(("POST", "/ping"))
             for method, path in (*COVERED, *(served - opened)):
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}):

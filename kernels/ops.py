@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.device_rows import DeviceRows
 from kernels.paged_attention import RequestRows
 from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
 from kernels.sampling import filter_floor, gumbel_argmax
@@ -27,6 +28,12 @@ class PackedRows:
 
     requests: Sequence[RequestRows]
     masks: Masks = field(default_factory=dict)  # of torch's own attention, shared by the layers
+    laid_out: DeviceRows | None = None  # the same as a graph reads it, where one is replayed
+
+    @cached_property
+    def on_device(self) -> DeviceRows:
+        """As kernels of a GPU read them."""
+        return self.laid_out or DeviceRows.of(self.requests)
 
     @cached_property
     def first_row(self) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 from baton.config import UCX_ENVIRONMENT
 
 os.environ.update(UCX_ENVIRONMENT)  # UCX reads it when a test loads it, or a process that it starts
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"

@@ -155,15 +155,15 @@ class Fleet:
         assert self.router is not None
         return self.router.url
 
-    def start_router(self, *flags: str) -> Process:
+    def start_router(self, *flags: str, orders: Orders = ()) -> Process:
         argv = ["--port", "0", "--control-port", "0", "--tokenizer", str(self.model)]
-        self.router = self._start("router", "router.__main__", [*argv, *flags])
+        self.router = self._start("router", "router.__main__", [*argv, *flags], orders)
         self.router.wait_ready()
         return self.router
 
-    def start_node(self, role: str, name: str, *flags: str) -> Process:
+    def start_node(self, role: str, name: str, *flags: str, orders: Orders = ()) -> Process:
         """Start a node without waiting for it."""
-        node = self.nodes[name] = self.start_stranger(role, name, *flags)
+        node = self.nodes[name] = self.start_stranger(role, name, *flags, orders=orders)
         node.recipe = (role, flags)
         return node
 
@@ -236,11 +236,13 @@ class Fleet:
         """Return when the router gives work to every node."""
         assert self.router is not None
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while (serving := self._num_serving()) != len(self.nodes):
+        while (serving := self.num_serving) != len(self.nodes):
             assert time.monotonic() < deadline, f"{serving} nodes serve"
             time.sleep(0.02)
 
-    def _num_serving(self) -> float:
+    @property
+    def num_serving(self) -> float:
+        """Nodes that the router would give work to."""
         assert self.router is not None
         metrics = self.router.metrics().items()
         return sum(n for name, n in metrics if name in _SERVING)

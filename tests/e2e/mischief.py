@@ -15,8 +15,12 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import zmq
+
 from engine.plan import RequestProgress, StepResult
 from engine.request import Request
+from node import router_link
+from wire import sockets
 from wire.types import AttemptId
 
 if TYPE_CHECKING:
@@ -147,3 +151,19 @@ def _attempt(args: tuple[Any, ...]) -> int | None:
         if isinstance(value, Request | RequestProgress):
             return int(value.request_id.rpartition("/")[2])
     return None
+
+
+# ---------------------------------------------------------------- narrowness
+
+
+@mischief
+def narrow_links(inside: Inside, *, num_messages: int, num_bytes: int) -> None:
+    """Node or router, from its start: little fits between them, and silence alone ends nothing."""
+
+    def set_limits(original: Call, socket: zmq.Socket[bytes]) -> None:
+        original(socket)
+        socket.sndhwm = num_messages
+        socket.sndbuf = socket.rcvbuf = num_bytes
+
+    inside.wrap(sockets, "_set_limits", set_limits)
+    inside.replace(router_link, "_ROUTER_TIMEOUT_S", 600.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from tests.e2e.client import Answer, Client
-from tests.e2e.fleet import Fleet
+from tests.e2e.fleet import Fleet, Process
 
 _salts = count()
 
@@ -31,9 +31,9 @@ class Question:
         return "".join(lines) + self.tail
 
 
-async def put(fleet: Fleet, question: Question) -> Answer:
+async def put(fleet: Fleet, question: Question, router: Process | None = None) -> Answer:
     """Ask it with a salt of its own: nothing of the prompt is in a cache."""
-    async with Client(fleet.url) as client:
+    async with Client(fleet.url if router is None else router.url) as client:
         return await client.stream(
             model=fleet.model.name,
             prompt=question.prompt,
@@ -46,10 +46,16 @@ async def put(fleet: Fleet, question: Question) -> Answer:
 
 
 @contextmanager
-def asking(fleet: Fleet, question: Question) -> Iterator[Future[Answer]]:
-    """The answer comes while the block goes on; leaving it waits for the answer."""
+def asking(
+    fleet: Fleet, question: Question, router: Process | None = None
+) -> Iterator[Future[Answer]]:
+    """The answer comes while the block goes on; leaving it waits for the answer.
+
+    Args:
+        router: whom to ask, where there are several; None: the one that was started last.
+    """
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(asyncio.run, put(fleet, question))
+        yield pool.submit(asyncio.run, put(fleet, question, router))
 
 
 def answer_to(fleet: Fleet, question: Question) -> Answer:

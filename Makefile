@@ -53,7 +53,7 @@ test: $(VENV)/.dev clients browser  ## run every test (ARGS="tests/engine -k par
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 SOAKED := faults stalls strikes same_name damage late_network confused_peers many_aborts \
-  hostile
+  hostile both_stopped two_routers bad_pair
 soak: $(VENV)/.dev  ## the fault tests N times in a row, until one fails (N=20)
 	for i in $$(seq $(N)); do echo "soak: $$i of $(N), $$(date +%T)"; \
 	  OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(ARGS) \

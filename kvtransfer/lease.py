@@ -1,9 +1,11 @@
 """A lease: the right of one sender to fill certain blocks, and what has come under it so far.
 
     GRANTED → RECEIVING → COMMITTING → COMMITTED   the request owns the blocks
-       │          │            ├─ a digest, generation or manifest contradicts → REJECTED
-       └──────────┴────────────┴─ deadline → EXPIRED, abort, rebind or new attempt → REVOKED,
-                                  the sender needs it no more → RELEASED
+       │          │            │
+       └──────────┴────────────┴─▶ REJECTED   a digest, generation, length or manifest contradicts
+                                   EXPIRED    its deadline has passed
+                                   REVOKED    abort, rebind or a new attempt
+                                   RELEASED   the sender needs it no more
 
 What moves it along that picture is the table of all leases (`lease_table`).
 """

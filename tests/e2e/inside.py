@@ -55,7 +55,7 @@ def ask(pid: int, *command: object, timeout_s: float = 30.0) -> Any:
 
 
 def open_line(orders: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """In the node's process, before its `main`: carry out the first orders, listen for more."""
+    """In the process, before its `main`: carry out the first orders; a node listens for more."""
     from node.shell import NodeShell
 
     inside = Inside()

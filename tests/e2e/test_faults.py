@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -249,6 +248,4 @@ def test_load_with_random_hang_ups_balances(make_fleet: MakeFleet) -> None:
     fleet.assert_balanced()
     for node in fleet.nodes.values():
         assert node.code is None
-    started = time.monotonic()
     assert_whole(asyncio.run(ask_many(fleet, 1)))
-    assert time.monotonic() - started < 60

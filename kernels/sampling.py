@@ -86,3 +86,19 @@ def penalize(row: Tensor, seen: Tensor, repetition: float) -> None:
     """Repetition penalty (Keskar et al. 2019, section 4.1) on one row [V], in place."""
     chosen = row[seen]
     row[seen] = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
+
+
+def penalize_entries(
+    x: Tensor,  # fp32 [R, V], changed in place
+    rows: Tensor,  # [N]
+    ids: Tensor,  # [N], each pair of row and id at most once
+    counts: Tensor,  # [N]: how often the id is in the row's output; 0 if only in its prompt
+    repetition: Tensor,  # fp32 [R], 1 for none
+    frequency: Tensor,  # fp32 [R]
+    presence: Tensor,  # fp32 [R]
+) -> None:
+    """All three penalties on all rows of a batch: every pair is a token that its row has seen."""
+    logits, factor = x[rows, ids], repetition[rows]
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    used = frequency[rows] * counts + presence[rows]
+    x[rows, ids] = logits - used.where(counts > 0, 0.0)

@@ -150,7 +150,7 @@ def _silu_mul(gate_up, output, stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
     tl.store(output + row * WIDTH + column, result.to(up.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks", "offsets"])  # parts of a buffer
 def _rotary(
     qkv,
     cos,

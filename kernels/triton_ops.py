@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_attention, triton_layers
+from kernels import triton_attention, triton_layers, triton_sampling
 from kernels.ops import HeadNorms, LayerSlots, PackedRows, TorchOps
 from kernels.triton_common import FLOATS, INTERPRETED, on_this_device
 
@@ -115,10 +116,16 @@ class TritonOps:
 
     def filter_floor(self, x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         """See LayerOps."""
+        if x.dtype is torch.float32 and _plain(x):
+            return triton_sampling.filter_floor_triton(x, top_k, top_p, min_p)
+        self._tell(f"filters on logits in {x.dtype}")
         return self._torch.filter_floor(x, top_k, top_p, min_p)
 
     def gumbel_argmax(self, x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
         """See LayerOps."""
+        if x.dtype is torch.float32 and _plain(x):
+            return triton_sampling.gumbel_argmax_triton(x, floor, keys)
+        self._tell(f"draws from logits in {x.dtype}")
         return self._torch.gumbel_argmax(x, floor, keys)
 
     def _tell(self, case: str) -> None:

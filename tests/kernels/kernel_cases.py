@@ -11,6 +11,11 @@ from kernels.device_rows import DeviceRows
 from kernels.ops import HeadNorms, LayerSlots
 from kernels.triton_attention import paged_attention_triton
 from kernels.triton_layers import add_norm_triton, rotary_triton, silu_mul_triton
+from kernels.triton_sampling import (
+    filter_floor_triton,
+    gumbel_argmax_triton,
+    penalize_entries_triton,
+)
 
 NUM_BLOCKS, BLOCK_SIZE = 8, 16
 
@@ -89,6 +94,24 @@ def silu_mul() -> object:
     return silu_mul_triton(torch.zeros(4, 2 * 14336, dtype=torch.bfloat16))
 
 
+def filter_floor() -> object:
+    unlimited = torch.ones(2, dtype=torch.float64)
+    limits = torch.zeros(2, dtype=torch.int64)
+    return filter_floor_triton(torch.zeros(2, 128_256), limits, unlimited, unlimited)
+
+
+def gumbel_argmax() -> object:
+    keys = torch.zeros(2, 2, dtype=torch.int32)
+    return gumbel_argmax_triton(torch.zeros(2, 128_256), torch.zeros(2), keys)
+
+
+def penalize() -> object:
+    ids, weights = torch.zeros(5, dtype=torch.int64), torch.ones(2)
+    x = torch.zeros(2, 128_256)
+    penalize_entries_triton(x, ids, ids, ids, weights, weights, weights)
+    return None
+
+
 LLAMA = (32, 8)
 CASES: list[Callable[[], object]] = [
     attend(LLAMA, 128, torch.bfloat16),
@@ -102,4 +125,7 @@ CASES: list[Callable[[], object]] = [
     rotate(80, 32, torch.float32, norms=False),
     add_norm,
     silu_mul,
+    filter_floor,
+    gumbel_argmax,
+    penalize,
 ]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.make_model import Shape, make_model
+from benchmarks.quiet import is_quiet
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_store import KVStore
@@ -43,7 +44,6 @@ PROMPT = 256
 BLOCK_SIZE = 16
 MAX_BATCH = 16
 STEPS = 8  # per turn
-QUIET_LOAD = 0.5
 Run = Callable[[], float]
 
 
@@ -268,11 +268,6 @@ def only_run(folder: Path) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def is_quiet() -> bool:
-    """Whether this machine had next to nothing to do in the last minute."""
-    return os.getloadavg()[0] <= QUIET_LOAD
-
-
 def measure(folder: Path, turns: int) -> dict[str, float]:
     """A line per case; the figures of the last line."""
     peak = peak_mb(folder)
@@ -319,8 +314,6 @@ def main() -> None:
         only_run(args.only_run)
         return
     quiet_before = is_quiet()
-    if not quiet_before:
-        print("the machine is busy: the figures say little")
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         figures = measure(make_model(Path(folder) / "m88"), args.turns)
     print(json.dumps({**figures, "threads": args.threads, "quiet": quiet_before}))

@@ -26,13 +26,13 @@ import torch
 
 from baton.config import UCX_ENVIRONMENT
 from benchmarks.bench_serve import make_random_model
+from benchmarks.quiet import is_quiet
 from benchmarks.serve.overlap import Overlap, measure_overlap
 from benchmarks.transfer_receiver import FLOORS, Case, Rates, measure
 from kvtransfer.ucx_worker import why_unavailable
 
 BLOCK_KB = (16, 64, 96, 384, 1024)  # 384: of the 88 M model
 OFF_ON = ("off", "on")
-QUIET_LOAD = 0.5  # processes that want to run besides this one
 Figures = dict[str, float | None]
 
 
@@ -95,14 +95,6 @@ def overlap_figures(found: dict[str, Overlap]) -> Figures:
         figures[f"first_to_second_token_steps_{transport}"] = overlap.second.steps
         figures[f"tail_ms_{transport}"] = overlap.tail_ms
     return {name: value and round(value, 3) for name, value in figures.items()}
-
-
-def is_quiet() -> bool:
-    """Whether this machine had next to nothing to do in the last minute."""
-    load = os.getloadavg()[0]
-    if load > QUIET_LOAD:
-        print(f"the machine is busy (load {load:.1f}): the figures say little")
-    return load <= QUIET_LOAD
 
 
 def main() -> None:

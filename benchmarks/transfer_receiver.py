@@ -103,11 +103,11 @@ class ReceiverNode:
         self.started = 0.0
         self.ended: asyncio.Future[Lease]
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> Landing | None:
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> Landing | None:
         """See UnitSink."""
         if not self.started:
             self.started = time.perf_counter()
-        return self.receiver.begin(sender, header)
+        return self.receiver.begin(sender, header, num_units)
 
     async def take_over(self, number: int) -> float:
         """One handoff of all blocks; returns its seconds."""
@@ -232,7 +232,8 @@ async def measure(case: Case, rounds: int) -> Rates:
             "zmq": lambda: seconds_of_tcp(peer, node.blocks),
         }
         if case.transport == "ucx":
-            pair = closing.enter_context(BarePair(case.block_bytes, case.num_blocks))
+            targets = [node.blocks.block_bytes(h.block_id) for h in node.blocks.handles]
+            pair = closing.enter_context(BarePair(targets))
             floors_of["ucx"] = pair.seconds
         for number in range(rounds + 1):
             transfer = await node.take_over(number)

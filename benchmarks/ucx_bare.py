@@ -1,11 +1,15 @@
 """A bare ucxx loop between two processes: the floor of the `ucx` transport.
 
-Tagged sends of one buffer, received into a few others by receives that are posted before; the same
-settings, devices and number of bytes under way as the transport's, connected before the clock
-starts. Nothing is asked, checked or awaited but UCX. Both sides sleep in `epoll` when UCX has
-nothing to do: spinning is four times slower as soon as the machine has other work.
+Tagged sends from a pool like a prefill node's into memory like a decode node's, by receives that
+are posted before; the same settings, devices and number of bytes under way as the transport's,
+connected before the clock starts. Nothing is asked, checked or awaited but UCX. Both sides sleep in
+`epoll` when UCX has nothing to do: spinning is four times slower as soon as the machine has other
+work.
 
-`python -m benchmarks.ucx_bare BYTES COUNT` is the receiving process.
+Both walk through all of their memory, as a handoff does. A loop over one buffer and a few others
+stays in the processor's cache and needs a third less time, which no transport of blocks can.
+
+`python -m benchmarks.ucx_bare BYTES COUNT` is the sending process.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.ucx_lane import POSTED_BYTES
 from kvtransfer.ucx_worker import array, load, new_context, settings
 
-_DATA, _READY, _OVER = 1, 2, 3  # tags
+_DATA, _READY, _BEGIN = 1, 2, 3  # tags
 
 
 class BareLoop:
@@ -77,13 +82,13 @@ def under_way(num_bytes: int) -> int:
 
 
 class BarePair:
-    """This process sends, another one receives."""
+    """Another process sends, this one receives into `blocks`, all of one size."""
 
-    def __init__(self, num_bytes: int, count: int) -> None:
-        self._num_bytes = num_bytes
-        self._count = count
+    def __init__(self, blocks: Sequence[memoryview]) -> None:
+        num_bytes, count = len(blocks[0]), len(blocks)
+        self._most = under_way(num_bytes)
         self._loop = BareLoop()
-        self._data = array(bytes(num_bytes))
+        self._blocks = [array(block) for block in blocks]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ucx_bare", str(num_bytes), str(count)],
             stdin=subprocess.PIPE,
@@ -102,13 +107,18 @@ class BarePair:
         self._process.communicate()
 
     def seconds(self) -> float:
-        """How long all messages take, until the last one is there."""
+        """From the first byte's arrival until every block is there."""
+        loop, blocks = self._loop, self._blocks
+        first = deque(loop.receive(block, _DATA) for block in blocks[: self._most])
         self._tell_process("go")
-        self._loop.hear(_READY)
+        loop.tell(_READY)
+        loop.hear(_BEGIN)
         start = time.perf_counter()
-        most = under_way(self._num_bytes)
-        self._loop.keep_under_way(most, self._count, lambda _: self._loop.send(self._data, _DATA))
-        self._loop.hear(_OVER)
+        loop.keep_under_way(
+            self._most,
+            len(blocks),
+            lambda i: first.popleft() if first else loop.receive(blocks[i], _DATA),
+        )
         return time.perf_counter() - start
 
     def _tell_process(self, line: str) -> None:
@@ -116,23 +126,27 @@ class BarePair:
         print(line, file=self._process.stdin, flush=True)
 
 
-def receive(num_bytes: int, count: int) -> None:
+def pool(num_bytes: int, count: int) -> list[memoryview]:
+    """Blocks of a pool as a prefill node has it, all of them written."""
+    memory = SharedMemory(num_bytes * count)
+    whole = memoryview(memory.buffer)
+    blocks = [whole[i * num_bytes : (i + 1) * num_bytes] for i in range(count)]
+    for block in blocks:
+        block[:] = bytes(num_bytes)
+    return blocks
+
+
+def send(num_bytes: int, count: int) -> None:
     """The other process."""
+    blocks = [array(block) for block in pool(num_bytes, count)]
     loop = BareLoop()
     print(loop.address, flush=True)
     loop.connect(sys.stdin.readline().strip())
-    blocks = [array(bytearray(num_bytes)) for _ in range(min(count, under_way(num_bytes)))]
-    first: deque[Any] = deque()
     for _ in sys.stdin:  # "go"
-        first.extend(loop.receive(block, _DATA) for block in blocks)
-        loop.tell(_READY)
-        loop.keep_under_way(
-            len(blocks),
-            count,
-            lambda i: first.popleft() if first else loop.receive(blocks[i % len(blocks)], _DATA),
-        )
-        loop.tell(_OVER)
+        loop.hear(_READY)
+        loop.tell(_BEGIN)
+        loop.keep_under_way(under_way(num_bytes), count, lambda i: loop.send(blocks[i], _DATA))
 
 
 if __name__ == "__main__":
-    receive(int(sys.argv[1]), int(sys.argv[2]))
+    send(int(sys.argv[1]), int(sys.argv[2]))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from baton.config import UCX_ENVIRONMENT
-from benchmarks.ucx_bare import BarePair
+from benchmarks.ucx_bare import BarePair, pool
 from kvtransfer.transport import TransferStats
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
@@ -44,7 +44,7 @@ def main() -> None:
     ratios = {}
     for size in SIZES:
         count = max(8, min(3000, (args.megabytes << 20) // size))
-        with BarePair(size, count) as bare_pair:
+        with BarePair(blocks_of(size, count)) as bare_pair:
             bare_pair.seconds()  # connects, and warms up
             pairs = [
                 (transport_rate(size, count), size * count / bare_pair.seconds())
@@ -65,15 +65,15 @@ def transport_rate(num_bytes: int, count: int) -> float:
 async def _send_units(url: str, tell: IO[str], num_bytes: int, count: int) -> float:
     sender = UcxUnitSender(PREFILL)
     back = UcxUnitReceiver(PREFILL, over := Sink(1, 1), TransferStats())
-    data = memoryview(bytes(num_bytes))
+    blocks = pool(num_bytes, count)
     print(back.address.url, file=tell, flush=True)
-    sender.send(url, DECODE, HEADER, data, nothing)
+    sender.send(url, DECODE, HEADER, blocks[0], nothing)
     await asyncio.wait_for(over.full.wait(), 60)  # the lanes are open in both directions
     over.full.clear()
     over.missing = 1
     start = time.perf_counter()
-    for _ in range(count):
-        sender.send(url, DECODE, HEADER, data, nothing)
+    for block in blocks:
+        sender.send(url, DECODE, HEADER, block, nothing)
     await asyncio.wait_for(over.full.wait(), 60)
     rate = num_bytes * count / (time.perf_counter() - start)
     sender.close()
@@ -101,17 +101,22 @@ def nothing() -> None:
     """What is to be done when a send is over."""
 
 
+def blocks_of(num_bytes: int, count: int) -> list[memoryview]:
+    """Memory that was written before."""
+    return [memoryview(bytearray(b"!" * num_bytes)) for _ in range(count)]
+
+
 class Sink:
-    """Takes every unit into one of a few blocks, in turn."""
+    """Takes every unit into a block of its own."""
 
     def __init__(self, num_bytes: int, missing: int) -> None:
         self.missing = missing
         self.first = asyncio.Event()
         self.full = asyncio.Event()
-        self._blocks = [memoryview(bytearray(num_bytes)) for _ in range(8)]
+        self._blocks = blocks_of(num_bytes, missing)
         self._next = 0
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> Block:
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> Block:
         self._next = (self._next + 1) % len(self._blocks)
         return Block(self, self._blocks[self._next])
 

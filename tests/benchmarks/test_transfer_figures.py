@@ -7,6 +7,7 @@ import os
 import pytest
 
 from benchmarks import bench_transfer
+from benchmarks.quiet import is_quiet
 from benchmarks.serve.fleet import FirstToSecond
 from benchmarks.serve.overlap import Overlap, Sums, read_sums
 from benchmarks.transfer_receiver import Case, Rates
@@ -60,5 +61,5 @@ def test_a_busy_machine_is_told(
     load: float, quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    assert bench_transfer.is_quiet() == quiet
+    assert is_quiet() == quiet
     assert ("busy" in capsys.readouterr().out) != quiet

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvtransfer.lease import LIVE, Lease, LeaseState
 from kvtransfer.outcomes import Outcome, Outcomes
@@ -115,26 +115,23 @@ class LeaseTable:
 
     # ------------------------------------------------------------ receiving
 
-    def begin_unit(self, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+    def begin_unit(
+        self, header: UnitHeader, sender: NodeId, now: float, num_units: int = 1
+    ) -> Lease:
         """Allow the bytes behind `header` to be written into their block.
+
+        They are of `num_units` units of that block, the header's and those that follow it: all of
+        them may be written, or none.
 
         Raises:
             TransferError: they must go nowhere; `cause` says why.
         """
         self.expire(now)
         lease = self._claimed(header.lease, header.capability, sender)
-        unit = lease.units.get(header.unit)
-        if unit is None or (unit.token_start, unit.token_end) != (
-            header.token_start,
-            header.token_end,
-        ):
-            raise TransferError("refused", f"unit {header.unit} is not part of the lease")
-        if lease.handles[unit.block] != header.handle:
-            self._end(lease, LeaseState.REJECTED, "stale", now)
-            raise TransferError("stale", f"unit {header.unit} names another generation")
-        if unit.index in lease.landed or unit.index in lease.landing:
-            raise TransferError("duplicate", f"unit {header.unit} was written before")
-        lease.landing.add(unit.index)
+        indices = range(header.unit, header.unit + num_units)
+        for index in indices:
+            self._check_unit(lease, index, header, now)
+        lease.landing.update(indices)
         if lease.state is LeaseState.GRANTED:
             lease.state = LeaseState.RECEIVING
         return lease
@@ -143,17 +140,24 @@ class LeaseTable:
         self, lease: Lease, index: int, digest: bytes | None, now: float, cause: str = "transport"
     ) -> None:
         """The bytes of a unit have landed with this digest (None: they did not, for `cause`)."""
+        self.end_units(lease, {index: digest}, now, cause)
+
+    def end_units(
+        self, lease: Lease, units: Mapping[int, bytes | None], now: float, cause: str = "transport"
+    ) -> None:
+        """The same of several units, which nothing writes any more."""
         self.expire(now)
-        lease.landing.discard(index)
+        lease.landing.difference_update(units)
         if not lease.live:
             return
-        if digest is None:
+        landed = {index: digest for index, digest in units.items() if digest is not None}
+        if len(landed) < len(units):
             self._end(lease, LeaseState.REJECTED, cause, now)
             return
-        lease.landed[index] = digest
+        lease.landed |= landed
         self._renew(lease, now)
         if lease.manifest is not None:
-            self._judge(lease, lease.manifest, {index: digest}, now)
+            self._judge(lease, lease.manifest, landed, now)
 
     # ------------------------------------------------------------ committing
 
@@ -266,6 +270,20 @@ class LeaseTable:
         return ended
 
     # ------------------------------------------------------------ inside
+
+    def _check_unit(self, lease: Lease, index: int, header: UnitHeader, now: float) -> None:
+        unit = lease.units.get(index)
+        if (
+            unit is None
+            or unit.token_start != header.token_start
+            or unit.token_end != header.token_end
+        ):
+            raise TransferError("refused", f"unit {index} is not part of the lease")
+        if lease.handles[unit.block] != header.handle:
+            self._end(lease, LeaseState.REJECTED, "stale", now)
+            raise TransferError("stale", f"unit {index} names another generation")
+        if index in lease.landed or index in lease.landing:
+            raise TransferError("duplicate", f"unit {index} was written before")
 
     def _claimed(self, number: int, capability: bytes, sender: NodeId) -> Lease:
         lease = self._leases.get(number)

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
@@ -173,59 +174,67 @@ class KVReceiver:
 
     # ------------------------------------------------------------ bytes (UnitSink)
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> _BlockLanding | None:
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> _BlockLanding | None:
         """See UnitSink: only a live lease's own sender may write, and each unit once."""
         try:
-            lease = self.table.begin_unit(header, sender, self._clock())
+            lease = self.table.begin_unit(header, sender, self._clock(), num_units)
         except TransferError as error:
             self._drop(sender, header, error.cause)
             return None
         finally:
             self._settle()
+        indices = range(header.unit, header.unit + num_units)
         if not self._memory.begin_io(header.handle):
-            self.table.end_unit(lease, header.unit, None, self._clock(), "stale")
+            self.table.end_units(lease, dict.fromkeys(indices), self._clock(), "stale")
             self._settle()
             self._drop(sender, header, "stale")
             return None
         sealer = self._incoming[lease.number].sealer
-        return _BlockLanding(self, lease, lease.units[header.unit], header, sealer)
+        return _BlockLanding(self, lease, [lease.units[i] for i in indices], header, sealer)
 
     def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
-        digest = None
+        digests: dict[int, bytes | None] = dict.fromkeys(unit.index for unit in landing.units)
         try:
-            digest = self._place(landing, num_bytes)
+            if num_bytes == len(landing.view):
+                digests |= self._place(landing)
         finally:
             self._memory.end_io(landing.header.handle)
-            self._stats.units_received += 1
+            self._stats.units_received += len(digests)
             self._stats.bytes_received += num_bytes
             if incoming := self._incoming.get(landing.lease.number):
                 incoming.num_bytes += num_bytes
                 self._acknowledge(incoming)
-            self.table.end_unit(landing.lease, landing.unit.index, digest, self._clock())
+            self.table.end_units(landing.lease, digests, self._clock())
             self._settle()
 
-    def _place(self, landing: _BlockLanding, num_bytes: int) -> bytes | None:
-        """Finish the write and compute what the bytes are; None if some are missing."""
+    def _place(self, landing: _BlockLanding) -> dict[int, bytes]:
+        """Finish the write and compute what the bytes are; nothing if the lease has ended."""
         incoming = self._incoming.get(landing.lease.number)
-        if num_bytes != len(landing.view) or incoming is None:
-            return None
+        if incoming is None:
+            return {}
+        parts = landing.parts()
         if not landing.in_place:
             layout = self._memory.layout
             dtype = incoming.geometry.dtype_for(layout)
             block = self._memory.block_bytes(landing.header.handle.block_id)
-            scatter(landing.unit, landing.view, block, layout, dtype)
-        return incoming.sealer.digest(landing.unit, landing.view, landing.content)
+            for unit, part in parts:
+                scatter(unit, part, block, layout, dtype)
+        digest, contents = incoming.sealer.digest, landing.contents
+        return {unit.index: digest(unit, part, contents.get(unit.index)) for unit, part in parts}
 
-    def _landing_view(self, unit: Unit, header: UnitHeader) -> tuple[memoryview, bool]:
-        """The unit's part of the block, or a buffer that `scatter` spreads over the slots.
+    def _landing_view(self, units: Sequence[Unit], header: UnitHeader) -> tuple[memoryview, bool]:
+        """The units' part of the block, or a buffer that `scatter` spreads over the slots.
 
-        And whether it is the former.
+        And whether it is the former. Units that follow each other do so in the block, if each of
+        them lies there in one piece: then they have all heads, and are cut by layers alone.
         """
         layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
-        place = place_of(unit, layout, geometry.dtype_for(layout))
-        if place is None:
-            return memoryview(bytearray(unit_bytes(unit, layout, geometry))), False
-        return self._memory.block_bytes(header.handle.block_id)[place], True
+        dtype = geometry.dtype_for(layout)
+        first, last = place_of(units[0], layout, dtype), place_of(units[-1], layout, dtype)
+        if first is None or last is None:
+            size = sum(unit_bytes(unit, layout, geometry) for unit in units)
+            return memoryview(bytearray(size)), False
+        return self._memory.block_bytes(header.handle.block_id)[first.start : last.stop], True
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1
@@ -280,29 +289,45 @@ class KVReceiver:
 
 
 class _BlockLanding:
-    """See Landing: the place of one unit under one lease."""
+    """See Landing: the place of units of one block under one lease."""
 
-    __slots__ = ("_receiver", "_sealer", "content", "header", "in_place", "lease", "unit", "view")
+    __slots__ = (
+        *("_receiver", "_sealer", "contents", "header"),
+        *("in_place", "lease", "units", "view"),
+    )
 
     def __init__(
         self,
         receiver: KVReceiver,
         lease: Lease,
-        unit: Unit,
+        units: Sequence[Unit],
         header: UnitHeader,
         sealer: UnitSealer,
     ) -> None:
         self.lease = lease
-        self.unit = unit
+        self.units = units
         self.header = header
-        self.view, self.in_place = receiver._landing_view(unit, header)
-        self.content: bytes | None = None  # the hash of all of `view`, where `fill` computed it
+        self.view, self.in_place = receiver._landing_view(units, header)
+        self.contents: dict[int, bytes] = {}  # the units' hashes, where `fill` computed them
         self._receiver = receiver
         self._sealer = sealer
 
+    def parts(self, of: memoryview | None = None) -> Sequence[tuple[Unit, memoryview]]:
+        """Each unit's bytes in `view`, or in what is like it."""
+        of = self.view if of is None else of
+        if len(self.units) == 1:
+            return ((self.units[0], of),)
+        vectors = [unit.num_layers * unit.num_heads for unit in self.units]  # of each token
+        size, ends = len(of) // sum(vectors), list(accumulate(vectors))
+        return [
+            (unit, of[(end - count) * size : end * size])
+            for unit, count, end in zip(self.units, vectors, ends, strict=True)
+        ]
+
     def fill(self, data: memoryview) -> None:
         if len(data) == len(self.view):
-            self.content = self._sealer.copy(data, self.view)
+            for (unit, part), (_, target) in zip(self.parts(data), self.parts(), strict=True):
+                self.contents[unit.index] = self._sealer.copy(part, target)
         else:  # never verified
             size = min(len(data), len(self.view))
             self.view[:size] = data[:size]

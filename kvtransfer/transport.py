@@ -39,7 +39,7 @@ class BlockMemory(Protocol):
 
 
 class Landing(Protocol):
-    """A place where the bytes of one unit may be written, once."""
+    """A place where the bytes of one unit, or of several in one piece, may be written, once."""
 
     @property
     def view(self) -> memoryview: ...
@@ -60,8 +60,12 @@ class Landing(Protocol):
 class UnitSink(Protocol):
     """Decides where a unit's bytes go."""
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> Landing | None:
-        """A place for the unit, or None: its bytes must go nowhere."""
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> Landing | None:
+        """A place for the unit, or None: its bytes must go nowhere.
+
+        With `num_units` it is for that many units of the block, which travel in one piece: the
+        header's, and those that follow it.
+        """
         ...
 
 

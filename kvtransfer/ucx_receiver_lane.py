@@ -51,7 +51,7 @@ class Desk:
 
 @dataclass(slots=True)
 class _Receive:
-    """One unit on its way into its block; it cannot be revoked."""
+    """One payload on its way into its block; it cannot be revoked."""
 
     request: Any
     into: Any  # keeps the memory alive
@@ -89,7 +89,7 @@ class ReceiverLane:
         self._on_ended = on_ended
         self._key = secrets.randbits(62) + 1
         self._moved_at = desk.clock()
-        self._headers: deque[UnitHeader | None] = deque()  # of the payloads that come next
+        self._headers: deque[tuple[UnitHeader, int] | None] = deque()  # of the payloads to come
         self._receives: list[_Receive] = []
         self._posted_bytes = 0
         self._dropped: list[tuple[Any, Any]] = []  # receives into nothing, and the nothing
@@ -195,7 +195,7 @@ class ReceiverLane:
             return
         header = self._headers.popleft()
         try:
-            landing = self._desk.sink.begin(self._sender, header) if header else None
+            landing = self._desk.sink.begin(self._sender, *header) if header else None
         except Exception:
             self._drop(tag)
             raise

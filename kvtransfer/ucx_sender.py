@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from kvtransfer.transport import OnLost
@@ -25,6 +24,7 @@ from kvtransfer.ucx_lane import (
     parse,
     payload_tag,
 )
+from kvtransfer.ucx_payload import Payload, Send, take_payload
 from kvtransfer.ucx_worker import DrivenWorker, array, load, new_context, settings
 from wire.errors import ConfigError, TransferError
 from wire.messages import UnitHeader
@@ -34,32 +34,6 @@ log = logging.getLogger(__name__)
 
 _IDLE_S = 300.0  # a lane unused for so long is closed when another one is opened
 _RETRY_S = 1.0  # for so long a lost receiver is not tried again
-
-
-@dataclass(slots=True)
-class _Send:
-    """One unit: what UCX reads, and whom to tell when it does not any more."""
-
-    header: UnitHeader
-    payload: Any
-    on_done: Callable[[], None]
-    request: Any = None
-    headers: tuple[Any, Any] | None = None  # sent before it, for it and others: memory and request
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self.payload.nbytes)
-
-    @property
-    def done(self) -> bool:
-        sent_headers = self.headers is None or self.headers[1].completed
-        return bool(sent_headers and (self.request is None or self.request.completed))
-
-    def end(self) -> None:
-        try:
-            self.on_done()
-        except Exception:  # a bug there must not keep the other blocks from being let go of
-            log.exception("the end of a send was not handled")
 
 
 class _SenderLane:
@@ -84,8 +58,8 @@ class _SenderLane:
         self._clock = clock
         self._on_lost = on_lost
         self._key: int | None = None  # once welcomed
-        self._waiting: deque[_Send] = deque()
-        self._posted: deque[_Send] = deque()
+        self._waiting: deque[Send] = deque()
+        self._posted: deque[Payload] = deque()
         self._posted_bytes = 0
         self._driver = DrivenWorker(context, self._look, self._tick)
         try:
@@ -108,7 +82,7 @@ class _SenderLane:
         """Whether UCX may still read what it was given."""
         return bool(self._posted) or (self._hello is not None and not self._hello[1].completed)
 
-    def send(self, send: _Send) -> None:
+    def send(self, send: Send) -> None:
         if not self.busy:
             self.moved_at = self._clock()
         self._waiting.append(send)
@@ -167,10 +141,10 @@ class _SenderLane:
     def _finish(self) -> None:
         """Let go of what has left, oldest first: a lane's messages leave in order."""
         while self._posted and self._posted[0].done:
-            send = self._posted.popleft()
-            self._posted_bytes -= send.num_bytes
+            payload = self._posted.popleft()
+            self._posted_bytes -= payload.num_bytes
             self.moved_at = self._clock()
-            send.end()
+            payload.end()
 
     def _welcomed(self) -> bool:
         found = self._driver.probe(WELCOME_TAG)
@@ -192,7 +166,7 @@ class _SenderLane:
         return True
 
     def _post(self) -> bool:
-        """Give UCX the next units, their headers in one message: each message costs 25 µs."""
+        """Give UCX the next payloads, their headers in one message."""
         batch = self._take_batch()
         if not batch:
             return False
@@ -203,23 +177,30 @@ class _SenderLane:
             self.fail("is gone")
         return True
 
-    def _give(self, batch: list[_Send]) -> None:
+    def _give(self, batch: list[Payload]) -> None:
         assert self._key is not None, "not welcomed yet"
-        headers = array(pack_headers([send.header for send in batch]))
+        headers = array(pack_headers([payload.header for payload in batch]))
         sent = self._driver.send(self._endpoint, headers, header_tag(self._key))
         batch[0].headers = (headers, sent)
-        for send in batch:
-            send.request = self._driver.send(self._endpoint, send.payload, payload_tag(self._key))
+        for payload in batch:
+            payload.request = self._driver.send(
+                self._endpoint, payload.data, payload_tag(self._key)
+            )
 
-    def _take_batch(self) -> list[_Send]:
-        """As many as UCX may have now; one alone may be of any size."""
-        batch: list[_Send] = []
+    def _take_batch(self) -> list[Payload]:
+        """As many as UCX may have now, or a few more units; one alone may be of any size.
+
+        None before half of what it had has left: then their headers are few messages.
+        """
+        batch: list[Payload] = []
+        if self._posted_bytes > POSTED_BYTES // 2:
+            return batch
         while self._waiting and len(batch) < MAX_HEADERS:
             num_bytes = self._waiting[0].num_bytes
             if self._posted_bytes and self._posted_bytes + num_bytes > POSTED_BYTES:
                 break
-            self._posted_bytes += num_bytes
-            batch.append(self._waiting.popleft())
+            batch.append(take_payload(self._waiting))
+            self._posted_bytes += batch[-1].num_bytes
         return batch
 
     def _tick(self) -> None:
@@ -227,7 +208,7 @@ class _SenderLane:
             self.fail("takes no units")
 
     def _count(self) -> int:
-        return len(self._waiting) + len(self._posted)
+        return len(self._waiting) + sum(len(payload.sends) for payload in self._posted)
 
 
 class UcxUnitSender:
@@ -282,7 +263,7 @@ class UcxUnitSender:
         on_done: Callable[[], None],
     ) -> None:
         """See UnitSender."""
-        self._lane(url, to).send(_Send(header, array(payload), on_done))
+        self._lane(url, to).send(Send(header, payload, on_done))
 
     def close_peer(self, url: str) -> None:
         """Let nothing more reach the decode node at `url`, and get the blocks back."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvtransfer.handoff import Handoff
 from kvtransfer.lease import Lease, LeaseState
@@ -18,7 +19,7 @@ from wire.codec import Envelope, decode, encode
 from wire.errors import BatonError, WireError
 from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.layout import KVLayout
-from wire.messages import Grant, Message
+from wire.messages import Grant, Message, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
@@ -26,6 +27,28 @@ PREFILL = NodeId("prefill", 1)
 DECODE = NodeId("decode", 2)
 TTL = 10.0
 ID = AttemptId("request", 1)
+
+
+def run(body: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(body)
+
+
+def header(**other: Any) -> UnitHeader:
+    """Of the first unit of the rig's target pool, unless told otherwise."""
+    values: dict[str, Any] = {
+        "lease": 1,
+        "capability": b"c" * 16,
+        "unit": 0,
+        "handle": BlockHandle(22, 0, 1),
+        "token_start": 0,
+        "token_end": 4,
+        "num_bytes": LAYOUT.block_bytes,
+    }
+    return UnitHeader(**values | other)
+
+
+def nothing() -> None:
+    """What is to be done when a send is over."""
 
 
 def nothing_lost(message: Message) -> bool:
@@ -180,6 +203,32 @@ class Rig:
         self.compute(job, range(half))
         self.compute(job, range(half, len(job.source)))
         self.sender.first_token(job.id, (7,))
+
+    async def hand_over_well(self, num_tokens: int, request: str = "last") -> Job:
+        """A handoff that must work, whatever came before it."""
+        job = self.reserve(num_tokens, id=AttemptId(request, 1))
+        self.hand_over(job)
+        await self.until_ended()
+        assert job.lease.state is LeaseState.COMMITTED
+        assert self.identical(job)
+        self.check_balance()
+        return job
+
+    async def check_rejected(self, units: UnitSender, payload: memoryview) -> bool:
+        """A payload that is not as long as its unit ends its lease, and changes no other block.
+
+        Returns whether it changed its own.
+        """
+        job = self.reserve(4)
+        before = [bytes(block) for block in self.target.blocks]
+        self.start(job)
+        lie = header(capability=job.lease.capability, handle=job.target[0], num_bytes=len(payload))
+        units.send(self.address.url, DECODE, lie, payload, nothing)
+        await self.until_ended()
+        assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")
+        assert [bytes(block) for block in self.target.blocks[1:]] == before[1:]
+        self.check_balance()
+        return bytes(self.target.blocks[0]) != before[0]
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds

@@ -29,7 +29,7 @@ class OneBlock:
     view: memoryview
     landed: int = 0
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> OneBlock:
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> OneBlock:
         return self
 
     def fill(self, data: memoryview) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.outcomes import Outcome
+from kvtransfer.units import Unit
 from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
 from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
@@ -68,6 +70,46 @@ def land(table: LeaseTable, lease: Lease, *indices: int, now: float = 0.0) -> No
     for index in indices:
         table.begin_unit(header(lease, index), SENDER, now)
         table.end_unit(lease, index, digest(index), now)
+
+
+def in_pieces(table: LeaseTable) -> Lease:
+    """A lease on one block, cut into three layers."""
+    return table.grant(
+        FIRST,
+        sender=SENDER,
+        units=[Unit(index, 0, 0, 4, index, index + 1, 0, 1) for index in range(3)],
+        handles=(BlockHandle(9, 100, 5),),
+        capability=CAPABILITY,
+        digest_key=b"k" * 16,
+        now=0.0,
+        deadline_s=100.0,
+    )
+
+
+def test_of_several_units_all_may_be_written_or_none() -> None:
+    table = LeaseTable(ttl_s=TTL)
+    lease = in_pieces(table)
+    head = header(lease, 0)
+    table.begin_unit(replace(head, unit=1), SENDER, 0.0)
+    with pytest.raises(TransferError) as caught:
+        table.begin_unit(head, SENDER, 0.0, 2)
+    assert caught.value.cause == "duplicate"
+    with pytest.raises(TransferError) as caught:
+        table.begin_unit(replace(head, unit=2), SENDER, 0.0, 2)
+    assert caught.value.cause == "refused"
+    assert lease.landing == {1}
+    assert lease.live
+
+
+def test_several_units_of_which_one_did_not_land_end_the_lease() -> None:
+    table = LeaseTable(ttl_s=TTL)
+    lease = in_pieces(table)
+    table.begin_unit(header(lease, 0), SENDER, 0.0, 3)
+    assert lease.landing == {0, 1, 2}
+    table.end_units(lease, {0: digest(0), 1: None, 2: digest(2)}, 0.0)
+    assert (lease.state, lease.cause) == (LeaseState.REJECTED, "transport")
+    assert not lease.landing
+    assert not lease.landed
 
 
 def commit_of(lease: Lease, /, **other: Any) -> Commit:

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,17 @@ from kvtransfer.shm_connection import HELLO, MAGIC
 from kvtransfer.shm_stream import ANSWER, INLINE
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
 from kvtransfer.unit_header import pack, unpack
-from tests.kvtransfer.rig import DECODE, LAYOUT, PREFILL, Job, Rig, quiet, until
+from tests.kvtransfer.rig import (
+    DECODE,
+    LAYOUT,
+    PREFILL,
+    Job,
+    Rig,
+    header,
+    quiet,
+    run,
+    until,
+)
 from wire.codec import Envelope, encode
 from wire.errors import TransferError
 from wire.layout import KVLayout
@@ -41,23 +51,6 @@ FULL = LAYOUT.block_bytes
 def num_descriptors() -> int:
     gc.collect()  # pools of other tests have theirs
     return len(os.listdir("/proc/self/fd"))
-
-
-def run(body: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(body)
-
-
-def header(**other: Any) -> UnitHeader:
-    values: dict[str, Any] = {
-        "lease": 1,
-        "capability": b"c" * 16,
-        "unit": 0,
-        "handle": BlockHandle(22, 0, 1),
-        "token_start": 0,
-        "token_end": 4,
-        "num_bytes": FULL,
-    }
-    return UnitHeader(**values | other)
 
 
 @dataclass
@@ -90,13 +83,7 @@ class ShmRig:
 
     async def hand_over(self, num_tokens: int, request: str = "last") -> Job:
         """A handoff that must work, whatever came before it."""
-        job = self.rig.reserve(num_tokens, id=AttemptId(request, 1))
-        self.rig.hand_over(job)
-        await self.rig.until_ended()
-        assert job.lease.state is LeaseState.COMMITTED
-        assert self.rig.identical(job)
-        self.rig.check_balance()
-        return job
+        return await self.rig.hand_over_well(num_tokens, request)
 
 
 # ---------------------------------------------------------------- the memory
@@ -304,17 +291,8 @@ def test_without_a_lease_the_bytes_go_nowhere(lie: dict[str, Any], inline: bool)
 def test_a_payload_of_another_length_is_rejected(length: int, inline: bool) -> None:
     async def body() -> None:
         both = ShmRig()
-        rig = both.rig
-        job = rig.reserve(4)
-        neighbours = [bytes(block) for block in rig.target.blocks[1:]]
-        rig.start(job)
-        lie = header(capability=job.lease.capability, handle=job.target[0], num_bytes=length)
         payload = memoryview(bytes(length) if inline else both.pool.buffer)[:length]
-        both.sender.send(both.url, DECODE, lie, payload, lambda: None)
-        await rig.until_ended()
-        assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")
-        assert [bytes(block) for block in rig.target.blocks[1:]] == neighbours
-        rig.check_balance()
+        await both.rig.check_rejected(both.sender, payload)
         await both.hand_over(30)
         both.close()
 

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvtransfer.rig import until
+from tests.kvtransfer.rig import run, until
 from tests.kvtransfer.ucx_peer import PrefillEnd
-from tests.kvtransfer.ucx_rig import (
-    check_delivered,
-    peer,
-    run,
-)
+from tests.kvtransfer.ucx_rig import check_delivered, peer
 
 
 @pytest.mark.parametrize("kib", [1, 47, 49, 1024, 4096])

@@ -11,14 +11,9 @@ import pytest
 from kvtransfer.transport import TransferStats
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
-from tests.kvtransfer.rig import Rig, until
+from tests.kvtransfer.rig import Rig, header, run, until
 from tests.kvtransfer.ucx_peer import DECODE, PREFILL, PrefillEnd
-from tests.kvtransfer.ucx_rig import (
-    check_delivered,
-    header,
-    peer,
-    run,
-)
+from tests.kvtransfer.ucx_rig import check_delivered, peer
 from wire.errors import TransferError
 
 

@@ -13,15 +13,9 @@ from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.ucx_worker import settings
 from tests.kvtransfer.rig import DECODE as RIG_DECODE
-from tests.kvtransfer.rig import until
+from tests.kvtransfer.rig import header, nothing, run, until
 from tests.kvtransfer.ucx_peer import DECODE, PREFILL
-from tests.kvtransfer.ucx_rig import (
-    ROOT,
-    UcxRig,
-    header,
-    nothing,
-    run,
-)
+from tests.kvtransfer.ucx_rig import ROOT, UcxRig
 from wire.errors import ConfigError, TransferError
 
 GOOD = url_of(b"an address of UCX", bytes(16))

@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.lease import LeaseState
-from tests.kvtransfer.rig import until
+from tests.kvtransfer.rig import run, until
 from tests.kvtransfer.ucx_peer import DecodeEnd
-from tests.kvtransfer.ucx_rig import (
-    peer,
-    run,
-)
+from tests.kvtransfer.ucx_rig import peer
 from wire.types import AttemptId
 
 

@@ -6,25 +6,19 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.lease import LeaseState
 from kvtransfer.ucx_lane import (
     HELLO_TAG,
     MAGIC,
+    MAX_JOINED,
     header_tag,
     pack_headers,
     pack_hello,
     payload_tag,
 )
 from tests.kvtransfer.rig import DECODE as RIG_DECODE
-from tests.kvtransfer.rig import LAYOUT, until
+from tests.kvtransfer.rig import LAYOUT, header, run, until
 from tests.kvtransfer.ucx_peer import PREFILL
-from tests.kvtransfer.ucx_rig import (
-    Hostile,
-    UcxRig,
-    header,
-    nothing,
-    run,
-)
+from tests.kvtransfer.ucx_rig import Hostile, UcxRig
 from wire.messages import UnitHeader
 from wire.types import NodeId
 
@@ -34,7 +28,7 @@ def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> N
         both = UcxRig()
         hostile = Hostile(both.receiver.address.url)
         await hostile.welcomed()
-        head = pack_headers([header()])
+        head = pack_headers([(header(), 1)])
         first, second = header_tag(hostile.key), payload_tag(hostile.key)
         for tag, data in (
             (second, b"a payload alone"),  # malformed
@@ -45,7 +39,11 @@ def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> N
             (second, b"its payload"),
             (first, head + b"x"),  # malformed
             (second, b"its payload"),
-            (first, pack_headers([header(token_end=1 << 31)])),  # malformed
+            (first, pack_headers([(header(token_end=1 << 31), 1)])),  # malformed
+            (second, b"its payload"),
+            (first, pack_headers([(header(), 0)])),  # malformed
+            (second, b"its payload"),
+            (first, pack_headers([(header(), 1), (header(), MAX_JOINED + 1)])),  # malformed
             (second, b"its payload"),
             (first, head + head),  # expired twice
             (second, bytes(1 << 20)),
@@ -55,7 +53,7 @@ def test_messages_of_every_kind_are_counted_and_leave_the_next_unit_alone() -> N
         ):
             hostile.send(tag, data)
         await hostile.close()
-        assert both.rig.received.units_dropped == {"malformed": 6, "expired": 2}
+        assert both.rig.received.units_dropped == {"malformed": 8, "expired": 2}
         await both.hand_over(30)
         both.close()
 
@@ -81,17 +79,7 @@ def test_a_hello_for_another_life_gets_no_lane() -> None:
 def test_a_payload_of_another_length_is_rejected(length: int) -> None:
     async def body() -> None:
         both = UcxRig()
-        rig = both.rig
-        job = rig.reserve(4)
-        before = [bytes(block) for block in rig.target.blocks]
-        rig.start(job)
-        lie = header(capability=job.lease.capability, handle=job.target[0])
-        url = both.receiver.address.url
-        both.sender.send(url, RIG_DECODE, lie, memoryview(bytes(length)), nothing)
-        await rig.until_ended()
-        assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")
-        assert [bytes(block) for block in rig.target.blocks] == before
-        rig.check_balance()
+        assert not await both.rig.check_rejected(both.sender, memoryview(bytes(length)))
         await both.hand_over(30)
         both.close()
 
@@ -127,10 +115,10 @@ def test_handlers_that_fail_stop_no_other(
         both = UcxRig()
         begin, failures = both.rig.receiver.begin, iter([True])
 
-        def fail_once(sender: NodeId, message: UnitHeader) -> Any:
+        def fail_once(sender: NodeId, message: UnitHeader, num_units: int) -> Any:
             if next(failures, False):
                 raise ValueError("a bug")
-            return begin(sender, message)
+            return begin(sender, message, num_units)
 
         def fail() -> None:
             raise ValueError("another bug")

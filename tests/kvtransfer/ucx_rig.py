@@ -10,7 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +19,23 @@ from typing import Any
 import pytest
 import zmq
 
-from kvtransfer.lease import LeaseState
 from kvtransfer.ucx_lane import HELLO_TAG, MAGIC, WELCOME_TAG, pack_hello, parse
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.ucx_worker import DrivenWorker, array, new_context, settings, why_unavailable
 from tests.kvtransfer.pool import filled
 from tests.kvtransfer.rig import DECODE as RIG_DECODE
-from tests.kvtransfer.rig import LAYOUT, Rig, until
+from tests.kvtransfer.rig import Rig, until
 from tests.kvtransfer.ucx_peer import PREFILL, Post, PrefillEnd
 from wire.codec import decode
 from wire.errors import WireError
-from wire.messages import Granted, UnitHeader
-from wire.types import AttemptId, BlockHandle
+from wire.geometry import WHOLE_BLOCKS, Geometry
+from wire.messages import Granted
 
 if WHY_NOT := why_unavailable():
     pytest.skip(WHY_NOT, allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def nothing() -> None:
-    """What is to be done when a send is over."""
-
-
-def run(body: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(body)
 
 
 @dataclass
@@ -122,37 +113,21 @@ async def check_delivered(end: PrefillEnd, post: Post, names: list[str], num_tok
             assert frames[1] == b"0"
 
 
-def header(**other: Any) -> UnitHeader:
-    values: dict[str, Any] = {
-        "lease": 1,
-        "capability": b"c" * 16,
-        "unit": 0,
-        "handle": BlockHandle(22, 0, 1),
-        "token_start": 0,
-        "token_end": 4,
-        "num_bytes": 8,
-    }
-    return UnitHeader(**values | other)
-
-
 @dataclass
 class UcxRig:
-    """A rig whose units travel over UCX, and a peer that may send what it likes."""
+    """A rig whose units travel over UCX."""
+
+    geometry: Geometry = WHOLE_BLOCKS
 
     def __post_init__(self) -> None:
-        self.rig = Rig(layout=LAYOUT)
+        self.rig = Rig(geometry=self.geometry)
         self.receiver = UcxUnitReceiver(RIG_DECODE, self.rig.receiver, self.rig.received)
         self.sender = UcxUnitSender(PREFILL)
         self.rig.use(self.sender, self.receiver.address)
 
     async def hand_over(self, num_tokens: int, request: str = "last") -> None:
         """A handoff that must work, whatever came before it."""
-        job = self.rig.reserve(num_tokens, id=AttemptId(request, 1))
-        self.rig.hand_over(job)
-        await self.rig.until_ended()
-        assert job.lease.state is LeaseState.COMMITTED
-        assert self.rig.identical(job)
-        self.rig.check_balance()
+        await self.rig.hand_over_well(num_tokens, request)
 
     def close(self) -> None:
         self.sender.close()

@@ -32,7 +32,7 @@ ME = NodeId("me", 1)
 class Nowhere:
     """A sink that takes nothing."""
 
-    def begin(self, sender: NodeId, header: UnitHeader) -> None:
+    def begin(self, sender: NodeId, header: UnitHeader, num_units: int = 1) -> None:
         return None
 
 

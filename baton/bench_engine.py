@@ -20,13 +20,16 @@ from rich.table import Table
 
 from baton.bundled_model import DEFAULT_MODEL
 from engine.config import EngineConfig
+from engine.device import is_gpu
 from engine.engine import Engine
+from engine.graphs import CudaCapture, ladder
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.request import Request
 from engine.runner import ModelRunner
-from engine.spans import Recorder, Span, no_spans
+from engine.spans import Recorder, Span, Spans, no_spans
+from node.devices import parse_device, resolve_device
 from telemetry.progress import ProgressLine
 from wire.errors import ConfigError
 from wire.types import SamplingParams
@@ -51,6 +54,7 @@ prompt lengths. Other work on the machine makes the figures worthless.
     add("--temperature", type=float, default=0.0, help="0: greedy (0)")
     add("--top-p", type=float, default=1.0, help="where the temperature is above 0 (1)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--threads", type=_count, default=None, metavar="N", help="compute threads (torch's own)")
     add("--no-fusing", action="store_true", help="the model as transformers wrote it")
     add("--profile", action="store_true", help="show the parts of a step; costs some time itself")
@@ -64,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     with ProgressLine(f"loading {args.model.name}") as progress:
         loaded = load_model(
-            args.model, dtype=args.dtype, fusing=not args.no_fusing, progress=progress.update
+            args.model,
+            dtype=args.dtype,
+            device=resolve_device(args.device),
+            fusing=not args.no_fusing,
+            progress=progress.update,
         )
     _check_lengths(args, loaded)
     recorder = Recorder(time.perf_counter) if args.profile or args.trace else None
@@ -128,7 +136,7 @@ class EngineBench:
         layout = loaded.kv_layout(BLOCK_SIZE)
         self._max_len = max(load.context, load.max_prompt) + load.steps + 2
         self._num_blocks = (load.max_batch + 1) * layout.num_blocks(self._max_len)
-        self._store = KVStore(layout, self._num_blocks)
+        self._store = KVStore(layout, self._num_blocks + 1, loaded.device)
 
     def decode(self, batch: int) -> Case:
         """Steps of requests whose prompts are computed."""
@@ -167,7 +175,7 @@ class EngineBench:
         )
         return Engine(
             config,
-            ModelRunner(self._loaded, self._store, spans),
+            self._runner(spans),
             epoch=1,
             model_fingerprint="bench",
             eos_token_ids=frozenset(),
@@ -175,6 +183,14 @@ class EngineBench:
             grammars=None,
             spans=spans,
         )
+
+    def _runner(self, spans: Spans) -> ModelRunner:
+        """On a GPU with the graphs that a node has; not where parts are noted: a graph has none."""
+        runner = ModelRunner(self._loaded, self._store, spans)
+        if is_gpu(self._loaded.device) and self._recorder is None:
+            capture = CudaCapture(runner.device)
+            runner.capture(ladder(self._load.max_batch), self._max_len, capture, self._num_blocks)
+        return runner
 
     def _request(self, number: int, num_tokens: int) -> Request:
         rng, load = random.Random(number), self._load

@@ -25,6 +25,7 @@ from rich.table import Table
 from baton.model_report import choose_dtype, report_on, report_on_loaded
 from kvtransfer.ucx_devices import has_rdma_hardware
 from node import machine
+from node.devices import is_gpu, parse_device, resolve_device
 from node.machine import size
 from wire.errors import ConfigError
 
@@ -54,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load the model as a node does: what is fused, whether it is deterministic (seconds)",
     )
+    parser.add_argument(
+        "--device",
+        type=parse_device,
+        default="auto",
+        metavar="NAME",
+        help="where MODEL would run: auto, cpu, cuda or cuda:N (auto, as a node chooses)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 0 if nothing speaks against serving, else 1."""
     if args.load and args.model is None:
         raise ConfigError("--load needs a MODEL")
-    findings = examine(args.model, load=args.load)
+    findings = examine(args.model, load=args.load, device=resolve_device(args.device))
     if args.json:
         print(json.dumps(findings, indent=2))
     else:
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if findings["problems"] else 0
 
 
-def examine(model: Path | None, *, load: bool = False) -> dict[str, Any]:
+def examine(model: Path | None, *, load: bool = False, device: str = "cpu") -> dict[str, Any]:
     """All findings by section, and a list of what is wrong."""
     found = machine.look()
     versions = {name: version_of(name) for name in PACKAGES}
@@ -78,15 +86,15 @@ def examine(model: Path | None, *, load: bool = False) -> dict[str, Any]:
         "software": {"python": platform.python_version(), "baton-serve": version_of("baton-serve")},
         "transports": {name: transport_state(name) for name in TRANSPORTS},
         "cpu_kernels": {"state": kernels_state(found.cpu_flags)},
-        "choices": choices_section(found),
+        "choices": choices_section(found, device),
     }
     findings["software"] |= versions | {"ucxx": _ucxx_version()}
     problems = list(_problems(versions))
     if model is not None:
         try:
-            findings["model"] = report_on(model, has_bf16_units=found.has_bf16_units)
+            findings["model"] = report_on(model, has_bf16_units=found.has_bf16_units, device=device)
             if load:
-                findings["model"] |= report_on_loaded(model)
+                findings["model"] |= report_on_loaded(model, device)
         except ConfigError as error:
             problems.append(str(error))
     return findings | {"problems": problems}
@@ -108,16 +116,21 @@ def machine_section(found: machine.Machine) -> Section:
     }
 
 
-def choices_section(found: machine.Machine) -> Section:
-    """What `baton serve` does here without flags."""
+def choices_section(found: machine.Machine, device: str = "cpu") -> Section:
+    """What `baton serve` does here without flags, or on `device`."""
+    units = found.has_bf16_units
     return {
-        "device": "cpu",
-        "dtype_of_bfloat16_models": choose_dtype("bfloat16", has_bf16_units=found.has_bf16_units),
-        "dtype_of_other_models": "float32",
+        "device": device,
+        "dtype_of_bfloat16_models": choose_dtype("bfloat16", has_bf16_units=units, device=device),
+        "dtype_of_other_models": choose_dtype("float32", has_bf16_units=units, device=device),
         "nodes": "1 prefill, 1 decode",
         "threads_per_node": max(1, found.num_cores // 2),
         "transport": "auto: shm on one host; between hosts ucx where UCX has RDMA, else zmq",
-        "kv_memory_bytes_per_node": machine.default_kv_memory(),
+        **(
+            {"kv_memory_of_a_gpu": "90 % of it in all, shared by its nodes, less weights and work"}
+            if is_gpu(device)
+            else {"kv_memory_bytes_per_node": machine.default_kv_memory()}
+        ),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import open_checkpoint
+from node.devices import is_gpu
 from wire.errors import ConfigError
 from wire.layout import DTYPE_BYTES, KVLayout
 
@@ -18,8 +19,8 @@ WIDTH = ("hidden_size", "n_embd", "d_model")
 MAX_LEN = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
-def report_on(folder: Path, *, has_bf16_units: bool) -> dict[str, Any]:
-    """Check a model folder by its headers.
+def report_on(folder: Path, *, has_bf16_units: bool, device: str = "cpu") -> dict[str, Any]:
+    """Check a model folder by its headers; what `--dtype auto` makes of it on `device`.
 
     Raises:
         ConfigError: it cannot be loaded; the text names file and tensor.
@@ -29,7 +30,7 @@ def report_on(folder: Path, *, has_bf16_units: bool) -> dict[str, Any]:
         raise ConfigError(f"{checkpoint.folder} has no tokenizer.json; the router needs it")
     text_config = checkpoint.config.get("text_config") or checkpoint.config
     stored = stored_dtype(checkpoint.config, text_config)
-    dtype = choose_dtype(stored, has_bf16_units=has_bf16_units)
+    dtype = choose_dtype(stored, has_bf16_units=has_bf16_units, device=device)
     return {
         "folder": str(checkpoint.folder),
         "architecture": ", ".join(checkpoint.config.get("architectures") or []) or None,
@@ -43,11 +44,11 @@ def report_on(folder: Path, *, has_bf16_units: bool) -> dict[str, Any]:
     }
 
 
-def report_on_loaded(folder: Path) -> dict[str, Any]:
+def report_on_loaded(folder: Path, device: str) -> dict[str, Any]:
     """What only loading tells. Raises ConfigError or UnsupportedModelError where that fails."""
     from engine.loader import load_model  # torch and transformers: seconds
 
-    loaded = load_model(folder)
+    loaded = load_model(folder, device=device)
     return {
         "fusions": str(loaded.fusions),
         "operations": loaded.ops.name,
@@ -56,8 +57,13 @@ def report_on_loaded(folder: Path) -> dict[str, Any]:
     }
 
 
-def choose_dtype(stored: str, *, has_bf16_units: bool) -> str:
-    """What `--dtype auto` computes in on a CPU: bfloat16 only if stored so and fast here."""
+def choose_dtype(stored: str, *, has_bf16_units: bool, device: str = "cpu") -> str:
+    """What `--dtype auto` computes in: on a CPU bfloat16 only if stored so and fast here.
+
+    On a GPU always 16 bits; one that is too old for bfloat16 takes float16 instead.
+    """
+    if is_gpu(device):
+        return "float16" if stored == "float16" else "bfloat16"
     return "bfloat16" if stored == "bfloat16" and has_bf16_units else "float32"
 
 

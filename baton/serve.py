@@ -24,6 +24,7 @@ from baton.config import node_environment
 from baton.model_report import report_on
 from node import machine
 from node.config import add_decode_arguments, add_engine_arguments
+from node.devices import is_gpu, num_gpus, resolve_device, spread
 from router.config import add_arguments as add_router_arguments
 from wire.errors import ConfigError
 
@@ -45,6 +46,11 @@ def check_model(args: argparse.Namespace) -> None:
     """Raises ConfigError before any process is started in vain; sizes the KV pools."""
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
+    args.device = (
+        "cuda" if args.device == "auto" and is_gpu(resolve_device("auto")) else args.device
+    )
+    if is_gpu(args.device):
+        return  # each node measures what it can take
     args.kv_memory = args.kv_memory or _kv_memory(args)
 
 
@@ -101,6 +107,18 @@ def _kv_memory(args: argparse.Namespace) -> int:
             "set --dtype bfloat16, or take a smaller model"
         )
     return machine.kv_memory_of_each(num_nodes, weight_bytes, available)
+
+
+def on_its_device(args: argparse.Namespace, number: int, num_devices: int) -> argparse.Namespace:
+    """The flags of the `number`-th node: on GPUs it has one, and its share of that one's memory."""
+    if not is_gpu(args.device):
+        return args
+    devices = [spread(args.device, n, num_devices) for n in range(args.prefill + args.decode)]
+    device = devices[number]
+    share = args.gpu_memory_utilization / devices.count(device)
+    return argparse.Namespace(
+        **vars(args) | {"device": device, "gpu_memory_utilization": round(share, 4)}
+    )
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -276,10 +294,11 @@ class Launcher:
         return len(self._deaths[name])
 
     async def _start_node(self, spec: NodeSpec, control: str) -> None:
+        number = self._specs.index(spec)
         argv = [
             *(sys.executable, "-m", f"{spec.role}_node", self._args.model),
             *("--router", control, "--name", spec.name, "--log-level", "warning"),
-            *given_flags(add_engine_arguments, self._args),
+            *given_flags(add_engine_arguments, on_its_device(self._args, number, num_gpus())),
         ]
         if self._args.key_file is not None:
             argv += ["--key-file", str(self._args.key_file)]

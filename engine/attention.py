@@ -6,7 +6,7 @@ of the model's forward pass, which hands it down to every layer; nothing is glob
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.kv_store import KVStore, SlotMapping
+from kernels.device_rows import DeviceRows
 from kernels.ops import LayerOps, PackedRows, TorchOps
 from kernels.paged_attention import RequestRows
 
@@ -26,15 +27,16 @@ class AttentionBatch:
     """Where the rows of one forward pass belong, and where their keys and values go."""
 
     store: KVStore
-    requests: tuple[RequestRows, ...]
+    requests: Sequence[RequestRows]
     slot_mapping: SlotMapping
     ops: LayerOps = field(default_factory=TorchOps)
     on_layer: Callable[[int], None] | None = None  # is told which layer has written its KV
+    laid_out: DeviceRows | None = None  # the requests as kernels of a GPU read them
 
     @cached_property
     def rows(self) -> PackedRows:
         """The requests as all layers read them."""
-        return PackedRows(self.requests)
+        return PackedRows(self.requests, laid_out=self.laid_out)
 
 
 @dataclass(frozen=True, slots=True)

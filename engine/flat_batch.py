@@ -30,6 +30,13 @@ class FlatBatch:
     needed_rows: Ints  # rows whose logits are wanted: each request's last `num_logits`
     tables: Ints  # all requests' block tables, one after the other
     table_start: Ints  # [requests + 1]
+    row_ends: Ints  # [requests]: each request's rows end before this one
+
+    @classmethod
+    def empty(cls) -> FlatBatch:
+        """A step of nothing."""
+        none = np.zeros(0, np.int64)
+        return cls(none, none, none, none, none, none, np.zeros(1, np.int64), none)
 
 
 def flatten(plan: StepPlan, block_size: int) -> FlatBatch:
@@ -52,6 +59,7 @@ def flatten(plan: StepPlan, block_size: int) -> FlatBatch:
         needed_rows=_runs(ends - num_logits, num_logits),
         tables=flat_tables,
         table_start=table_start,
+        row_ends=ends,
     )
 
 

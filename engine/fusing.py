@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 
 NUM_PROOF_ROWS = 37
 PROOF_BLOCK_SIZE = 8
-TOLERANCE = 2e-5  # relative, in fp32: rounding of another order of additions
-WHOLE_TOLERANCE = 2e-4  # of all layers together
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Relative, of a layer: rounding of another order of additions."""
+WHOLE_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
+"""Of all layers together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def fuse(
     if parts.head.weight is not parts.embedding.weight:
         files.give_up([parts.head.weight])
     difference = _difference(before, proof.logits(decoder))
-    if difference < WHOLE_TOLERANCE:
+    if difference < WHOLE_TOLERANCE[before.dtype]:
         return decoder.eval(), Fusions(True, 4 * len(layers) + 1)
     reason = f"something outside its layers differs (by {difference:.1e})"
     return model, Fusions(False, 4 * len(layers) + pack_linears(model, files), reason)
@@ -218,7 +220,7 @@ def _replaced(
     original = layers[index]
     fused = _fused_layer(original, index, call, layout)
     difference = proof.difference(original, fused)
-    if not difference < TOLERANCE:
+    if not difference < proof.tolerance:
         raise _OtherForm(f"layer {index} computes something else (by {difference:.1e})")
     layers[index] = _Run(fused)
     files.give_up(original.parameters())
@@ -255,6 +257,7 @@ class _Proof:
         self._layout = layout
         self._ops = ops
         self._positions = torch.arange(NUM_PROOF_ROWS, device=model.device).unsqueeze(0)
+        self.tolerance = TOLERANCE[model.dtype]
 
     @torch.inference_mode()
     def difference(self, original: nn.Module, fused: FusedLayer) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
 from engine.determinism import why_not_deterministic
+from engine.device import check_device, has_bf16, is_gpu
 from engine.final_states import telling_states
 from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
@@ -32,6 +33,8 @@ from kernels.cpu_ops import load_cpu_ops
 from kernels.ops import LayerOps, TorchOps
 from wire.errors import ConfigError, UnsupportedModelError
 from wire.layout import KVLayout
+
+log = logging.getLogger(__name__)
 
 PROBE_LEN = 2048  # for a model that names no maximal length
 FINITE_CHUNK = 1 << 22  # elements checked at once
@@ -58,6 +61,7 @@ def load_model(
     Raises ConfigError where files or arguments are wrong and UnsupportedModelError where the
     architecture cannot be served; both in one line that says what to do.
     """
+    check_device(device)
     checkpoint = open_checkpoint(path)
     config, architecture = _read_config(checkpoint)
     length = resolve_max_model_len(config, max_model_len)
@@ -65,9 +69,9 @@ def load_model(
     check_size(_bytes_in_memory(checkpoint, config, chosen), dtype_name(chosen))
     digest = fingerprint(checkpoint, progress)
     model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
+    model = _to_device(model.eval(), device)  # first: a GPU reads all numbers at once
     _check_finite(model, progress)
     model.config.pad_token_id = None  # nothing is padded; some models look for it at every step
-    model = _to_device(model.eval(), device)
     fix_frequencies(model, length or PROBE_LEN)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     states: list[Tensor] = []
@@ -76,7 +80,7 @@ def load_model(
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
     num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    ops = _choose_ops(chosen, device)
+    ops = _choose_ops(chosen, device, deterministic=deterministic)
     files = MappedFiles(checkpoint.files)
     model, fusions = _fuse(model, shape, ops, files, wanted=fusing)
     trim()
@@ -143,7 +147,8 @@ def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
 
 def _choose_dtype(config: Any, requested: str, device: str) -> torch.dtype:
     stored = _stored_dtype(config)
-    return resolve_dtype(requested, stored, device=device, has_bf16_units=has_bf16_units())
+    bf16 = has_bf16(device) if is_gpu(device) else has_bf16_units()
+    return resolve_dtype(requested, stored, device=device, has_bf16_units=bf16)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -218,11 +223,23 @@ def _check_finite(model: Any, progress: Progress) -> None:
     progress("checking weights", len(named), len(named))
 
 
-def _choose_ops(dtype: torch.dtype, device: str) -> LayerOps:
+def _choose_ops(dtype: torch.dtype, device: str, *, deterministic: bool) -> LayerOps:
     """The fastest operations for the model's device and dtype."""
+    if is_gpu(device):
+        return _gpu_ops(deterministic=deterministic)
     if device == "cpu" and dtype is torch.float32:
         return load_cpu_ops() or TorchOps()
     return TorchOps()
+
+
+def _gpu_ops(*, deterministic: bool) -> LayerOps:
+    """Triton's kernels; where Triton does not work, torch, which is said once."""
+    try:
+        from kernels.triton_ops import TritonOps
+    except ImportError as error:
+        log.warning("no Triton kernels, torch computes, slower and without graphs: %s", error)
+        return TorchOps()
+    return TritonOps(invariant=deterministic)
 
 
 def _fuse(
@@ -230,7 +247,7 @@ def _fuse(
 ) -> tuple[Any, Fusions]:
     if not wanted:
         return model, Fusions(False, 0, "switched off")
-    if model.dtype is not torch.float32:
+    if model.dtype is not torch.float32 and not is_gpu(model.device):
         return model, Fusions(False, 0, f"{dtype_name(model.dtype)} runs as transformers wrote it")
     layout = KVLayout(
         num_layers=shape.num_layers,
@@ -251,6 +268,11 @@ def _kernels(ops: LayerOps, fusions: Fusions, obstacle: str) -> str:
 def _to_device(model: Any, device: str) -> Any:
     try:
         return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights do not fit on {device}: {_first_line(error)}; end what else runs there, "
+            "take a smaller model, or --device cpu"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device} cannot be used: {_first_line(error)}") from error
 

@@ -16,14 +16,20 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, Arm
 def resolve_dtype(
     requested: str, checkpoint: torch.dtype, *, device: str, has_bf16_units: bool
 ) -> torch.dtype:
-    """The dtype to compute in. `auto` keeps the checkpoint's where the machine is fast at it."""
+    """The dtype to compute in. `auto` keeps the checkpoint's where the machine is fast at it.
+
+    A GPU is slow at float32 and has no memory to spare for it: there it becomes one of 16 bits.
+    """
     if requested != "auto":
         if requested not in DTYPES:
             raise ConfigError(f"dtype {requested!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[requested]
-    if device == "cpu" and not (checkpoint == torch.bfloat16 and has_bf16_units):
+    if device != "cpu":
+        half = torch.bfloat16 if has_bf16_units else torch.float16
+        return torch.float16 if checkpoint == torch.float16 else half
+    if not (checkpoint == torch.bfloat16 and has_bf16_units):
         return torch.float32
-    return checkpoint if checkpoint in DTYPES.values() else torch.float32
+    return checkpoint
 
 
 def has_bf16_units() -> bool:

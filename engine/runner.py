@@ -1,4 +1,9 @@
-"""Runs the model on a step: one flattened row of tokens in, logits where they are needed out."""
+"""Runs the model on a step: one flattened row of tokens in, logits where they are needed out.
+
+On a CPU the step's numbers are tensors of their own. On a device they are one buffer, copied once
+(`engine.step_inputs`), and a step that only decodes replays a graph (`engine.graphs`). When `run`
+returns there, the device may still be computing; only for a step without logits it waits.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +11,79 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch
+from engine.device import synchronize
 from engine.final_states import telling_states
 from engine.flat_batch import FlatBatch, Ints, flatten
 from engine.fused_decoder import FusedDecoder
+from engine.graphs import Capture, DecodeGraphs, GraphLimits
 from engine.kv_store import KVStore
 from engine.model_info import LoadedModel
 from engine.plan import StepPlan
 from engine.spans import Spans, no_spans
+from engine.step_inputs import HostRequests, StepInputs, fill, host_buffer, sizes_of
 from kernels.paged_attention import RequestRows
+
+LayersDone = Callable[[int], None]
+WhenDone = Callable[[LayersDone, int], None]
+"""Calls the first with the second once the device has done all that it was given until now."""
+
+
+def at_once(tell: LayersDone, num_layers: int) -> None:
+    """On a CPU all is done when the call that does it returns."""
+    tell(num_layers)
 
 
 class ModelRunner:
-    """A loaded model and the KV store that it computes into."""
+    """A loaded model and the KV store that it computes into.
 
-    def __init__(self, loaded: LoadedModel, store: KVStore, spans: Spans = no_spans) -> None:
+    Args:
+        packed: the step's numbers travel as one buffer, as they do on devices.
+        when_done: how a layer's end is waited for.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        store: KVStore,
+        spans: Spans = no_spans,
+        *,
+        packed: bool | None = None,
+        when_done: WhenDone = at_once,
+    ) -> None:
         self._model = loaded.model
+        self._vocab_size = loaded.vocab_size
         self._ops = loaded.ops
         self._store = store
-        self._device = store.blocks.device
+        self.device = store.blocks.device
         self._spans = spans
+        self._packed = self.device.type != "cpu" if packed is None else packed
+        self._when_done = when_done
+        self.graphs: DecodeGraphs | None = None
+
+    def capture(
+        self, rungs: tuple[int, ...], max_model_len: int, capture: Capture, scratch: int
+    ) -> None:
+        """Make the graphs of decode steps; `scratch` is a block that no request has.
+
+        Only a fused decoder launches the same whatever is in the batch.
+        """
+        if not isinstance(self._model, FusedDecoder) or not rungs:
+            return
+        limits = GraphLimits(
+            max_num_seqs=max(rungs),
+            max_model_len=max_model_len,
+            block_size=self._store.layout.block_size,
+            vocab_size=self._vocab_size,
+            scratch=scratch,
+        )
+        graphs = DecodeGraphs(limits, self._forward_of, capture, self.device)
+        graphs.capture_all(rungs)
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(
@@ -40,40 +95,88 @@ class ModelRunner:
         """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
         with self._spans("batch"):
             flat = flatten(plan, self._store.layout.block_size)
-            call = partial(
-                self._model,
-                input_ids=self._tensor(flat.token_ids).unsqueeze(0),
-                position_ids=self._tensor(flat.positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._tensor(flat.needed_rows),
-                attention_batch=self._attention_batch(plan, flat, on_layers),
-            )
+            replay = None
+            if self.graphs is not None and on_layers is None and on_hidden is None:
+                replay = self.graphs.prepare(plan, flat)
+            call = self._call(plan, flat, on_layers) if replay is None else None
         with self._spans("forward"):
+            if replay is not None:
+                return replay()
+            assert call is not None
             output = call() if on_hidden is None else self._call_for_hidden(call, plan, on_hidden)
-            logits: Tensor = output.logits
-            return logits.squeeze(0).float()
+            logits: Tensor = output.logits.squeeze(0).float()
+            if not len(logits):
+                synchronize(self.device)  # nobody else waits for this step
+            return logits
+
+    def _call(
+        self, plan: StepPlan, flat: FlatBatch, on_layers: LayersDone | None
+    ) -> Callable[..., Any]:
+        """The forward pass, ready to be called."""
+        on_layer = _LayerCount(on_layers, self._when_done) if on_layers else None
+        if self._packed:
+            return self._call_of(self._inputs(flat), on_layer)
+        return partial(
+            self._model,
+            input_ids=self._tensor(flat.token_ids).unsqueeze(0),
+            position_ids=self._tensor(flat.positions).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=self._tensor(flat.needed_rows),
+            attention_batch=AttentionBatch(
+                self._store,
+                tuple(self._request_rows(plan, flat)),
+                (self._tensor(flat.blocks), self._tensor(flat.offsets)),
+                self._ops,
+                on_layer=on_layer,
+            ),
+        )
+
+    def _inputs(self, flat: FlatBatch) -> StepInputs:
+        """The step's numbers on the device, without waiting for it."""
+        sizes = sizes_of(flat)
+        host = host_buffer(sizes.starts[-1], self.device)
+        fill(host.numpy(), sizes, flat, scratch=0)
+        buffer = host.to(self.device, non_blocking=True)
+        return StepInputs.of(
+            buffer,
+            sizes,
+            max_rows=int(np.diff(flat.row_ends, prepend=0).max()),
+            max_context=int(flat.positions.max()) + 1,
+        )
+
+    def _call_of(
+        self, inputs: StepInputs, on_layer: _LayerCount | None = None
+    ) -> Callable[..., Any]:
+        return partial(
+            self._model,
+            input_ids=inputs.token_ids.unsqueeze(0),
+            position_ids=inputs.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=inputs.needed_rows,
+            attention_batch=AttentionBatch(
+                self._store,
+                HostRequests(inputs.rows),
+                inputs.slots,
+                self._ops,
+                on_layer=on_layer,
+                laid_out=inputs.rows,
+            ),
+        )
+
+    def _forward_of(self, inputs: StepInputs) -> Tensor:
+        logits: Tensor = self._call_of(inputs)().logits
+        return logits.squeeze(0)
 
     def _call_for_hidden(
         self, call: Callable[..., Any], plan: StepPlan, on_hidden: Callable[[Tensor], None]
     ) -> Any:
-        rows = torch.tensor(plan.hidden_rows, device=self._device)
+        rows = torch.tensor(plan.hidden_rows, device=self.device)
         if isinstance(self._model, FusedDecoder):
             output = call(hidden_to_keep=rows)
             on_hidden(output.hidden.float())
             return output
         with telling_states(self._model, lambda states: on_hidden(states[rows].float())):
             return call()
-
-    def _attention_batch(
-        self, plan: StepPlan, flat: FlatBatch, on_layers: Callable[[int], None] | None
-    ) -> AttentionBatch:
-        return AttentionBatch(
-            self._store,
-            tuple(self._request_rows(plan, flat)),
-            (self._tensor(flat.blocks), self._tensor(flat.offsets)),
-            self._ops,
-            on_layer=_LayerCount(on_layers) if on_layers else None,
-        )
 
     def _request_rows(self, plan: StepPlan, flat: FlatBatch) -> list[RequestRows]:
         rows, first_row = [], 0
@@ -84,20 +187,21 @@ class ModelRunner:
         return rows
 
     def _tensor(self, numbers: Ints) -> Tensor:
-        return torch.from_numpy(numbers).to(self._device)
+        return torch.from_numpy(numbers).to(self.device)
 
 
 class _LayerCount:
     """Counts the layers that are done in order; one that comes early is never reported.
 
-    Only on a CPU is a layer's KV in memory when its call returns.
+    Only on a CPU is a layer's KV in memory when its call returns; elsewhere it is waited for.
     """
 
-    def __init__(self, on_layers: Callable[[int], None]) -> None:
+    def __init__(self, on_layers: LayersDone, when_done: WhenDone) -> None:
         self._on_layers = on_layers
+        self._when_done = when_done
         self._num_layers = 0
 
     def __call__(self, layer: int) -> None:
         if layer == self._num_layers:
             self._num_layers += 1
-            self._on_layers(self._num_layers)
+            self._when_done(self._on_layers, self._num_layers)

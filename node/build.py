@@ -18,9 +18,11 @@ from engine.grammar import Grammars
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, at_once
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
+from node.devices import is_gpu
+from node.gpu import Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.transports import shared_pool
 from wire.errors import ConfigError
@@ -65,6 +67,7 @@ class BuiltEngine:
     memory: NodeMemory
     num_blocks: int
     pool: SharedMemory | None = None  # where the blocks are, if other processes may read them
+    num_failed_graphs: int = 0  # captures; such steps run without
 
     @property
     def layout(self) -> KVLayout:
@@ -108,33 +111,55 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     """Load the model and make the engine. Raises ConfigError with what to do."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    gpu = Gpu(config) if is_gpu(config.device) else None
     model = load_model(
         config.model,
         dtype=config.dtype,
+        device=config.device,
         max_model_len=config.max_model_len,
         fusing=config.fusing,
         deterministic=config.deterministic,
-        check_size=partial(_check_memory, config.kv_memory, available_memory()),
+        check_size=gpu.check_size
+        if gpu
+        else partial(_check_memory, config.kv_memory, available_memory()),
         progress=progress,
     )
     obstacle = model.not_deterministic
     log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
     layout = model.kv_layout(config.block_size)
-    num_blocks = _num_blocks(config, layout)
+    num_blocks = gpu.num_blocks(model, layout) if gpu else _num_blocks(config, layout)
     pool = None
-    if role is Role.PREFILL:
+    if role is Role.PREFILL and gpu is None:
         pool = shared_pool(config, num_blocks * layout.block_bytes)
-    store = KVStore(layout, num_blocks, buffer=pool.buffer if pool else None)
+    store = _store(config, layout, num_blocks, pool)
+    runner = ModelRunner(model, store, when_done=LayerWaiter() if gpu else at_once)
+    num_failed = gpu.capture(runner, model, scratch=num_blocks) if gpu else 0
     engine = Engine(
         _engine_config(config, model, num_blocks),
-        ModelRunner(model, store),
+        runner,
         epoch=secrets.randbits(64),
         model_fingerprint=model.fingerprint,
         eos_token_ids=frozenset(model.eos_token_ids),
         ops=model.ops,
         grammars=_grammars(config.model, model),
     )
-    return BuiltEngine(config, model, engine, NodeMemory(engine, store), num_blocks, pool)
+    memory = NodeMemory(engine, store)
+    return BuiltEngine(config, model, engine, memory, num_blocks, pool, num_failed)
+
+
+def _store(
+    config: NodeConfig, layout: KVLayout, num_blocks: int, pool: SharedMemory | None
+) -> KVStore:
+    """On a GPU with one more block, which takes what padding rows write."""
+    if not is_gpu(config.device):
+        return KVStore(layout, num_blocks, buffer=pool.buffer if pool else None)
+    try:
+        return KVStore(layout, num_blocks + 1, config.device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"too little GPU memory: the KV pool of {size(num_blocks * layout.block_bytes)} does "
+            f"not fit on {config.device} any more; lower --gpu-memory-utilization"
+        ) from error
 
 
 def _grammars(folder: Path, model: LoadedModel) -> Grammars | None:

@@ -9,7 +9,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.performance import DEFAULT_MODE, MODES, step_limits
+from node.devices import is_gpu, parse_device, resolve_device
+from node.performance import DEFAULT_MODE, GPU_MODES, MODES, step_limits
 from wire.errors import ConfigError
 from wire.geometry import SCALED_DTYPES
 
@@ -35,6 +36,9 @@ class NodeConfig:
     key_file: Path | None = None
     insecure: bool = False
     transport: str = "auto"
+    device: str = "cpu"  # or cuda:N
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     dtype: str = "auto"
     threads: int = 0
     max_model_len: int | None = None
@@ -94,6 +98,10 @@ class NodeConfig:
         _check(0 < self.block_size <= 1024, "--block-size must be between 1 and 1024")
         _check(self.kv_memory >= 0, "--kv-cache-memory must not be negative")
         _check(self.threads >= 0, "--threads must not be negative")
+        _check(
+            0 < self.gpu_memory_utilization <= 1,
+            "--gpu-memory-utilization must be above 0 and at most 1",
+        )
         _check(
             1 <= self.kv_overcommit <= _MAX_OVERCOMMIT,
             f"--kv-overcommit must be between 1.0 and {_MAX_OVERCOMMIT}",
@@ -238,11 +246,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the engine; `baton serve` passes them on to its nodes."""
     default = NodeConfig(Path(), "node")
     group = parser.add_argument_group("engine")
+    add_device_arguments(group)
     group.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: float32 on CPUs without bf16 units, else the checkpoint's",
+        help="auto: float32 on CPUs without bf16 units, else the checkpoint's; on GPUs never "
+        "float32, but bfloat16 for such checkpoints",
     )
     group.add_argument(
         "--threads", type=int, default=0, help="compute threads (0: all cores of this process)"
@@ -260,7 +270,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="SIZE",
         help="memory of the KV block pool, e.g. 2G (a fifth of what is free once the model is "
-        "loaded, at most 1G; `serve` divides by its nodes)",
+        "loaded, at most 1G; `serve` divides by its nodes; on a GPU what "
+        "--gpu-memory-utilization leaves)",
     )
     group.add_argument(
         "--transport",
@@ -302,6 +313,31 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags that say what computes."""
+    group.add_argument(
+        "--device",
+        type=parse_device,
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N (auto: the first NVIDIA GPU where torch is built for CUDA, "
+        "else cpu; `serve` spreads its nodes over the GPUs)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=NodeConfig(Path(), "node").gpu_memory_utilization,
+        metavar="X",
+        help="share of the GPU's memory that a node takes in all; what weights, the largest step "
+        "and graphs leave of it is the KV pool (0.9; `serve` divides it by the nodes of a GPU)",
+    )
+    group.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="capture no CUDA graphs: decoding waits for each kernel's launch",
+    )
+
+
 def add_step_arguments(group: argparse._ArgumentGroup) -> None:
     """Flags that bound what one step holds."""
     group.add_argument(
@@ -320,8 +356,12 @@ def add_step_arguments(group: argparse._ArgumentGroup) -> None:
         ),
     ):
         field = flag.replace("-", "_")
-        values = ", ".join(f"{mode} {getattr(limits, field)}" for mode, limits in MODES.items())
-        group.add_argument(f"--{flag}", type=int, default=None, help=f"{text} ({values})")
+        values, on_gpus = (
+            ", ".join(f"{mode} {getattr(limits, field)}" for mode, limits in modes.items())
+            for modes in (MODES, GPU_MODES)
+        )
+        text = f"{text} ({values}; on GPUs {on_gpus})"
+        group.add_argument(f"--{flag}", type=int, default=None, help=text)
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -339,11 +379,13 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
 def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
     """The config that the flags describe."""
     path = Path(args.model)
+    device = resolve_device(args.device)
     limits = step_limits(
         args.performance_mode,
         args.max_num_batched_tokens,
         args.max_num_seqs,
         args.long_prefill_token_threshold,
+        gpu=is_gpu(device),
     )
     return NodeConfig(
         model=path,
@@ -356,6 +398,9 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         key_file=args.key_file,
         insecure=args.insecure,
         transport=args.transport,
+        device=device,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        cuda_graphs=not args.enforce_eager,
         dtype=args.dtype,
         threads=args.threads,
         max_model_len=args.max_model_len,

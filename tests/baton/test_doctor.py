@@ -70,7 +70,7 @@ def test_json(capsys: Any) -> None:
 def test_starts_without_torch() -> None:
     code = (
         "import sys, argparse; from baton import doctor; doctor.machine.ACCELERATOR_DEVICES = ();"
-        "doctor.run(argparse.Namespace(model=None, json=True, load=False));"
+        "doctor.run(argparse.Namespace(model=None, json=True, load=False, device='cpu'));"
         "sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

@@ -36,6 +36,10 @@ def other_value(action: argparse.Action) -> list[str]:
         return [next(str(c) for c in action.choices if c != action.default)]
     if action.nargs == "+":
         return ["one", "two words"]
+    if action.dest == "device":
+        return ["cpu"]
+    if action.dest == "gpu_memory_utilization":
+        return ["0.5"]
     if action.type in (int, float) or (callable(action.type) and action.metavar == "SIZE"):
         return [str((action.default or 0) + 3)]
     return ["zmq,shm"] if action.dest == "transport" else ["something else"]

@@ -14,7 +14,7 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.plan import LayerProgress
 from engine.request import Request
-from engine.runner import ModelRunner, _LayerCount
+from engine.runner import ModelRunner, _LayerCount, at_once
 from wire.types import SamplingParams
 
 BLOCK_SIZE = 4
@@ -89,7 +89,7 @@ def test_nobody_is_told_what_nobody_asked_for(folder: Path) -> None:
 
 def test_a_layer_that_comes_early_counts_for_nothing() -> None:
     told: list[int] = []
-    count = _LayerCount(told.append)
+    count = _LayerCount(told.append, at_once)
     for layer in (0, 2, 1, 3):
         count(layer)
     assert told == [1, 2]

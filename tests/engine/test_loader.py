@@ -286,7 +286,7 @@ def test_arguments_that_cannot_be_met(folder: Path) -> None:
         ("auto", torch.bfloat16, "cpu", False, torch.float32),
         ("auto", torch.float16, "cpu", True, torch.float32),
         ("auto", torch.float16, "cuda", False, torch.float16),
-        ("auto", torch.float64, "cuda", False, torch.float32),
+        ("auto", torch.float64, "cuda", False, torch.float16),
         ("bfloat16", torch.float32, "cpu", False, torch.bfloat16),
     ],
 )

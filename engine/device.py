@@ -1,0 +1,79 @@
+"""The few things that only a CUDA device has: whether it is usable, its memory, its errors.
+
+Everything here works on a machine without one; `torch.cuda` is asked only for a `cuda:` device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from wire.errors import ConfigError
+
+_BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cudaError", "device-side assert")
+
+
+class DeviceFailure(RuntimeError):
+    """The device can compute nothing more for this process, which must end."""
+
+
+def is_gpu(device: str | torch.device) -> bool:
+    return str(device).startswith("cuda")
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError where torch cannot use it, in one line."""
+    if not is_gpu(device):
+        return
+    index = torch.device(device).index or 0
+    if not torch.cuda.is_available():
+        why = f"torch {torch.__version__} is built without CUDA" if not torch.version.cuda else ""
+        why = why or "torch finds no CUDA device; is the driver installed and new enough?"
+        raise ConfigError(f"--device {device}: {why} (--device cpu computes without one)")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a GPU multiplies bf16 itself: those since Ampere do."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNow:
+    """A device's memory at one moment, in bytes."""
+
+    total: int
+    free: int  # for any process
+    reserved: int  # by this process's tensors, kept ones included
+
+
+def memory_now(device: str) -> MemoryNow:
+    """Of a CUDA device."""
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryNow(total, free, torch.cuda.memory_reserved(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until this thread's stream is empty; on a CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Cached memory that no tensor has goes back to the device, so that other sizes find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the step can be tried again with less in it."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether the device is lost for this process: after such an error every call fails."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or any(m in str(error) for m in _BROKEN)

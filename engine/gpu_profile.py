@@ -1,0 +1,113 @@
+"""Measures what a model takes of a GPU besides the KV pool: its largest step is tried once.
+
+    weights      what tensors take once the model is loaded
+    largest step as many tokens as a step may hold, by as many requests, then sampling for all
+    graphs       the largest rung is captured on a pool of a few blocks; smaller ones fit into its
+                 memory and cost a little each for themselves
+
+Whatever is read or written here are a few scratch blocks; the numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from engine.device import MemoryNow, give_back_memory, memory_now
+from engine.gpu_memory import GpuUse
+from engine.graphs import CudaCapture
+from engine.kv_store import KVStore
+from engine.model_info import LoadedModel
+from engine.plan import ScheduledRequest, StepPlan
+from engine.request import Request
+from engine.runner import ModelRunner
+from engine.sampler import Sampler
+from wire.types import SamplingParams
+
+SCRATCH_BLOCKS = 8
+PER_GRAPH = 8 << 20  # of a rung besides the memory that all share
+SAMPLING = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, ignore_eos=True)
+
+
+@dataclass(frozen=True, slots=True)
+class LargestStep:
+    """What a step may come to."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+
+    def plan(self) -> StepPlan:
+        """Prompts of about equal lengths that fill the budget; their blocks are the scratch's."""
+        budget = self.max_num_batched_tokens
+        seats = min(self.max_num_seqs, budget)
+        longest = self.max_model_len - 1
+        budget = min(budget, seats * longest)
+        ends = [budget * (number + 1) // seats for number in range(seats)]
+        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        return StepPlan(
+            tuple(self._prompt(number, length) for number, length in enumerate(lengths))
+        )
+
+    def _prompt(self, number: int, length: int) -> ScheduledRequest:
+        made = Request(str(number), [0] * length, length, SAMPLING, length + 1)
+        num_blocks = -(-length // self.block_size)
+        made.block_table = [block % SCRATCH_BLOCKS for block in range(num_blocks)]
+        return ScheduledRequest(made, 0, length)
+
+
+def try_largest_step(loaded: LoadedModel, largest: LargestStep) -> ModelRunner:
+    """Run it, sampling included; the runner is returned for what else is to be tried."""
+    layout = loaded.kv_layout(largest.block_size)
+    store = KVStore(layout, SCRATCH_BLOCKS + 1, loaded.device)
+    store.blocks.zero_()
+    runner = ModelRunner(loaded, store)
+    plan = largest.plan()
+    logits = runner.run(plan)
+    Sampler(frozenset(), loaded.ops).sample(logits, plan.sampling)
+    return runner
+
+
+def measure(
+    loaded: LoadedModel, largest: LargestStep, at_start: MemoryNow, rungs: tuple[int, ...]
+) -> GpuUse:
+    """What this process takes of the GPU, by trying. Raises torch.OutOfMemoryError."""
+    device = torch.device(loaded.device)
+    give_back_memory(device)
+    before = memory_now(loaded.device)
+    weights = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner = try_largest_step(loaded, largest)
+    after = memory_now(loaded.device)
+    step = torch.cuda.max_memory_reserved(device) - before.reserved
+    graphs = 0
+    if rungs:
+        graphs = _taken(loaded.device, partial(_try_graph, runner, largest, max(rungs)))
+        graphs += PER_GRAPH * (len(rungs) - 1)
+    del runner
+    give_back_memory(device)
+    return GpuUse(
+        device=loaded.device,
+        total=at_start.total,
+        free_at_start=at_start.free,
+        free=after.free,
+        weights=weights,
+        other=max(0, at_start.free - after.free - after.reserved) + before.reserved - weights,
+        step=step,
+        graphs=graphs,
+    )
+
+
+def _try_graph(runner: ModelRunner, largest: LargestStep, rung: int) -> None:
+    runner.capture((rung,), largest.max_model_len, CudaCapture(runner.device), SCRATCH_BLOCKS)
+
+
+def _taken(device: str, act: Callable[[], None]) -> int:
+    """By how much less the device has free afterwards."""
+    before = memory_now(device)
+    act()
+    return max(0, before.free - memory_now(device).free)

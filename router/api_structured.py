@@ -8,8 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_ALTERNATIVES = 4096
 MAX_PATTERN_CHARS = 64 << 10
+MAX_TAGS = 256
+MAX_MARKER_CHARS = 1024
 
 Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)]
+Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
+Triggers = Annotated[list[Marker], Field(min_length=1, max_length=MAX_TAGS, fail_fast=True)]
 Alternatives = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=4096)]],
     Field(min_length=1, max_length=MAX_ALTERNATIVES, fail_fast=True),
@@ -31,21 +35,68 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """OpenAI's response_format."""
+class TaggedSchema(Strict):
+    """What stands between two texts."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    begin: Marker
+    schema_: dict[str, Any] = Field(alias="schema")
+    end: Annotated[str, Field(max_length=MAX_MARKER_CHARS)]
+
+
+class TagContent(Strict):
+    """What stands within a tag."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any]
+
+
+class TagFormat(Strict):
+    """One tag."""
+
+    type: Literal["tag"] | None = None
+    begin: Marker
+    content: TagContent
+    end: Annotated[str, Field(max_length=MAX_MARKER_CHARS)]
+
+
+class TriggeredTags(Strict):
+    """Tags in free text, each behind its trigger."""
+
+    type: Literal["triggered_tags"]
+    triggers: Triggers
+    tags: Annotated[list[TagFormat], Field(min_length=1, max_length=MAX_TAGS, fail_fast=True)]
+    at_least_one: Literal[False] | None = None
+    stop_after_first: Literal[False] | None = None
+
+
+class StructuralTag(Strict):
+    """xgrammar's two notations, as vLLM takes them."""
+
+    type: Literal["structural_tag"] | None = None
+    structures: (
+        Annotated[list[TaggedSchema], Field(min_length=1, max_length=MAX_TAGS, fail_fast=True)]
+        | None
+    ) = None
+    triggers: Triggers | None = None
+    format: TriggeredTags | None = None
+
+
+class ResponseFormat(StructuralTag):
+    """OpenAI's response_format; the fields of a structural tag belong to that type."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]  # type: ignore[assignment]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Strict):
-    """vLLM's structured_outputs: one of the first five."""
+    """vLLM's structured_outputs: one of the first six."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: Pattern | None = None
     choice: Alternatives | None = None
     grammar: Pattern | None = None
     json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
     whitespace_pattern: Pattern | None = None
     disable_any_whitespace: bool | None = None
 

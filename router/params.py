@@ -8,13 +8,14 @@ from hashlib import blake2b
 
 from router.api import CompletionBody, GenerationBody
 from router.api_chat import ChatBody
+from router.api_structured import StructuredBody
 from router.chat_template import ChatOptions, chat_options
 from router.checks import ServerLimits, check_body
 from router.choice_text import TextRules
 from router.errors import ApiError, bad_request, context_too_long
 from router.structured import bounded, grammar_of, json_grammar
 from router.tools.choose import READ_AS_TEXT, Reading
-from router.tools.use import NO_TOOLS, ToolUse, tool_use
+from router.tools.use import NO_TOOLS, TOOL_WHITESPACE, ToolUse, tool_use
 from wire.messages import ModelInfo
 from wire.types import MAX_REQUEST_TOKENS, SamplingParams
 
@@ -155,6 +156,13 @@ class GenerationParams:
         return isinstance(self.body, CompletionBody)
 
 
+def needs_grammar(body: GenerationBody) -> bool:
+    """Whether the body's parameters have to become a grammar."""
+    if any(getattr(body, name) is not None for name in StructuredBody.model_fields):
+        return True
+    return isinstance(body, ChatBody) and body.tool_choice not in (None, "none", "auto")
+
+
 def generation_params(
     body: CompletionBody | ChatBody, model: ModelInfo, limits: ServerLimits
 ) -> GenerationParams:
@@ -196,7 +204,9 @@ def _for_chat(common: GenerationParams, body: ChatBody) -> GenerationParams:
             common.grammar_param,
         )
     if use.schema is not None:
-        grammar = bounded(json_grammar(use.schema, param="tools"), "tools", body.ignore_eos)
+        grammar = bounded(
+            json_grammar(use.schema, TOOL_WHITESPACE, "tools"), "tools", body.ignore_eos
+        )
         common = replace(common, grammar=grammar, grammar_param="tools")
     return replace(
         common,

@@ -60,18 +60,18 @@ def not_supported(name: str) -> ApiError:
     return bad_request(f"`{name}` is not supported yet.", param=name, code="unsupported_parameter")
 
 
-def validate(kind: type[Model], fields: dict[str, Any]) -> Model:
+def validate(kind: type[Model], fields: dict[str, Any], where: str = "") -> Model:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, where) from None
 
 
-def _explain(error: ValidationError) -> ApiError:
+def _explain(error: ValidationError, where: str) -> ApiError:
     """The most telling of pydantic's errors, without the client's input."""
     errors = error.errors(include_input=False, include_url=False, include_context=False)
     first = max(errors, key=lambda item: len(item["loc"])) if len(errors) > 1 else errors[0]
-    param = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+    param = where + ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
     if first["type"] == "extra_forbidden":
         return bad_request(
             f"Unrecognized request argument supplied: {shorten(param, 100)}",

@@ -25,12 +25,14 @@ from router.config import RouterConfig
 from router.control import Control
 from router.errors import ApiError, model_not_found, unavailable
 from router.metrics import RouterMetrics
-from router.params import GenerationParams, generation_params
+from router.params import GenerationParams, generation_params, needs_grammar
 from router.prompts import ReadyPrompt, chat_prompt, completion_prompt
 from router.request_log import RequestLog
 from router.requests import Requests
-from router.structured import Structured
+from router.structured import WHITESPACE, Structured, bounded
+from router.tokenizer import Tokenizer
 from router.tools.choose import Reading, call_format
+from router.tools.strict import strict_grammar
 from telemetry import metrics as names
 from telemetry.timeline import Timeline
 
@@ -109,14 +111,31 @@ class Serving:
         return await self._generate(request, asked, make_format)
 
     async def _params(self, body: CompletionBody | ChatBody, served: Served) -> GenerationParams:
-        params = generation_params(body, served.info, self.limits)
+        if needs_grammar(body):  # what a client wrote is converted, which may take a while
+            params = await asyncio.to_thread(generation_params, body, served.info, self.limits)
+        else:
+            params = generation_params(body, served.info, self.limits)
+        if params.tools.strict:
+            params = self._with_strict_calls(params, served.tokenizer)
         await self._structured.check(params.grammar, params.grammar_param)
         return params
+
+    def _with_strict_calls(
+        self, params: GenerationParams, tokenizer: Tokenizer
+    ) -> GenerationParams:
+        """Calls that need not be keep to their schemas, where a grammar can see them begin."""
+        format = call_format(self._config.tool_call_parser, tokenizer.template_source)
+        tags = format.hermes_tags
+        if tags is None or any(map(tokenizer.is_special, (*tags, "<think>"))):
+            return params
+        grammar = strict_grammar(list(params.tools.strict), *tags, WHITESPACE)
+        bounded(grammar, "tools", params.body.ignore_eos)
+        return replace(params, grammar=grammar, grammar_param="tools")
 
     def _reading(self, params: GenerationParams, prompt: ReadyPrompt, served: Served) -> Reading:
         """How answers to this prompt are to be understood."""
         config, use, tokenizer = self._config, params.tools, served.tokenizer
-        if params.grammar:
+        if params.grammar and not use.strict:
             return Reading(named=use.named, required=use.required)
         tail = tokenizer.detokenizer((), skip_special_tokens=False).push(prompt.tokens[-8:])
         began = tail.rstrip().endswith("<think>")

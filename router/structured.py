@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from router.api_structured import ResponseFormat, StructuredBody, StructuredOutputs
 from router.errors import ApiError, bad_request
+from router.structural_tags import as_structural_tag, tags_grammar
 from wire.grammar import MAX_GRAMMAR_CHARS, GrammarChecker
 
 WHITESPACE = r"[ \n\r\t]{0,16}"
 """Between the parts of JSON: without a bound a model may write nothing else until its limit."""
 
+MAX_GBNF_RULES = 1000
+"""The time to convert them grows with the square of their number."""
+
+_LARK_LINE = re.compile(r"%llguidance\b|start[ \t]*:")
 _MAX_PLACES = 256  # sub-schemas that are tried to find the one at fault
 
 
@@ -137,10 +143,17 @@ def _escaped(name: str) -> str:
 
 
 def _of_response_format(format: ResponseFormat | None) -> list[tuple[str, str]]:
-    if format is None or format.type == "text":
+    if format is None:
+        return []
+    param = "response_format"
+    if format.type == "structural_tag":
+        return [(tags_grammar(format, WHITESPACE, param), param)]
+    if any(value is not None for value in (format.structures, format.triggers, format.format)):
+        raise bad_request(f"`{param}.type` must be `structural_tag` for tags.", f"{param}.type")
+    if format.type == "text":
         return []
     if format.type == "json_object":
-        return [(json_grammar({"type": "object"}), "response_format")]
+        return [(json_grammar({"type": "object"}), param)]
     if format.json_schema is None:
         raise bad_request(
             "Missing required parameter: `response_format.json_schema`.",
@@ -180,6 +193,10 @@ def _of_outputs(
     if options.json_object:
         param = f"{prefix}json_object"
         asked.append((json_grammar({"type": "object"}, whitespace, param), param))
+    if options.structural_tag is not None:
+        param = f"{prefix}structural_tag"
+        tag = as_structural_tag(options.structural_tag, param)
+        asked.append((tags_grammar(tag, whitespace, param), param))
     if options.regex is not None:
         asked.append((LLMatcher.grammar_from_regex(options.regex), f"{prefix}regex"))
     if options.choice is not None:
@@ -208,10 +225,20 @@ def _lark(text: str, param: str) -> str:
     """Lark's notation or GBNF's (llama.cpp, xgrammar)."""
     if len(text) > MAX_GRAMMAR_CHARS:
         raise bad_request(f"`{param}` is too large: {len(text)} characters.", param)
+    if _is_lark(text):
+        return LLMatcher.grammar_from_lark(text)
+    if text.count("::=") > MAX_GBNF_RULES:
+        raise bad_request(f"`{param}` has more than {MAX_GBNF_RULES} rules.", param)
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
     except Exception as error:  # the converter raises what its parts raise
         raise _not_a_grammar(error, param) from error
+
+
+def _is_lark(text: str) -> bool:
+    """As the library tells it, which takes minutes for a text of empty lines."""
+    lines = (line.lstrip() for line in text.splitlines())
+    return any(_LARK_LINE.match(line) for line in lines)
 
 
 def _not_a_grammar(error: Exception, param: str) -> ApiError:

@@ -103,6 +103,11 @@ class Tokenizer:
             return self._byte_table[token] if token < len(self._byte_table) else b""
         return piece_bytes(self._tokenizer, token)
 
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is one token that grammars of text cannot speak of."""
+        token = self._tokenizer.token_to_id(text)
+        return token is not None and token in self._special
+
     def token_name(self, token: int) -> str:
         """How the vocabulary spells `token`."""
         return self._tokenizer.id_to_token(token) or ""

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.tools.formats import hermes, json_array, llama_json, mistral, pythonic
-from router.tools.parsers import NamedParser, TaggedParser, ThinkParser, WholeParser
+from router.tools.array import ArrayParser
+from router.tools.formats import deepseek, hermes, llama_json, mistral, pythonic
+from router.tools.parsers import (
+    NamedParser,
+    TaggedParser,
+    ThinkParser,
+    UnwrappedParser,
+    WholeParser,
+)
 from router.tools.pieces import Parser, PlainParser
 
 
@@ -16,11 +23,23 @@ class CallFormat:
 
     make: Callable[[], Parser]
     needs_special_tokens: bool = False  # its markers are tokens that are not shown otherwise
+    hermes_tags: tuple[str, str] | None = None  # around `{"name": …, "arguments": {…}}`
 
 
+_HERMES_TAGS = ("<tool_call>", "</tool_call>")
 FORMATS = {
-    "hermes": CallFormat(lambda: TaggedParser("<tool_call>", "</tool_call>", hermes)),
+    "hermes": CallFormat(
+        lambda: TaggedParser(*_HERMES_TAGS, hermes),
+        hermes_tags=_HERMES_TAGS,
+    ),
     "mistral": CallFormat(lambda: TaggedParser("[TOOL_CALLS]", None, mistral), True),
+    "deepseek": CallFormat(
+        lambda: UnwrappedParser(
+            ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+            TaggedParser("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", deepseek),
+        ),
+        True,
+    ),
     "llama3_json": CallFormat(lambda: WholeParser(("<|python_tag|>", "{"), (), llama_json), True),
     "pythonic": CallFormat(
         lambda: WholeParser(("<|python_start|>", "["), ("<|python_end|>",), pythonic), True
@@ -29,6 +48,7 @@ FORMATS = {
 _MARKS = {
     "<tool_call>": "hermes",
     "[TOOL_CALLS]": "mistral",
+    "<｜tool▁calls▁begin｜>": "deepseek",
     "<|python_start|>": "pythonic",
     "<|python_tag|>": "llama3_json",
     "ipython": "llama3_json",
@@ -67,7 +87,7 @@ class Reading:
         if self.named is not None:
             return NamedParser(self.named)
         if self.required:
-            return WholeParser(("[",), (), json_array)
+            return ArrayParser()
         calls = None if self.calls is None else self.calls.make()
         if self.thinks:
             return ThinkParser(self.began_thinking, calls or PlainParser())

@@ -1,4 +1,4 @@
-"""How models write calls: Hermes and Qwen, Mistral, Llama 3's JSON, Python's syntax.
+"""How models write calls: Hermes and Qwen, Mistral, DeepSeek, Llama 3's JSON, Python's syntax.
 
 Each format is a function from the text of a call (or calls) to their names and arguments, or None
 for what is no call.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,22 @@ def mistral(text: str) -> Calls | None:
     if not brace or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         return None
     return _calls([{"name": name, "arguments": _loads(brace + rest)}])
+
+
+_FENCED = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+
+
+def deepseek(text: str) -> Calls | None:
+    """V3.1: the name, a separator, the arguments. V3 and R1: `function`, a separator, the name, and
+    the arguments in a fence.
+    """
+    name, separator, rest = text.partition("<｜tool▁sep｜>")
+    if not separator:
+        return None
+    fenced = _FENCED.fullmatch(rest)
+    if fenced is not None and name.strip() == "function":
+        name, rest = fenced.groups()
+    return _calls([{"name": name.strip(), "arguments": _loads(rest)}])
 
 
 def pythonic(text: str) -> Calls | None:

@@ -120,6 +120,27 @@ class WholeParser:
         return text.strip()
 
 
+class UnwrappedParser:
+    """Leaves markers out that stand around all calls."""
+
+    def __init__(self, markers: tuple[str, ...], inner: Parser) -> None:
+        self._markers = markers
+        self._inner = inner
+        self._held = ""
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        for marker in self._markers:
+            self._held = self._held.replace(marker, "")
+        shown = min(_possible_start(self._held, marker) for marker in self._markers)
+        text, self._held = self._held[:shown], self._held[shown:]
+        return self._inner.push(text) if text else []
+
+    def flush(self) -> list[Piece]:
+        held, self._held = self._held, ""
+        return [*(self._inner.push(held) if held else []), *self._inner.flush()]
+
+
 class NamedParser:
     """The whole text is the arguments of one call, because the grammar says so."""
 

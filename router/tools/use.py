@@ -12,6 +12,15 @@ from router.errors import bad_request
 MAX_CALLS = 16
 """Calls that a required answer may consist of: a weak model would go on to its limit."""
 
+TOOL_WHITESPACE = " ?"
+"""Between the parts of calls that must be made: what may stand there a weak model will write."""
+
+_OPENING = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "dependentSchemas"),
+}
+"""What may have more to say of an object's properties."""
+
 PREAMBLE = """You may call functions. Their signatures, in <tools></tools>:
 <tools>
 {tools}
@@ -32,6 +41,7 @@ class ToolUse:
     schema: dict[str, Any] | None = None  # what the answer must be
     named: str | None = None
     required: bool = False
+    strict: tuple[Tool, ...] = ()  # calls need not be, but if they are they keep to these
 
 
 NO_TOOLS = ToolUse()
@@ -52,7 +62,11 @@ def tool_use(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool
         return _named(tools, rendered, choice.function.name)
     if choice == "required":
         return ToolUse(rendered, _array_schema(tools, parallel is not False), required=True)
-    return ToolUse(rendered)
+    return ToolUse(rendered, strict=_if_any_is_strict(tools))
+
+
+def _if_any_is_strict(tools: list[Tool]) -> tuple[Tool, ...]:
+    return tuple(tools) if any(tool.function.strict for tool in tools) else ()
 
 
 def _named(tools: list[Tool], rendered: tuple[dict[str, Any], ...], name: str) -> ToolUse:
@@ -63,7 +77,19 @@ def _named(tools: list[Tool], rendered: tuple[dict[str, Any], ...], name: str) -
 
 
 def _array_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
-    """`[{"name": …, "parameters": …}, …]`; each tool's own references are moved with it."""
+    """`[{"name": …, "parameters": …}, …]`"""
+    call = calls_schema(tools, "parameters")
+    return {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": MAX_CALLS if parallel else 1,
+        "items": {"anyOf": call["anyOf"]},
+        "$defs": call["$defs"],
+    }
+
+
+def calls_schema(tools: list[Tool], key: str) -> dict[str, Any]:
+    """`{"name": …, key: …}` for each tool; its own references are moved with its parameters."""
     calls, definitions = [], {}
     for tool in tools:
         name = tool.function.name
@@ -73,24 +99,25 @@ def _array_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
                 "type": "object",
                 "properties": {
                     "name": {"const": name},
-                    "parameters": {"$ref": f"#/$defs/{name}"},
+                    key: {"$ref": f"#/$defs/{name}"},
                 },
-                "required": ["name", "parameters"],
+                "required": ["name", key],
                 "additionalProperties": False,
             }
         )
-    return {
-        "type": "array",
-        "minItems": 1,
-        "maxItems": MAX_CALLS if parallel else 1,
-        "items": {"anyOf": calls},
-        "$defs": definitions,
-    }
+    return {"anyOf": calls, "$defs": definitions}
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
-    """A function's arguments are always an object."""
-    return {"type": "object", **(tool.function.parameters or {"properties": {}})}
+    """A function's arguments are always an object.
+
+    One that lists its properties has no others, unless it says so: a weak model would invent
+    arguments until its limit.
+    """
+    schema = {"type": "object", **(tool.function.parameters or {"properties": {}})}
+    if "properties" in schema and not _OPENING & schema.keys():
+        schema["additionalProperties"] = False
+    return schema
 
 
 def _moved(schema: Any, to: str) -> Any:

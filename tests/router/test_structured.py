@@ -25,6 +25,27 @@ BYTES = LLTokenizer("byte")
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY, "strict": True}}
 YES, NO = '{"city": "Bern"}', '{"town": "Bern"}'
 
+TAG = {"begin": "<f>", "schema": CITY, "end": "</f>"}
+TRIGGERED = {
+    "type": "triggered_tags",
+    "triggers": ["<f"],
+    "tags": [
+        {
+            "type": "tag",
+            "begin": "<f>",
+            "content": {"type": "json_schema", "json_schema": CITY},
+            "end": "</f>",
+        }
+    ],
+}
+
+
+def tags(structures: list[Any], triggers: tuple[str, ...] = ("<f",)) -> dict[str, Any]:
+    tag = {"type": "structural_tag", "structures": structures, "triggers": list(triggers)}
+    return {"structured_outputs": {"structural_tag": tag}}
+
+
+TAGGED = f"So: <f>{YES}</f>, or <f>{YES}</f>!"
 ASKING: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_object"}}, '{"a": [1, {}]}', "[1]"),
     ({"response_format": JSON_SCHEMA}, YES, NO),
@@ -41,6 +62,18 @@ ASKING: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'n"o', "maybe"),
     ({"structured_outputs": {"grammar": 'start: "a" | "b"'}}, "b", "c"),
     ({"structured_outputs": {"grammar": 'root ::= "a" x\nx ::= "b" | "c"'}}, "ac", "aa"),
+    (tags([TAG]), TAGGED, f"So: <f>{NO}</f>"),
+    (tags([TAG]), "", "<fg>"),
+    (
+        {"structured_outputs": {"structural_tag": json.dumps({"format": TRIGGERED})}},
+        TAGGED,
+        f"<f>{YES}<",
+    ),
+    (
+        {"response_format": {"type": "structural_tag", "format": TRIGGERED}},
+        "plain <b> text",
+        "<f>",
+    ),
     ({"guided_json": CITY}, YES, NO),
     ({"guided_json": CITY, "guided_whitespace_pattern": "_?"}, '{"city":_"B"}', '{"city": "B"}'),
     ({"guided_regex": "a+"}, "aaa", "b"),
@@ -123,6 +156,28 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"grammar": "hello"}}, "structured_outputs.grammar", ""),
     ({"structured_outputs": {"grammar": "start: a\na: a"}}, "structured_outputs.grammar", "satisf"),
     ({"structured_outputs": {"grammar": "(" * 50_000}}, "structured_outputs.grammar", ""),
+    ({"structured_outputs": {"grammar": "\n" * 60_000}}, "structured_outputs.grammar", "root"),
+    (
+        {"structured_outputs": {"grammar": "a ::= b\n" * 5000}},
+        "structured_outputs.grammar",
+        "rules",
+    ),
+    ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "JSON"),
+    (tags([]), "structured_outputs.structural_tag.structures", ""),
+    (tags([{**TAG, "begin": "[f]"}]), "structured_outputs.structural_tag", "trigger"),
+    (tags([{**TAG, "schema": {"type": "x"}}]), "structured_outputs.structural_tag", ""),
+    (
+        tags([{"begin": "<f>", "end": ""}]),
+        "structured_outputs.structural_tag.structures.0.schema",
+        "",
+    ),
+    (
+        {"structured_outputs": {"structural_tag": {"type": "structural_tag"}}},
+        "structured_outputs.structural_tag",
+        "needs",
+    ),
+    ({"response_format": {"type": "structural_tag"}}, "response_format", "needs"),
+    ({"response_format": {"type": "text", "triggers": ["<"]}}, "response_format.type", "tags"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "JSON"),
     ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json", "object"),
     ({"structured_outputs": {"tag": "x"}}, "structured_outputs.tag", ""),

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.tools.array import MAX_HEAD_CHARS, ArrayParser
+from router.tools.choose import FORMATS
 from router.tools.formats import hermes, json_array, llama_json, mistral, pythonic
 from router.tools.parsers import NamedParser, TaggedParser, ThinkParser, WholeParser
 from router.tools.pieces import Arguments, Called, Parser, Piece, PlainParser, Said, Thought, merged
@@ -37,6 +39,14 @@ def new_array() -> Parser:
     return WholeParser(("[",), (), json_array)
 
 
+def new_required() -> Parser:
+    return ArrayParser()
+
+
+def new_deepseek() -> Parser:
+    return FORMATS["deepseek"].make()
+
+
 def new_named() -> Parser:
     return NamedParser("f")
 
@@ -55,6 +65,8 @@ ALL: list[Make] = [
     new_llama,
     new_pythonic,
     new_array,
+    new_deepseek,
+    new_required,
     new_named,
     new_think,
     new_thinking,
@@ -69,6 +81,16 @@ def understood(make: Make, chunks: list[str]) -> list[Piece]:
 
 CALL = '{"name": "f", "arguments": {"a": [1, "</x>"]}}'
 F: list[Piece] = [Called("f"), Arguments('{"a": [1, "</x>"]}')]
+DEEPSEEK_ALL, DEEPSEEK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+NEWER = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+
+
+def deepseek(name: str, a: int) -> str:
+    """A call as V3 and R1 write it."""
+    arguments = f'```json\n{{"a": {a}}}\n```'
+    return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n{arguments}<｜tool▁call▁end｜>"
+
+
 CASES: list[tuple[Make, str, list[Piece]]] = [
     (new_hermes, "hello <b>", [Said("hello <b>")]),
     (new_hermes, f"<tool_call>\n{CALL}\n</tool_call>", F),
@@ -114,6 +136,42 @@ CASES: list[tuple[Make, str, list[Piece]]] = [
     (new_pythonic, "[" * 5000, [Said("[" * 5000)]),
     (new_array, '[{"name": "f", "parameters": {"a": 1}}]', [Called("f"), Arguments('{"a": 1}')]),
     (new_array, '[{"name": "f", "para', [Said('[{"name": "f", "para')]),
+    (
+        new_required,
+        ' [ { "name": "f" , "parameters" : {"a": "}]\\""} } , {"name":"g","parameters":{} } ] ',
+        [Called("f"), Arguments('{"a": "}]\\""}'), Called("g"), Arguments("{}")],
+    ),
+    (
+        new_required,
+        '[{"name": "f", "parameters": {"a": [1, {"b',
+        [Called("f"), Arguments('{"a": [1, {"b')],
+    ),
+    (new_required, '[{"name": "f", "para', [Said('[{"name": "f", "para')]),
+    (
+        new_required,
+        '[{"name": "f", "parameters": {}}, {"name": "g',
+        [Called("f"), Arguments("{}")],
+    ),
+    (
+        new_required,
+        '[{"name": "f", "parameters": {}} oh',
+        [Called("f"), Arguments("{}")],
+    ),
+    (new_required, "Oh [no]", [Said("Oh [no]")]),
+    (new_required, '[{"name": "", "parameters": {}}]', [Said('[{"name": "", "parameters": {}}]')]),
+    (new_required, "[" * MAX_HEAD_CHARS * 2, [Said("[" * MAX_HEAD_CHARS * 2)]),
+    (
+        new_deepseek,
+        f"I look.{DEEPSEEK_ALL}{deepseek('f', 1)}\n{deepseek('g', 2)}{DEEPSEEK_END}",
+        [
+            Said("I look."),
+            *(Called("f"), Arguments('{"a": 1}'), Called("g"), Arguments('{"a": 2}')),
+        ],
+    ),
+    (new_deepseek, DEEPSEEK_ALL + NEWER + DEEPSEEK_END, [Called("f"), Arguments('{"a": 1}')]),
+    (new_deepseek, DEEPSEEK_ALL + NEWER, [Called("f"), Arguments('{"a": 1}')]),
+    (new_deepseek, "<｜tool▁call▁begin｜>f", [Said("<｜tool▁call▁begin｜>f")]),
+    (new_deepseek, "<｜tool▁calls", [Said("<｜tool▁calls")]),
     (new_named, '{"a": 1}', [Called("f"), Arguments('{"a": 1}')]),
     (new_think, "<think>\nHm.\n</think>\n\nYes", [Thought("Hm."), Said("Yes")]),
     (new_think, f"<think>a <b</think><tool_call>{CALL}</tool_call>", [Thought("a <b"), *F]),
@@ -141,6 +199,11 @@ _fragments = st.one_of(
             "<think>",
             "</think>",
             "<|python_start|>",
+            DEEPSEEK_ALL,
+            NEWER,
+            "<｜tool▁call▁begin｜>",
+            '[{"name": "f", "parameters": {',
+            '}, {"name": "g", "parameters":',
             CALL,
             "[",
             "]",
@@ -172,7 +235,7 @@ def test_the_cuts_do_not_matter(make: Make) -> None:
         for before, piece in itertools.pairwise([None, *whole]):
             if isinstance(piece, Arguments):
                 assert isinstance(before, Called)
-                if make is not new_named:
+                if make not in (new_named, new_required):
                     assert isinstance(json.loads(piece.text), dict)
 
     check()

@@ -95,7 +95,6 @@ def test_calls_in_text(stream: bool) -> None:
             assert calls_of(message) == [("weather", ARGUMENTS)] * 2
             assert len({call["id"] for call in message["tool_calls"]}) == 2
             assert reason == "tool_calls"
-            assert harness.sent(Prefill)[-1].sampling.grammar == ""
             assert '"name": "weather"' in prompt_of(harness)
             message, reason = await ask(harness, stream)
             assert message["content"] == f"I look.\n{CALL}\n{CALL}"
@@ -212,6 +211,83 @@ def test_a_conversation_with_calls() -> None:
             assert prompt.startswith("<|system|>Be brief.\n\nYou may call functions.")
             assert '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in prompt
             assert "<|tool|>42" in prompt
+
+    asyncio.run(scenario())
+
+
+MANY_CALLS = '[{"name": "weather", "parameters": {"city": "Bern"}}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_calls_that_a_limit_cuts(stream: bool) -> None:
+    """What is told is told as calls, the last one with what there is of its arguments."""
+
+    async def scenario() -> None:
+        async with router(saying(f"{MANY_CALLS}, {MANY_CALLS[1:]}]")) as harness:
+            asked: dict[str, Any] = {"tools": [tool()], "tool_choice": "required"}
+            whole, part = len(MANY_CALLS), '{"city": "B'
+            for limit, told in ((whole, ['{"city": "Bern"}']), (whole - 6, [part]), (whole + 5, 1)):
+                answer = await harness.chat(stream=stream, max_completion_tokens=limit, **asked)
+                if stream:
+                    message, reason = gathered(answer)
+                else:
+                    (choice,) = answer.json["choices"]
+                    message, reason = choice["message"], choice["finish_reason"]
+                assert (message["content"] or "", reason) == ("", "length")
+                arguments = [call["function"]["arguments"] for call in message["tool_calls"]]
+                assert arguments == told if isinstance(told, list) else len(arguments) == told
+
+    asyncio.run(scenario())
+
+
+def test_undeclared_arguments_are_not_invented() -> None:
+    closed = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    opened = {**closed, "additionalProperties": True}
+
+    async def grammar(parameters: dict[str, Any]) -> str:
+        async with router(endless) as harness:
+            function = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+            named = {"type": "function", "function": {"name": "f"}}
+            await harness.chat(max_tokens=1, tools=[function], tool_choice=named)
+            return str(harness.sent(Prefill)[-1].sampling.grammar)
+
+    def takes(grammar: str, text: str) -> bool:
+        return new_matcher(BYTES, grammar).consume_tokens(list(text.encode()))
+
+    assert takes(asyncio.run(grammar(closed)), '{"a": 1}')
+    assert not takes(asyncio.run(grammar(closed)), '{"b": 1}')
+    assert takes(asyncio.run(grammar(opened)), '{"b": 1}')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_strict_calls_keep_to_their_schemas(stream: bool) -> None:
+    """Where they need not be made; and one of a tool that is not strict takes any object."""
+    loose = tool("other")
+    loose["function"]["strict"] = False
+    other = CALL.replace("weather", "other").replace("city", "town")
+
+    async def scenario() -> None:
+        async with router(saying(f"So: {CALL}"), tool_call_parser="hermes") as harness:
+            message, _ = await ask(harness, stream, tools=[tool(), loose])
+            assert message["content"] == "So:"
+            assert calls_of(message) == [("weather", ARGUMENTS)]
+            matcher = new_matcher(BYTES, harness.sent(Prefill)[-1].sampling.grammar)
+            for text, fits in (
+                ("just text", True),
+                (f"So: {CALL}", True),
+                (f"{CALL}\n{other} and", True),
+                (CALL.replace("Bern", "Oslo"), False),
+                (CALL.replace("city", "town"), False),
+                ("<tool_call>no", False),
+            ):
+                copy = matcher.deep_copy()
+                taken = copy.consume_tokens(list(text.encode())) and copy.is_accepting()
+                assert taken is fits, text
+            await ask(harness, stream, tools=[loose])
+            assert not harness.sent(Prefill)[-1].sampling.grammar
+        async with router(saying("x"), tool_call_parser="mistral") as harness:
+            await ask(harness, stream, tools=[tool()])
+            assert not harness.sent(Prefill)[-1].sampling.grammar
 
     asyncio.run(scenario())
 

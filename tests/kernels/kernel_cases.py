@@ -7,15 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.block_copy import Part
 from kernels.device_rows import DeviceRows
 from kernels.ops import HeadNorms, LayerSlots
 from kernels.triton_attention import paged_attention_triton
+from kernels.triton_blocks import gather_units_triton, scatter_units_triton
+from kernels.triton_digest import accumulate_triton
 from kernels.triton_layers import add_norm_triton, rotary_triton, silu_mul_triton
 from kernels.triton_sampling import (
     filter_floor_triton,
     gumbel_argmax_triton,
     penalize_entries_triton,
 )
+from kernels.xxh3 import secret_words
 
 NUM_BLOCKS, BLOCK_SIZE = 8, 16
 
@@ -112,6 +116,15 @@ def penalize() -> object:
     return None
 
 
+def gather_and_digest() -> object:
+    pool = torch.zeros(NUM_BLOCKS, 2, 2, BLOCK_SIZE, 8, 128, dtype=torch.bfloat16)
+    slots = torch.zeros(2, BLOCK_SIZE, dtype=torch.int64)
+    part = Part(0, 2, 0, 8)
+    units = gather_units_triton(pool, slots, part, torch.bfloat16)
+    scatter_units_triton(units, pool.float(), slots, part)
+    return accumulate_triton(units.flatten(1).view(torch.int64), secret_words(1))
+
+
 LLAMA = (32, 8)
 CASES: list[Callable[[], object]] = [
     attend(LLAMA, 128, torch.bfloat16),
@@ -128,4 +141,5 @@ CASES: list[Callable[[], object]] = [
     filter_floor,
     gumbel_argmax,
     penalize,
+    gather_and_digest,
 ]

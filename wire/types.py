@@ -59,6 +59,35 @@ class Pooling(StrEnum):
     MEAN = "mean"
 
 
+class EarlyStopping(StrEnum):
+    """When a beam search ends before its length limit; the words of transformers."""
+
+    WHEN_FULL = "true"  # with as many finished hypotheses as there are beams
+    HEURISTIC = "false"  # when no running beam beats the worst of them at its present length
+    NEVER = "never"  # when no running beam could beat it at any length
+
+
+MAX_BEAM_WIDTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """The choices of one request are searched for together, and none is drawn."""
+
+    width: Annotated[int, Field(strict=True, ge=1, le=MAX_BEAM_WIDTH)]
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One result of a beam search."""
+
+    tokens: TokenIds  # output tokens, the one that ended it included
+    score: Annotated[float, Field(allow_inf_nan=False)]
+    finish: FinishReason
+
+
 @dataclass(frozen=True, slots=True)
 class NodeId:
     """One life of one node: a restarted node has the same name and another incarnation."""
@@ -108,6 +137,7 @@ class SamplingParams:
     prompt_logprobs: NumLogprobs | None = None  # the same for the prompt, from the prefill node
     grammar: Grammar = ""  # what the output must look like
     speculate: Flag = True  # whether tokens may be drafted; they come out the same
+    beam: BeamParams | None = None  # search instead of sampling
 
     def num_logprob_pairs(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
         """Pairs (`wire/logprobs.py`) of a request that comes to so many tokens."""

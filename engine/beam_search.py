@@ -14,6 +14,7 @@ tokens that end a request, so nobody needs to sort whole rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ class BeamSearch:
             _Ranked(beam.logprob + logprob, parent, token)
             for parent, (beam, row) in enumerate(zip(self.running, rows, strict=True))
             for token, logprob in row
-            if may_end or token not in self._end_tokens
+            if logprob > -math.inf and (may_end or token not in self._end_tokens)
         ]
         return sorted(found, key=lambda r: (-r.logprob, r.parent, r.token))
 

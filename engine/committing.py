@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
+from engine.beams import Beams
 from engine.block_pool import BlockPool, Owner
 from engine.config import EngineConfig
 from engine.plan import RequestProgress, ScheduledRequest, StepPlan
@@ -15,7 +16,7 @@ from engine.request import Request
 from engine.rows import accepted
 from engine.stops import finish_reason
 from wire.logprobs import Logprobs
-from wire.types import BlockHandle
+from wire.types import BlockHandle, Hypothesis
 
 NO_LOGPROBS: Mapping[str, Logprobs] = {}
 NO_EMBEDDINGS: Mapping[str, bytes] = {}
@@ -30,12 +31,14 @@ class Committer:
         pool: BlockPool,
         cache: PrefixCache,
         queues: Queues,
+        beams: Beams,
         eos_token_ids: frozenset[int],
     ) -> None:
         self._config = config
         self._pool = pool
         self._cache = cache
         self._queues = queues
+        self._beams = beams
         self._eos_token_ids = eos_token_ids
 
     def commit(
@@ -55,14 +58,23 @@ class Committer:
         num_samples = [item.num_samples for item in plan.scheduled]
         assert sum(num_samples) == len(tokens), f"{len(tokens)} tokens for {sum(num_samples)} rows"
         sampled = iter(tokens)
+        entered: set[str] = set()
         progress = []
         for item, count in zip(plan.scheduled, num_samples, strict=True):
             new_tokens = accepted(item.draft_tokens, tuple(islice(sampled, count)))
-            if item.request.request_id in corrupted:
-                self._queues.discard(item.request)
-            elif item.request.request_id not in self._queues.aborted_in_step:
-                done = self._advance(item, new_tokens, logprobs.get(item.request.request_id))
-                progress.append(self._embedded(done, item.request, embeddings))
+            request = item.request.owner
+            if request.request_id in entered:
+                continue  # all beams of a search are entered with the first
+            entered.add(request.request_id)
+            if request.request_id in corrupted:
+                self._queues.discard(request)
+            elif request.request_id in self._queues.aborted_in_step:
+                continue
+            elif request.beams is not None:
+                progress.append(self._search(request, logprobs))
+            else:
+                done = self._advance(item, new_tokens, logprobs.get(request.request_id))
+                progress.append(self._embedded(done, request, embeddings))
         self._queues.end_step()
         return tuple(progress)
 
@@ -73,8 +85,14 @@ class Committer:
         request.num_computed_tokens = item.end - len(item.draft_tokens)
         index = request.num_output_tokens
         finished = self._take_finished_blocks(request) if request.prefill_only else ()
-        new_tokens = self._append(request, new_tokens)
-        self.publish(request, item.start)
+        hypotheses: tuple[Hypothesis, ...] = ()
+        if new_tokens and request.sampling.beam is not None:
+            assert logprobs is not None
+            self.publish(request, item.start)
+            new_tokens, hypotheses = self._begin_search(request, new_tokens, logprobs.tokens[0])
+        else:
+            new_tokens = self._append(request, new_tokens)
+            self.publish(request, item.start)
         if logprobs is not None:
             request.prompt_rows[item.start :] = logprobs.prompt  # a preempted prompt begins anew
             told = logprobs.tokens[: len(new_tokens)]
@@ -90,6 +108,35 @@ class Committer:
             num_cached_tokens=request.num_cached_tokens,
             finished_blocks=finished,
             logprobs=logprobs if new_tokens else None,
+            hypotheses=hypotheses,
+        )
+
+    def _begin_search(
+        self, request: Request, new_tokens: tuple[int, ...], row: bytes
+    ) -> tuple[tuple[int, ...], tuple[Hypothesis, ...]]:
+        """Its new tokens, of which a search has none before its end, and what it has found."""
+        if not request.prefill_only:
+            return (), self._beams.begin(request, row)
+        # Where the search goes on it begins again, with the same row.
+        search = self._beams.first(request, row)
+        request.tokens += new_tokens
+        if not search.over:
+            return new_tokens, ()
+        request.finish_reason = search.finished[0].finish
+        return new_tokens, tuple(search.finished)
+
+    def _search(self, request: Request, logprobs: Mapping[str, Logprobs]) -> RequestProgress:
+        """A step of a search that has begun."""
+        num_beams = len(request.rows)
+        return RequestProgress(
+            request_id=request.request_id,
+            num_computed_tokens=request.num_computed_tokens,
+            index=0,
+            new_tokens=(),
+            finish_reason=None,
+            num_cached_tokens=request.num_cached_tokens,
+            hypotheses=self._beams.advance(request, logprobs),
+            num_beams=num_beams,
         )
 
     def _append(self, request: Request, new_tokens: tuple[int, ...]) -> tuple[int, ...]:

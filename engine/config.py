@@ -33,6 +33,11 @@ class EngineConfig:
         """Blocks that hold `num_tokens` slots."""
         return -(-num_tokens // self.block_size)
 
+    def num_blocks_for_beams(self, num_shared_tokens: int, num_tokens: int, width: int) -> int:
+        """Most blocks of `width` rows of `num_tokens` slots that begin alike."""
+        num_shared = num_shared_tokens // self.block_size
+        return num_shared + width * (self.num_blocks_for(num_tokens) - num_shared)
+
 
 _AT_LEAST_ONE = (
     "block_size",

@@ -149,7 +149,8 @@ class Engine:
     def _plan(self, drafts: Mapping[str, Sequence[int]]) -> StepPlan:
         with self._lock:
             plan = self._scheduler.plan(drafts)
-            self._step_request_ids = tuple(item.request.request_id for item in plan.scheduled)
+            owners = (item.request.owner.request_id for item in plan.scheduled)
+            self._step_request_ids = tuple(dict.fromkeys(owners))
             return plan
 
     def _begin_masks(self, plan: StepPlan) -> Masks | None:
@@ -243,17 +244,18 @@ class Engine:
     # ------------------------------------------------------------ reservations
 
     def reserve(
-        self, tokens: Sequence[int], max_num_tokens: int, cache_salt: str = ""
+        self, tokens: Sequence[int], max_num_tokens: int, cache_salt: str = "", width: int = 1
     ) -> Reservation:
         """Decode side: hold blocks for tokens that are computed elsewhere; raises CapacityError.
 
-        `max_num_tokens` is the most that the request can come to, output included.
+        `max_num_tokens` is the most that the request can come to, output included, and each of the
+        `width` beams of a search.
         """
         if not tokens or not len(tokens) <= max_num_tokens <= self.config.max_model_len:
             raise ValueError(f"cannot reserve {len(tokens)} tokens of at most {max_num_tokens}")
         hashes = self._cache.hashes(tokens, cache_salt)
         with self._lock:
-            return self._scheduler.reserve(tuple(tokens), max_num_tokens, hashes)
+            return self._scheduler.reserve(tuple(tokens), max_num_tokens, hashes, width)
 
     def rebind(
         self, reservation_id: int, tokens: Sequence[int], cache_salt: str = ""
@@ -266,13 +268,14 @@ class Engine:
         with self._lock:
             return self._scheduler.rebind(reservation_id, tuple(tokens), hashes)
 
-    def adopt(self, reservation_id: int, request: Request) -> None:
+    def adopt(self, reservation_id: int, request: Request, row: bytes = b"") -> None:
         """Decode side: all blocks were received and verified; run the request on them.
 
+        A beam search begins with the `row` of logprobs that came with its prompt's last token.
         Raises KeyError if the reservation is not known, ValueError if the request contradicts it.
         """
         with self._lock:
-            self._scheduler.adopt(reservation_id, request)
+            self._scheduler.adopt(reservation_id, request, row)
 
     def cancel_reservation(self, reservation_id: int) -> bool:
         """Decode side: the request will not come; blocks under transfer are quarantined."""
@@ -327,7 +330,7 @@ def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[s
     found, row = set(), 0
     for item in plan.scheduled:
         if item.samples and tokens[row] == CORRUPTED:
-            found.add(item.request.request_id)
+            found.add(item.request.owner.request_id)
         row += item.num_samples
     return frozenset(found) | corrupted_prompts(plan, logits)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from mmap import mmap
 from typing import Any, TypeAlias
@@ -70,6 +71,12 @@ class KVStore:
         """Put row i of k and v [T, num_kv_heads, head_dim] into the i-th slot."""
         self.keys(layer)[slot_mapping] = k
         self.values(layer)[slot_mapping] = v
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Give the second block of each pair the content of the first."""
+        if pairs:
+            sources, targets = zip(*pairs, strict=True)
+            self.blocks[list(targets)] = self.blocks[list(sources)]
 
     def block_bytes(self, block_id: int) -> memoryview:
         """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""

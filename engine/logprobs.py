@@ -63,7 +63,7 @@ def step_logprobs(
     sampled, row, found = iter(tokens), 0, {}
     for item in plan.scheduled:
         new = accepted(item.draft_tokens, tuple(islice(sampled, item.num_samples)))
-        if _asks(item) and item.request.request_id not in corrupted:
+        if _asks(item) and item.request.owner.request_id not in corrupted:
             mine = logits[row : row + item.num_logits]
             found[item.request.request_id] = _of_request(item, mine, new)
         row += item.num_logits
@@ -71,7 +71,7 @@ def step_logprobs(
 
 
 def _asks(item: ScheduledRequest) -> bool:
-    of_token = item.samples and item.request.sampling.logprobs is not None
+    of_token = item.samples and item.request.num_top_logprobs is not None
     return of_token or item.request.wants_prompt_logprobs
 
 
@@ -82,9 +82,9 @@ def _of_request(item: ScheduledRequest, logits: Tensor, new: tuple[int, ...]) ->
         told = request.tokens[item.start + 1 : item.end + 1]
         prompt = pack_rows(logits[: len(told)], told, sampling.prompt_logprobs or 0)
     rows: list[bytes] = []
-    if new and sampling.logprobs is not None:
+    if new and request.num_top_logprobs is not None:
         first = item.num_logits - item.num_samples
-        rows = pack_rows(logits[first : first + len(new)], new, sampling.logprobs)
+        rows = pack_rows(logits[first : first + len(new)], new, request.num_top_logprobs)
     return Logprobs(tuple(rows), tuple(prompt))
 
 

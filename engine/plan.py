@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from engine.request import Request
 from engine.rows import Ahead, Row
 from wire.logprobs import Logprobs
-from wire.types import BlockHandle, FinishReason, Pooling
+from wire.types import BlockHandle, FinishReason, Hypothesis, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,12 @@ class StepPlan:
         return sum(item.num_samples for item in self.scheduled)
 
     @property
+    def copied_blocks(self) -> list[tuple[int, int]]:
+        """Blocks whose content must be in others before anything is computed: (from, to)."""
+        copied = (item.request.copied_block for item in self.scheduled)
+        return [pair for pair in copied if pair is not None]
+
+    @property
     def hidden_rows(self) -> list[int]:
         """Of the batch's rows, those whose hidden states are pooled."""
         rows: list[int] = []
@@ -141,9 +147,14 @@ class PlanDraft:
 
     def remove_preempted(self, request: Request) -> None:
         self.num_preempted += 1
-        item = self.items.pop(request.request_id, None)
-        if item is not None:
-            self.budget += item.num_new_tokens
+        for row in request.rows:
+            item = self.items.pop(row.request_id, None)
+            if item is not None:
+                self.budget += item.num_new_tokens
+
+    @property
+    def request_ids(self) -> frozenset[str]:
+        return frozenset(item.request.owner.request_id for item in self.items.values())
 
     def finish(self) -> StepPlan:
         return StepPlan(tuple(self.items.values()), self.num_preempted)
@@ -171,6 +182,9 @@ class RequestProgress:
     """Of `new_tokens`, and with the first output token of the whole prompt; where asked for."""
     embedding: bytes | None = None
     """With the last step of a request that asks for one, which ends it; little-endian fp32."""
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """With the last step of a beam search, best first; a step before that brings no tokens."""
+    num_beams: int = 0  # a search's rows in this step
 
 
 @dataclass(frozen=True, slots=True)

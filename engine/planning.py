@@ -23,12 +23,13 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from engine.admission import Admission
+from engine.beams import Beams
 from engine.block_pool import BlockPool, Owner
 from engine.config import EngineConfig
 from engine.plan import PlanDraft, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
-from engine.request import Request
+from engine.request import BeamGroup, Request
 
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
@@ -43,12 +44,14 @@ class Planner:
         cache: PrefixCache,
         queues: Queues,
         admission: Admission,
+        beams: Beams,
     ) -> None:
         self._config = config
         self._pool = pool
         self._cache = cache
         self._queues = queues
         self._admission = admission
+        self._beams = beams
 
     def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
         """What the next forward pass computes; empty if nothing can be computed now.
@@ -58,9 +61,9 @@ class Planner:
         draft = PlanDraft(
             self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
         )
-        while self._queues.adopted and len(self._queues.running) < self._queues.max_running:
+        while self._queues.adopted and self._queues.has_seats_for(self._queues.adopted[0]):
             self._queues.running.append(self._queues.adopted.popleft())
-        decoding = [r for r in self._queues.running if r.num_behind == 1]
+        decoding = [r for r in self._queues.running if r.num_behind <= 1]
         catching_up = [r for r in self._queues.running if r.num_behind > 1]
         self._continue_all(decoding, draft)
         kept = min(sum(map(len, drafts.values())), draft.budget // 2)
@@ -69,12 +72,14 @@ class Planner:
         self._admit_waiting(draft)
         draft.budget += kept
         self._add_drafts(drafts, draft)
-        self._queues.in_step = frozenset(draft.items)
+        self._queues.in_step = draft.request_ids
         return draft.finish()
 
     def _continue_all(self, requests: Sequence[Request], draft: PlanDraft) -> None:
         for request in requests:
-            if request.block_table:  # else preempted a moment ago
+            if request.beams is not None:
+                self._continue_beams(request, request.beams, draft)
+            elif request.block_table:  # else preempted a moment ago
                 self._continue(request, draft)
 
     def _continue(self, request: Request, draft: PlanDraft) -> None:
@@ -85,6 +90,21 @@ class Planner:
         if num_new_tokens and self._make_room(missing, request, draft):
             request.block_table += self._pool.allocate(missing, Owner.RUNNING)
             draft.add(request, num_new_tokens)
+
+    def _continue_beams(self, request: Request, group: BeamGroup, draft: PlanDraft) -> None:
+        """Schedule all beams or none."""
+        if draft.budget < len(group.search.running):
+            return
+        if not self._make_room(self._beams.num_copies(group), request, draft):
+            return
+        self._beams.fork(request)
+        missing = [
+            self._config.num_blocks_for(row.num_tokens) - len(row.block_table) for row in group.rows
+        ]
+        if self._make_room(sum(missing), request, draft):
+            for row, count in zip(group.rows, missing, strict=True):
+                row.block_table += self._pool.allocate(count, Owner.RUNNING)
+                draft.add(row, 1)
 
     def _make_room(self, num_blocks: int, request: Request, draft: PlanDraft) -> bool:
         """Preempt requests newer than `request`, newest first, until `num_blocks` are available."""
@@ -97,7 +117,7 @@ class Planner:
 
     def _preempt(self, victim: Request, draft: PlanDraft) -> None:
         draft.remove_preempted(victim)
-        self._queues.release_blocks(victim, Owner.RUNNING)
+        self._queues.let_go(victim)  # a search begins again, and finds the same
         self._cache.extend(victim.block_hashes, victim.tokens, victim.cache_salt)
         victim.num_computed_tokens = 0
         victim.num_reported_blocks = 0
@@ -112,7 +132,7 @@ class Planner:
         """
         block_size = self._config.block_size
         for request in list(islice(self._queues.waiting, self._queues.max_running)):
-            if not draft.budget or len(self._queues.running) >= self._queues.max_running:
+            if not draft.budget or not self._queues.has_seats_for(request):
                 return
             if not draft.room_for(request):
                 continue
@@ -123,8 +143,8 @@ class Planner:
             if self._is_being_computed(usable, len(matched)):
                 continue
             ahead = [*self._queues.running, *self._queues.adopted]
-            limit = request.max_kv_tokens
-            if not self._admission.fits(request.num_tokens, limit, matched, ahead):
+            known, most = self._admission.known(request), self._admission.most(request)
+            if not self._admission.fits(known, most, matched, ahead):
                 return
             self._queues.waiting.remove(request)
             self._admit(request, matched, draft)

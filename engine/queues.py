@@ -34,7 +34,14 @@ class Queues:
 
     @property
     def num_free_seats(self) -> int:
-        return self.max_running - len(self.running)
+        return self.max_running - self.num_seats_taken
+
+    @property
+    def num_seats_taken(self) -> int:
+        return sum(request.width for request in self.running)
+
+    def has_seats_for(self, request: Request) -> bool:
+        return self.num_seats_taken + request.width <= self.max_running
 
     def abort(self, request_id: str) -> bool:
         """End a request and free what it holds, at the step's commit if it is in one.
@@ -56,7 +63,13 @@ class Queues:
         for queue in (self.running, self.waiting, self.adopted):
             if request in queue:
                 queue.remove(request)
-        self.release_blocks(request, Owner.RUNNING)
+        self.let_go(request)
+
+    def let_go(self, request: Request) -> None:
+        """Release all that it runs on."""
+        for row in request.rows:
+            self.release_blocks(row, Owner.RUNNING)
+        request.beams = None
 
     def release_blocks(self, request: Request, owner: Owner) -> None:
         num_full = request.num_computed_tokens // self._config.block_size
@@ -74,8 +87,9 @@ class Queues:
     def discard(self, request: Request) -> None:
         """End a request whose blocks, its prefix included, may hold what broke its logits."""
         self.aborted_in_step.discard(request.request_id)
-        self._cache.discard(request.block_table)
-        request.num_computed_tokens = 0
+        for row in request.rows:
+            self._cache.discard(row.block_table)
+            row.num_computed_tokens = 0
         self.drop(request)
 
     def end_step(self) -> None:
@@ -99,10 +113,11 @@ class Queues:
         queued = [*self.running, *self.adopted, *self.waiting]
         assert {r.request_id for r in queued} == set(self.requests), "a request is in no queue"
         assert len(queued) == len(self.requests), "a request is in two queues"
-        assert len(self.running) <= self.max_running, "more requests run than have seats"
-        for request in queued:
-            self._check_request(request)
-        running = sum(len(r.block_table) for r in queued)
+        assert self.num_seats_taken <= self.max_running, "more requests run than have seats"
+        rows = [row for request in queued for row in request.rows]
+        for row in rows:
+            self._check_request(row)
+        running = sum(len(row.block_table) for row in rows)
         leased = num_reserved_blocks + sum(len(r.block_table) for r in self.held.values())
         for owner, expected in ((Owner.RUNNING, running), (Owner.LEASED, leased)):
             counted = self._pool.num_references(owner)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.beam_search import BeamSearch
 from engine.grammar_cursor import GrammarCursor
 from wire.types import FinishReason, Pooling, SamplingParams
 
@@ -39,6 +40,26 @@ class Request:
     finish_reason: FinishReason | None = None
     pooling: Pooling | None = None  # prefill-only: end with an embedding instead of a token
     pooled: Any = None  # the sum of its hidden states so far; see engine/pooling.py
+    num_continuations: int = 0  # best next tokens that its beam search is told of each beam
+    beams: BeamGroup | None = None  # its search, once its prompt is computed; see engine/beams.py
+    beam_of: Request | None = None  # it is one row of that request's search, in no queue
+    copied_block: tuple[int, int] | None = None  # the content of the first is to be in the second
+
+    @property
+    def owner(self) -> Request:
+        """What others know: the request itself, or the one whose beam it is."""
+        return self.beam_of or self
+
+    @property
+    def rows(self) -> list[Request]:
+        """What holds its blocks: it, or the beams of its search."""
+        return [self] if self.beams is None else self.beams.rows
+
+    @property
+    def width(self) -> int:
+        """Rows of a step that it comes to need, which is also how many seats it takes."""
+        beam = self.sampling.beam
+        return 1 if beam is None or self.prefill_only else beam.width
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +85,11 @@ class Request:
         return self.num_tokens if self.prefill_only else self.token_limit - 1
 
     @property
+    def num_top_logprobs(self) -> int | None:
+        """How many alternatives go with each new token; None: its logprob is not wanted."""
+        return self.num_continuations or self.sampling.logprobs
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Logits are needed at every position of the prompt."""
         asks = self.sampling.prompt_logprobs is not None
@@ -83,3 +109,17 @@ class Request:
         assert 0 <= self.num_cached_tokens <= self.num_tokens
         assert 0 <= self.num_computed_tokens <= self.num_tokens
         assert self.num_prompt_tokens <= self.num_tokens <= self.max_num_tokens
+
+
+@dataclass(slots=True, eq=False)
+class BeamGroup:
+    """A request's beam search and the rows that compute it; they live and end together.
+
+    Args:
+        parents: a fork that is still to be made: for each beam of the search, the row that it
+            continues. None: `rows` are the search's beams.
+    """
+
+    search: BeamSearch
+    rows: list[Request]
+    parents: list[int] | None

@@ -94,6 +94,7 @@ class ModelRunner:
     ) -> Tensor:
         """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
         with self._spans("batch"):
+            self._store.copy_blocks(plan.copied_blocks)
             flat = flatten(plan, self._store.layout.block_size)
             replay = None
             if self.graphs is not None and on_layers is None and on_hidden is None:

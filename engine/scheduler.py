@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 from engine.admission import Admission
+from engine.beams import Beams
 from engine.block_pool import BlockPool, Owner
 from engine.committing import NO_EMBEDDINGS, NO_LOGPROBS, Committer
 from engine.config import EngineConfig
@@ -46,15 +47,17 @@ class Scheduler:
         self._queues = Queues(config, pool, cache)
         self._reservations = Reservations(pool, cache, config.block_size)
         self._admission = Admission(config, pool, self._reservations)
-        self._planner = Planner(config, pool, cache, self._queues, self._admission)
-        self._committer = Committer(config, pool, cache, self._queues, eos_token_ids)
+        self._beams = Beams(config, pool, self._queues, eos_token_ids)
+        self._planner = Planner(config, pool, cache, self._queues, self._admission, self._beams)
+        self._committer = Committer(config, pool, cache, self._queues, self._beams, eos_token_ids)
 
     # ------------------------------------------------------------ requests come and go
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it makes no sense, CapacityError if it finds no room."""
         self._check_new(request)
-        self._admission.check_fits_pool(request.max_kv_tokens)
+        self._beams.prepare(request)
+        self._admission.check_fits_pool(self._admission.most(request))
         if len(self._queues.waiting) >= self._config.max_num_waiting:
             raise CapacityError(f"{len(self._queues.waiting)} requests are waiting")
         if not request.block_hashes:
@@ -87,22 +90,27 @@ class Scheduler:
     # ------------------------------------------------------------ reservations
 
     def reserve(
-        self, tokens: Sequence[int], max_num_tokens: int, hashes: list[bytes]
+        self, tokens: Sequence[int], max_num_tokens: int, hashes: list[bytes], width: int = 1
     ) -> Reservation:
-        """Hold blocks for `tokens`, whose KV will be received; raises CapacityError."""
-        max_kv_tokens = max(max_num_tokens - 1, len(tokens))
-        self._admission.check_fits_pool(max_kv_tokens)
+        """Hold blocks for `tokens`, whose KV will be received; raises CapacityError.
+
+        What `width` beams may grow by is promised with them.
+        """
+        most, known = (
+            self._config.num_blocks_for_beams(len(tokens), num_tokens, width)
+            for num_tokens in (max(max_num_tokens - 1, len(tokens)), len(tokens) + (width > 1))
+        )
+        self._admission.check_fits_pool(most)
         matched = self._cache.match(hashes)
         preempted = (r for r in self._queues.waiting if r.num_preemptions)
         ahead = [*self._queues.running, *self._queues.adopted, *preempted]
-        if not self._admission.fits(len(tokens), max_kv_tokens, matched, ahead):
+        if not self._admission.fits(known, most, matched, ahead):
             raise CapacityError(
                 f"no room for {len(tokens)} tokens that may become {max_num_tokens}: "
                 f"{self._pool.num_available} blocks available, "
                 f"{self._admission.promised(ahead)} promised"
             )
-        max_blocks = self._config.num_blocks_for(max_kv_tokens)
-        return self._reservations.open(tokens, hashes, matched, max_blocks)
+        return self._reservations.open(tokens, hashes, matched, most)
 
     def rebind(
         self, reservation_id: int, tokens: Sequence[int], hashes: list[bytes]
@@ -118,9 +126,10 @@ class Scheduler:
             raise CapacityError("transfers may still write too many of the reserved blocks")
         return self._reservations.rebind(reservation_id, tokens, hashes, matched)
 
-    def adopt(self, reservation_id: int, request: Request) -> None:
+    def adopt(self, reservation_id: int, request: Request, row: bytes = b"") -> None:
         """Run `request` on a reservation's blocks, all received, as soon as there is a seat.
 
+        A beam search needs the `row` of logprobs of its prompt's end, and is not over with it.
         Raises KeyError for an unknown reservation and ValueError where request and reservation
         differ; then the reservation stays.
         """
@@ -129,9 +138,11 @@ class Scheduler:
         num_reserved = len(reserved.tokens)
         if request.tokens[:num_reserved] != list(reserved.tokens):
             raise ValueError(f"request {request.request_id} has other tokens than were reserved")
-        if request.num_tokens == num_reserved or request.prefill_only:
+        started = row if request.sampling.beam else request.num_tokens > num_reserved
+        if not started or request.prefill_only:
             raise ValueError(f"request {request.request_id} has no token to start decoding from")
-        if self._config.num_blocks_for(request.max_kv_tokens) > reserved.max_blocks:
+        self._beams.prepare(request)
+        if self._admission.most(request) > reserved.max_blocks:
             raise ValueError(f"request {request.request_id} may outgrow its reservation")
         self._reservations.adopt(reservation_id)
         request.block_table = reserved.block_ids
@@ -139,6 +150,9 @@ class Scheduler:
         request.num_computed_tokens = request.num_cached_tokens = num_reserved
         self._queues.requests[request.request_id] = request
         self._queues.adopted.append(request)
+        if row:
+            ended = self._beams.begin(request, row)
+            assert not ended, "nothing was left to search for"
 
     def cancel_reservation(self, reservation_id: int) -> bool:
         """Free a reservation's blocks (quarantined while a transfer may write them)."""
@@ -150,7 +164,11 @@ class Scheduler:
         """Requests of which the next step would compute the last token, and no more."""
         seated = islice(self._queues.adopted, self._queues.num_free_seats)
         running = (*self._queues.running, *seated)
-        return [r for r in running if r.num_behind == 1 and not r.prefill_only]
+        return [
+            r
+            for r in running
+            if r.num_behind == 1 and not r.prefill_only and r.sampling.beam is None
+        ]
 
     def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
         """What the next forward pass computes; see Planner.plan."""

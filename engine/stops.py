@@ -6,6 +6,12 @@ from engine.request import Request
 from wire.types import FinishReason, SamplingParams
 
 
+def end_tokens(sampling: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """All tokens that end a request without a grammar."""
+    stops = frozenset(sampling.stop_token_ids)
+    return stops if sampling.ignore_eos else stops | eos_token_ids
+
+
 def ends_request(token: int, sampling: SamplingParams, eos_token_ids: frozenset[int]) -> bool:
     """Whether sampling `token` stops the request."""
     if token in sampling.stop_token_ids:

@@ -33,8 +33,8 @@ class NodeStats:
         self.preemptions += result.num_preempted
         self.corrupted += len(result.corrupted)
         for progress in result.progress:
-            self.output_tokens += len(progress.new_tokens)
-            self.unfinished_chunks += not progress.new_tokens
+            self.output_tokens += len(progress.new_tokens) + progress.num_beams
+            self.unfinished_chunks += not progress.new_tokens and not progress.num_beams
 
     def count_lookup(self, num_tokens: int, num_found: int) -> None:
         """A prompt was looked up in the prefix cache."""

@@ -74,7 +74,7 @@ MAX_BEAM_WIDTH = 32
 class BeamParams:
     """The choices of one request are searched for together, and none is drawn."""
 
-    width: Annotated[int, Field(strict=True, ge=1, le=MAX_BEAM_WIDTH)]
+    width: Annotated[int, Field(strict=True, ge=1, lt=MAX_BEAM_WIDTH + 1)]
     length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
 
@@ -84,7 +84,7 @@ class Hypothesis:
     """One result of a beam search."""
 
     tokens: TokenIds  # output tokens, the one that ended it included
-    score: Annotated[float, Field(allow_inf_nan=False)]
+    score: Annotated[float, Field(ge=-1e300, le=0)]
     finish: FinishReason
 
 

@@ -56,6 +56,8 @@ class HashRunner:
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
+        for source, target in plan.copied_blocks:
+            self.copy(source, target)
         needed = [state for item in plan.scheduled for state in self._compute(item)]
         if on_hidden is not None:
             on_hidden(self._hidden(plan))
@@ -82,6 +84,9 @@ class HashRunner:
             assert held == states[position], f"{request.request_id} reads a wrong slot {position}"
         self.write(request.block_table, states, item.start)
         return states[item.end - item.num_logits :]
+
+    def copy(self, source: int, target: int) -> None:
+        self._kv[target] = list(self._kv[source])
 
     def read(self, block_id: int, position: int) -> int:
         return self._kv[block_id][position % self._block_size]

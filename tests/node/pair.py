@@ -79,6 +79,9 @@ class StoreRunner(HashRunner):
         self._written.clear()
         return super().run(plan, layer_done, on_hidden)
 
+    def copy(self, source: int, target: int) -> None:
+        self._slots[target] = self._slots[source]
+
     def read(self, block_id: int, position: int) -> int:
         states = set(self._slots[block_id, :, position % self._block_size].tolist())
         assert len(states) == 1, f"layers of block {block_id} differ: {states}"

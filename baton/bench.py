@@ -1,9 +1,12 @@
-"""`baton bench`: any server over HTTP (tuner.bench), or `baton bench engine`: the engine alone."""
+"""`baton bench`: any server over HTTP (tuner.bench), `baton bench engine`: the engine alone, and
+`baton bench report`: plots of what was measured.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,11 +21,26 @@ def main(argv: Sequence[str]) -> int:
         return bench_engine.run(parser.parse_args(argv[1:]))
     from tuner import bench
 
+    if argv[:1] == ["report"]:
+        return _report(argv[1:])
     parser = argparse.ArgumentParser(
         prog="baton bench",
         description="measure any OpenAI-compatible server",
-        epilog="`baton bench engine --help`: the engine of this machine alone, without a network",
+        epilog="`baton bench engine --help`: the engine of this machine alone, without a network\n"
+        "`baton bench report --help`: plots of one or several JSON files in one HTML file",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_arguments(parser)
     return bench.run(parser.parse_args(argv))
+
+
+def _report(argv: Sequence[str]) -> int:
+    from tuner.bench import run_report
+
+    parser = argparse.ArgumentParser(
+        prog="baton bench report", description="draw results of `baton bench --json` into one file"
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="runs or sweeps")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+    args = parser.parse_args(argv)
+    return run_report(args.results, args.output)

@@ -1,6 +1,7 @@
 """`baton bench`: load on any OpenAI-compatible endpoint, and a report of what its clients saw.
 
-settings → workload (what, when) → drive (closed or open loop) → client (one request) → report
+settings → workload or trace (what, when) → drive (closed or open loop) → client (one request)
+         → report → results (JSON) → html_report
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -26,61 +27,107 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from tuner.arrivals import arrival_offsets
 from tuner.client import make_session, resolve_model, send
-from tuner.drive import Done, Limits, closed_loop, open_loop
+from tuner.drive import Done, closed_loop, open_loop
+from tuner.flags import add_arguments
+from tuner.goodput import Slo, attainment
+from tuner.html_report import html_report
+from tuner.plots import require_matplotlib
 from tuner.record import RequestRecord
-from tuner.report import Report, build_report, latency_table, overview_lines, to_json
-from tuner.settings import BenchSettings, add_arguments, settings_from
+from tuner.report import Report, build_report, latency_table, overview_lines
+from tuner.results import Json, read_results, result_json, sweep_json
+from tuner.settings import BenchSettings, settings_from
+from tuner.watch import watching
 from tuner.workload import RequestSpec, Workload, requests
 from wire.errors import ConfigError
 
-__all__ = ["add_arguments", "measure", "run"]
+__all__ = ["add_arguments", "measure", "run", "run_report"]
+
+
+@dataclass(slots=True)
+class Run:
+    """One load as far as it has come, so that Ctrl-C loses nothing."""
+
+    settings: BenchSettings
+    records: list[RequestRecord] = field(default_factory=list)
+    fleet: list[Json] = field(default_factory=list)
+
+    def as_json(self) -> Json:
+        settings = self.settings
+        return result_json(self.records, settings.as_json(), settings.slo, self.fleet)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if any request completed, 1 if none did, 130 after Ctrl-C."""
     try:
         settings = settings_from(args)
+        if settings.html_path is not None:
+            require_matplotlib()
+        if settings.trace is not None and settings.trace.num_skipped:
+            print(settings.trace.skipped_text(), file=sys.stderr)
         return _run(settings)
     except ConfigError as error:
         print(f"baton bench: {error}", file=sys.stderr)
         return 1
 
 
-def _run(settings: BenchSettings) -> int:
-    records: list[RequestRecord] = []
+def run_report(paths: Sequence[Path], output: Path) -> int:
+    """`baton bench report`: the plots of several result files in one HTML file."""
     try:
-        settings = asyncio.run(measure(settings, records))
+        require_matplotlib()
+        _write(output, html_report({path.stem: read_results(path) for path in paths}))
+    except ConfigError as error:
+        print(f"baton bench report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(settings: BenchSettings) -> int:
+    rates = settings.sweep or (settings.rate,)
+    runs: list[Run] = []
+    try:
+        for rate in rates:
+            runs.append(Run(replace(settings, rate=rate)))
+            asyncio.run(measure(runs[-1]))
+            if len(rates) > 1:
+                _console(settings).print(f"{rate:g} requests per second", style="bold")
+            _print(runs[-1])
     except KeyboardInterrupt:
         print("interrupted; what was measured until then:", file=sys.stderr)
-        _publish(build_report(records), settings)
+        _print(runs[-1])
+        _publish(runs)
         return 130
-    report = build_report(records)
-    _publish(report, settings)
-    return 0 if report.num_completed else 1
+    _publish(runs)
+    return 0 if any(record.error is None for run in runs for record in run.records) else 1
 
 
-async def measure(settings: BenchSettings, records: list[RequestRecord]) -> BenchSettings:
-    """Put the load on; `records` grows as requests end, so that it survives Ctrl-C.
-
-    Returns the settings with the model that was asked in the end.
+async def measure(run: Run) -> None:
+    """Put the load on; `run` grows as requests end, and gets the model that was asked in the end.
 
     Raises:
         ConfigError: nothing answers there, or it does not serve the model.
     """
-    async with make_session(settings.target) as session:
-        target = await resolve_model(session, settings.target)
-        settings = replace(settings, target=target)
+    async with make_session(run.settings.target) as session:
+        target = await resolve_model(session, run.settings.target)
+        run.settings = settings = replace(run.settings, target=target)
         await _warm_up(session, settings)
-        with _progress(settings.limits) as advance:
+        async with watching(session, target.url, time.perf_counter) as fleet:
+            run.fleet = fleet
+            with _progress(_num_expected(settings)) as advance:
 
-            def done(record: RequestRecord) -> None:
-                records.append(record)
-                advance(record)
+                def done(record: RequestRecord) -> None:
+                    run.records.append(record)
+                    advance(record)
 
-            await _drive(session, settings, done)
-    return settings
+                await _drive(session, settings, done)
+
+
+def _num_expected(settings: BenchSettings) -> int | None:
+    """Requests that will be sent, as far as that is known before."""
+    limit, trace = settings.limits.num_requests, settings.trace
+    if trace is None:
+        return limit
+    return len(trace.requests) if limit is None else min(limit, len(trace.requests))
 
 
 async def _warm_up(session: aiohttp.ClientSession, settings: BenchSettings) -> None:
@@ -98,17 +145,16 @@ async def _drive(session: aiohttp.ClientSession, settings: BenchSettings, done: 
     async def send_one(spec: RequestSpec, due: float) -> RequestRecord:
         return await send(session, settings.target, spec, due, clock)
 
-    specs = settings.limits.take(requests(settings.workload), clock)
-    if settings.rate is None:
-        await closed_loop(specs, settings.concurrency, send_one, done, clock)
-    else:
-        offsets = arrival_offsets(settings.rate, settings.arrival, settings.workload.seed)
-        offsets = settings.limits.within(offsets)
+    specs = settings.limits.take(settings.specs(), clock)
+    if settings.is_open_loop:
+        offsets = settings.limits.within(settings.offsets())
         await open_loop(specs, offsets, settings.concurrency, send_one, done, clock)
+    else:
+        await closed_loop(specs, settings.concurrency, send_one, done, clock)
 
 
 @contextmanager
-def _progress(limits: Limits) -> Iterator[Callable[[RequestRecord], None]]:
+def _progress(total: int | None) -> Iterator[Callable[[RequestRecord], None]]:
     """A progress bar on stderr if that is a terminal; gives the function that advances it."""
     console = Console(stderr=True)
     columns = (
@@ -120,7 +166,7 @@ def _progress(limits: Limits) -> Iterator[Callable[[RequestRecord], None]]:
     )
     num_failed = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=limits.num_requests, failed=0)
+        task = progress.add_task("", total=total, failed=0)
 
         def advance(record: RequestRecord) -> None:
             nonlocal num_failed
@@ -130,19 +176,45 @@ def _progress(limits: Limits) -> Iterator[Callable[[RequestRecord], None]]:
         yield advance
 
 
-def _publish(report: Report, settings: BenchSettings) -> None:
-    """Counts and table on stdout, or on stderr where stdout takes the JSON."""
-    to_stdout = settings.json_path == Path("-")
-    console = Console(stderr=to_stdout, highlight=False)
+def _console(settings: BenchSettings) -> Console:
+    """Stdout, or stderr where stdout takes the JSON."""
+    return Console(stderr=settings.json_path == Path("-"), highlight=False)
+
+
+def _print(run: Run) -> None:
+    """Counts and table."""
+    console, report = _console(run.settings), build_report(run.records)
     console.print("\n".join(overview_lines(report)), soft_wrap=True, markup=False)
     console.print(latency_table(report))
-    if settings.json_path is None:
-        return
-    text = json.dumps(to_json(report, settings.as_json()), indent=2) + "\n"
-    if to_stdout:
-        sys.stdout.write(text)
-    else:
-        _write(settings.json_path, text)
+    if run.settings.slo is not None:
+        console.print(_goodput_line(run.records, report, run.settings.slo), soft_wrap=True)
+
+
+def _goodput_line(records: list[RequestRecord], report: Report, slo: Slo) -> str:
+    good = attainment(records, slo)
+    rate = good.good * len(records) / report.duration_s if report.duration_s else 0.0
+    return (
+        f"goodput    {rate:.2f} per second: {good.good:.1%} of all requests within "
+        f"{1e3 * slo.ttft_s:g} ms TTFT ({good.ttft:.1%}) and {1e3 * slo.tpot_s:g} ms TPOT "
+        f"({good.tpot:.1%})"
+    )
+
+
+def _publish(runs: list[Run]) -> None:
+    """The files that were asked for."""
+    settings = runs[0].settings
+    results = [run.as_json() for run in runs]
+    if settings.json_path is not None:
+        whole = sweep_json(results) if settings.sweep else results[0]
+        text = json.dumps(whole, indent=2) + "\n"
+        if settings.json_path == Path("-"):
+            sys.stdout.write(text)
+        else:
+            _write(settings.json_path, text)
+    if settings.html_path is not None:
+        rates = [f"{run.settings.rate:g}/s" if settings.sweep else "run" for run in runs]
+        named = list(zip(rates, results, strict=True))
+        _write(settings.html_path, html_report({"sweep" if settings.sweep else "run": named}))
 
 
 def _write(path: Path, text: str) -> None:

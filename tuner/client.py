@@ -11,7 +11,13 @@ from typing import Any
 
 import aiohttp
 
-from tuner.record import ProtocolError, RequestRecord, StreamReader, error_text
+from tuner.record import (
+    ProtocolError,
+    RequestRecord,
+    StreamReader,
+    error_text,
+    server_phases,
+)
 from tuner.workload import RequestSpec
 from wire.errors import ConfigError
 
@@ -81,6 +87,7 @@ async def send(
         output_tokens=reader.output_tokens,
         error=kind,
         message=message,
+        phases=reader.phases,
     )
     if record.prompt_tokens or not isinstance(spec.prompt, tuple):
         return record
@@ -99,6 +106,7 @@ async def _exchange(
         async with session.post(target.url + target.endpoint.route, json=body) as response:
             if response.status != 200:
                 return f"http_{response.status}", await _refusal(response)
+            reader.phases = server_phases(response.headers.get("Server-Timing", ""))
             async for data in response.content.iter_any():
                 reader.feed(data, clock())
         reader.close()

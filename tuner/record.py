@@ -32,6 +32,7 @@ class RequestRecord:
     output_tokens: int = 0
     error: str | None = None  # a kind, see `docs/bench.md`
     message: str = ""
+    phases: Mapping[str, float] = field(default_factory=dict)  # of the TTFT in ms, as told by it
 
     @property
     def ttft(self) -> float | None:
@@ -70,6 +71,7 @@ class StreamReader:
     usage_tokens: int | None = None
     finished: bool = False  # a finish reason was seen
     done: bool = False  # "[DONE]" was seen
+    phases: dict[str, float] = field(default_factory=dict)  # see RequestRecord
     _sse: SseParser = field(default_factory=SseParser)
 
     @property
@@ -117,6 +119,22 @@ class StreamReader:
             return
         self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
         self.usage_tokens = int(usage.get("completion_tokens") or 0)
+
+
+def server_phases(header: str) -> dict[str, float]:
+    """Milliseconds by name of a `Server-Timing` header, up to its `ttft`; none without one.
+
+    What is no number, or without a duration, is passed over: the header is the server's to shape.
+    """
+    names, found = header.partition("ttft;")[::2]
+    entries = (entry.strip().partition(";dur=") for entry in names.split(",") if found)
+    phases: dict[str, float] = {}
+    for name, _, text in entries:
+        try:
+            phases[name] = phases.get(name, 0.0) + float(text)
+        except ValueError:
+            continue
+    return phases
 
 
 def _has_output(choice: Mapping[str, Any]) -> bool:

@@ -1,21 +1,22 @@
-"""The flags of `baton bench`, and what they mean together."""
+"""What one run of `baton bench` is: its flags (`tuner.flags`), decided."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.arrivals import Arrival
+from tuner.arrivals import PLAIN_SHAPE, Arrival, ArrivalShape, arrival_offsets
 from tuner.client import Endpoint, Target
 from tuner.drive import Limits
-from tuner.workload import PromptKind, Span, Workload
+from tuner.flags import DEFAULT_CONCURRENCY, DEFAULT_NUM_REQUESTS, MAX_IN_FLIGHT
+from tuner.goodput import Slo
+from tuner.trace import Trace, limit_lengths, scale_lengths, scale_rate
+from tuner.trace_files import TraceFormat, read_trace
+from tuner.workload import PromptKind, RequestSpec, Workload, requests, trace_requests
 from wire.errors import ConfigError
-
-DEFAULT_NUM_REQUESTS = 100
-DEFAULT_CONCURRENCY = 8
-MAX_IN_FLIGHT = 1000  # with --rate and no --concurrency
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,129 +27,50 @@ class BenchSettings:
     workload: Workload
     limits: Limits
     concurrency: int
-    rate: float | None  # requests per second; None: closed loop
+    rate: float | None  # requests per second; None: a trace's own, else a closed loop
     arrival: Arrival
     warmup: int
-    json_path: Path | None
+    json_path: Path | None = None
+    html_path: Path | None = None
+    shape: ArrivalShape = PLAIN_SHAPE
+    slo: Slo | None = None
+    trace: Trace | None = field(default=None, repr=False)
+    sweep: tuple[float, ...] = ()  # rates to run one after the other
+
+    @property
+    def is_open_loop(self) -> bool:
+        return self.rate is not None or self._keeps_times
+
+    @property
+    def _keeps_times(self) -> bool:
+        """Whether requests are sent when the trace says."""
+        return self.trace is not None and self.trace.timed and self.rate is None
+
+    def specs(self) -> Iterator[RequestSpec]:
+        """What to send, in order; endless without a trace."""
+        if self.trace is None:
+            return requests(self.workload)
+        return trace_requests(self.trace, self.workload)
+
+    def offsets(self) -> Iterator[float]:
+        """When to send it, in seconds from the start."""
+        if self._keeps_times:
+            assert self.trace is not None
+            return (request.at for request in self.trace.requests)
+        assert self.rate is not None
+        return arrival_offsets(self.rate, self.arrival, self.workload.seed, self.shape)
 
     def as_json(self) -> dict[str, Any]:
         """All settings but the secret ones (headers carry keys)."""
-        settings = asdict(self)
-        del settings["json_path"], settings["target"]["headers"]
+        settings = asdict(replace(self, trace=None))
+        for name in ("json_path", "html_path", "trace", "sweep"):
+            del settings[name]
+        del settings["target"]["headers"]
         for name in ("input_len", "output_len", "token_ids"):
             settings["workload"][name] = str(getattr(self.workload, name))
+        if self.trace is not None:
+            settings["trace"] = {"name": self.trace.name, "requests": len(self.trace.requests)}
         return settings
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `baton bench`."""
-    _add_target_arguments(parser.add_argument_group("what to ask"))
-    _add_request_arguments(parser.add_argument_group("requests"))
-    _add_load_arguments(parser.add_argument_group("load"))
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the report as JSON ('-': to stdout)"
-    )
-
-
-def _add_target_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="endpoint (%(default)s)")
-    add("--model", help="model name (the first one that the endpoint lists)")
-    add(
-        "--endpoint",
-        choices=[endpoint.value for endpoint in Endpoint],
-        default=Endpoint.COMPLETIONS.value,
-        help="route to use (%(default)s)",
-    )
-    add("--api-key", help="sent as a bearer token")
-    add("--header", action="append", default=[], metavar="NAME:VALUE", help="another HTTP header")
-    add(
-        "--timeout",
-        type=_positive,
-        default=600.0,
-        metavar="S",
-        help="seconds after which a request counts as failed (%(default)g)",
-    )
-
-
-def _add_request_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--input-len",
-        type=_span,
-        default="128",
-        metavar="N|LO:HI",
-        help="prompt length in tokens, or in words (%(default)s)",
-    )
-    add(
-        "--output-len",
-        type=_span,
-        default="64",
-        metavar="N|LO:HI",
-        help="tokens to generate at most (%(default)s)",
-    )
-    add("--ignore-eos", action="store_true", help="ask for exactly --output-len tokens")
-    add(
-        "--prompt-kind",
-        choices=[kind.value for kind in PromptKind],
-        help="random token ids or random words (tokens; words for chat)",
-    )
-    add(
-        "--token-ids",
-        type=_span,
-        default="10:1000",
-        metavar="LO:HI",
-        help="range that random token ids are drawn from (%(default)s)",
-    )
-    add("--temperature", type=float, default=0.0, help="(%(default)g)")
-    add("--seed", type=int, default=0, help="of prompts and arrival times (%(default)s)")
-
-
-def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--num-requests",
-        type=_count,
-        metavar="N",
-        help=f"requests to send ({DEFAULT_NUM_REQUESTS}, or as many as fit in --duration)",
-    )
-    add("--duration", type=_positive, metavar="S", help="seconds to send for")
-    add(
-        "--concurrency",
-        type=_count,
-        metavar="N",
-        help=f"requests in flight ({DEFAULT_CONCURRENCY}); with --rate an upper limit only "
-        f"({MAX_IN_FLIGHT})",
-    )
-    add("--rate", type=_positive, metavar="R", help="send R requests per second")
-    add(
-        "--arrival",
-        choices=[arrival.value for arrival in Arrival],
-        default=Arrival.FIXED.value,
-        help="times between requests with --rate (%(default)s)",
-    )
-    add("--warmup", type=int, default=0, metavar="N", help="requests sent before (%(default)s)")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _span(text: str) -> Span:
-    try:
-        return Span.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def settings_from(args: argparse.Namespace) -> BenchSettings:
@@ -157,7 +79,9 @@ def settings_from(args: argparse.Namespace) -> BenchSettings:
     Raises:
         ConfigError: they contradict each other.
     """
-    default_concurrency = DEFAULT_CONCURRENCY if args.rate is None else MAX_IN_FLIGHT
+    trace = None if args.trace is None else _trace(args)
+    is_closed = args.rate is None and not args.sweep and (trace is None or not trace.timed)
+    default_concurrency = DEFAULT_CONCURRENCY if is_closed else MAX_IN_FLIGHT
     return BenchSettings(
         target=_target(args),
         workload=_workload(args),
@@ -167,6 +91,11 @@ def settings_from(args: argparse.Namespace) -> BenchSettings:
         arrival=Arrival(args.arrival),
         warmup=args.warmup,
         json_path=args.json,
+        html_path=args.html,
+        shape=_shape(args),
+        slo=_slo(args),
+        trace=trace,
+        sweep=_sweep(args),
     )
 
 
@@ -201,7 +130,38 @@ def _workload(args: argparse.Namespace) -> Workload:
     return Workload(args.input_len, args.output_len, kind, args.token_ids, args.seed)
 
 
+def _shape(args: argparse.Namespace) -> ArrivalShape:
+    try:
+        return ArrivalShape(args.burstiness, args.period, args.on_share, args.swing)
+    except ValueError as error:
+        raise ConfigError(f"--arrival: {error}") from error
+
+
+def _slo(args: argparse.Namespace) -> Slo | None:
+    if (args.ttft is None) != (args.tpot is None):
+        raise ConfigError("--ttft and --tpot make sense only together")
+    return None if args.ttft is None else Slo(args.ttft / 1e3, args.tpot / 1e3)
+
+
+def _sweep(args: argparse.Namespace) -> tuple[float, ...]:
+    if args.sweep and args.rate is not None:
+        raise ConfigError("give either --rate or --sweep")
+    return tuple(sorted(set(args.sweep)))
+
+
+def _trace(args: argparse.Namespace) -> Trace:
+    """The recorded load as it is to be sent. Raises ConfigError."""
+    form = None if args.trace_format is None else TraceFormat(args.trace_format)
+    trace = scale_lengths(read_trace(args.trace, form), args.length_scale)
+    trace = scale_rate(trace, args.rate_scale)
+    if args.max_model_len is not None:
+        trace, _ = limit_lengths(trace, args.max_model_len)
+    if not trace.requests:
+        raise ConfigError(f"no request of {args.trace} fits in --max-model-len")
+    return trace
+
+
 def _limits(args: argparse.Namespace) -> Limits:
     if args.num_requests is None and args.duration is None:
-        return Limits(DEFAULT_NUM_REQUESTS, None)
+        return Limits(DEFAULT_NUM_REQUESTS if args.trace is None else None, None)
     return Limits(args.num_requests, args.duration)

@@ -1,0 +1,216 @@
+"""The flags of `baton bench`; `tuner.settings` says what they mean together."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tuner.arrivals import PLAIN_SHAPE, Arrival
+from tuner.client import Endpoint
+from tuner.trace_files import TraceFormat
+from tuner.workload import PromptKind, Span
+
+DEFAULT_NUM_REQUESTS = 100
+DEFAULT_CONCURRENCY = 8
+MAX_IN_FLIGHT = 1000  # with --rate and no --concurrency
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `baton bench`."""
+    _add_target_arguments(parser.add_argument_group("what to ask"))
+    _add_request_arguments(parser.add_argument_group("requests"))
+    _add_load_arguments(parser.add_argument_group("load"))
+    _add_trace_arguments(parser.add_argument_group("recorded load"))
+    _add_report_arguments(parser.add_argument_group("report"))
+
+
+def _add_target_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="endpoint (%(default)s)")
+    add("--model", help="model name (the first one that the endpoint lists)")
+    add(
+        "--endpoint",
+        choices=[endpoint.value for endpoint in Endpoint],
+        default=Endpoint.COMPLETIONS.value,
+        help="route to use (%(default)s)",
+    )
+    add("--api-key", help="sent as a bearer token")
+    add("--header", action="append", default=[], metavar="NAME:VALUE", help="another HTTP header")
+    add(
+        "--timeout",
+        type=_positive,
+        default=600.0,
+        metavar="S",
+        help="seconds after which a request counts as failed (%(default)g)",
+    )
+
+
+def _add_request_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--input-len",
+        type=_span,
+        default="128",
+        metavar="N|LO:HI",
+        help="prompt length in tokens, or in words (%(default)s)",
+    )
+    add(
+        "--output-len",
+        type=_span,
+        default="64",
+        metavar="N|LO:HI",
+        help="tokens to generate at most (%(default)s)",
+    )
+    add("--ignore-eos", action="store_true", help="ask for exactly --output-len tokens")
+    add(
+        "--prompt-kind",
+        choices=[kind.value for kind in PromptKind],
+        help="random token ids or random words (tokens; words for chat)",
+    )
+    add(
+        "--token-ids",
+        type=_span,
+        default="10:1000",
+        metavar="LO:HI",
+        help="range that random token ids are drawn from (%(default)s)",
+    )
+    add("--temperature", type=float, default=0.0, help="(%(default)g)")
+    add("--seed", type=int, default=0, help="of prompts and arrival times (%(default)s)")
+
+
+def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--num-requests",
+        type=_count,
+        metavar="N",
+        help=f"requests to send ({DEFAULT_NUM_REQUESTS}, or as many as fit in --duration)",
+    )
+    add("--duration", type=_positive, metavar="S", help="seconds to send for")
+    add(
+        "--concurrency",
+        type=_count,
+        metavar="N",
+        help=f"requests in flight ({DEFAULT_CONCURRENCY}); with --rate an upper limit only "
+        f"({MAX_IN_FLIGHT})",
+    )
+    add("--rate", type=_positive, metavar="R", help="send R requests per second")
+    add(
+        "--arrival",
+        choices=[arrival.value for arrival in Arrival],
+        default=Arrival.FIXED.value,
+        help="times between requests with --rate (%(default)s)",
+    )
+    add(
+        "--sweep",
+        type=_positive,
+        nargs="+",
+        default=(),
+        metavar="R",
+        help="run once at each of these rates, with the same requests",
+    )
+    shape = PLAIN_SHAPE
+    add(
+        "--burstiness",
+        type=float,
+        default=shape.burstiness,
+        metavar="B",
+        help="of gamma: 1 is Poisson, below it requests come in clumps (%(default)g)",
+    )
+    add(
+        "--period",
+        type=float,
+        default=shape.period_s,
+        metavar="S",
+        help="of onoff and diurnal (%(default)g)",
+    )
+    add(
+        "--on-share",
+        type=float,
+        default=shape.on_share,
+        metavar="X",
+        help="of onoff: which part of a period has load (%(default)g)",
+    )
+    add(
+        "--swing",
+        type=float,
+        default=shape.swing,
+        metavar="X",
+        help="of diurnal: how far the rate leaves its mean, 0 to 1 (%(default)g)",
+    )
+    add("--warmup", type=int, default=0, metavar="N", help="requests sent before (%(default)s)")
+
+
+def _add_trace_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="replay Mooncake JSONL, Azure or BurstGPT CSV, or a file of prompts; at its own times "
+        "unless --rate or --sweep is given",
+    )
+    add(
+        "--trace-format",
+        choices=[form.value for form in TraceFormat],
+        help="(told by its first line)",
+    )
+    add(
+        "--rate-scale",
+        type=_positive,
+        default=1.0,
+        metavar="F",
+        help="requests per second of the trace times this (%(default)g)",
+    )
+    add(
+        "--length-scale",
+        type=_positive,
+        default=1.0,
+        metavar="F",
+        help="lengths of the trace times this (%(default)g)",
+    )
+    add(
+        "--max-model-len",
+        type=_count,
+        metavar="N",
+        help="leave requests out that are longer, prompt and output together",
+    )
+
+
+def _add_report_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--ttft",
+        type=_positive,
+        metavar="MS",
+        help="limit of time to first token; with --tpot: report goodput",
+    )
+    add("--tpot", type=_positive, metavar="MS", help="limit of time per further token")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON ('-': to stdout)")
+    add(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write it with plots; `baton bench report` draws several JSON files into one",
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _span(text: str) -> Span:
+    try:
+        return Span.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

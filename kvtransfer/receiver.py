@@ -195,8 +195,7 @@ class KVReceiver:
     def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
         digests: dict[int, bytes | None] = dict.fromkeys(unit.index for unit in landing.units)
         try:
-            if num_bytes == len(landing.view):
-                digests |= self._place(landing)
+            digests |= self._place(landing, num_bytes)
         finally:
             self._memory.end_io(landing.header.handle)
             self._stats.units_received += len(digests)
@@ -207,10 +206,10 @@ class KVReceiver:
             self.table.end_units(landing.lease, digests, self._clock())
             self._settle()
 
-    def _place(self, landing: _BlockLanding) -> dict[int, bytes]:
-        """Finish the write and compute what the bytes are; nothing if the lease has ended."""
+    def _place(self, landing: _BlockLanding, num_bytes: int) -> dict[int, bytes]:
+        """Finish the write and compute what the bytes are; nothing if some are missing."""
         incoming = self._incoming.get(landing.lease.number)
-        if incoming is None:
+        if num_bytes != len(landing.view) or incoming is None:
             return {}
         parts = landing.parts()
         if not landing.in_place:

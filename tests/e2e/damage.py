@@ -61,9 +61,11 @@ def flip_bit(inside: Inside, *, token: int, byte: int, bit: int, times: int) -> 
         data[byte] ^= 1 << bit
         inside.done.append(f"flipped bit {bit} of byte {byte}")
 
-    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
+    def begin(
+        original: Call, receiver: Any, sender: NodeId, header: UnitHeader, num_units: int = 1
+    ) -> Any:
         nonlocal left
-        landing = original(receiver, sender, header)
+        landing = original(receiver, sender, header, num_units)
         if landing is None or not left or not header.token_start <= token < header.token_end:
             return landing
         left -= 1
@@ -249,8 +251,10 @@ def trust_digests(inside: Inside) -> None:
 def trust_lengths(inside: Inside) -> None:
     """Decode node: what arrives is taken for whole."""
 
-    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
-        landing = original(receiver, sender, header)
+    def begin(
+        original: Call, receiver: Any, sender: NodeId, header: UnitHeader, num_units: int = 1
+    ) -> Any:
+        landing = original(receiver, sender, header, num_units)
         return _Long(landing) if landing is not None else None
 
     inside.wrap(KVReceiver, "begin", begin)
@@ -285,8 +289,10 @@ def trust_claims(inside: Inside) -> None:
 def trust_late_units(inside: Inside) -> None:
     """Decode node: a unit is placed where it says, whoever has the block by now."""
 
-    def begin(original: Call, receiver: Any, sender: NodeId, header: UnitHeader) -> Any:
-        landing = original(receiver, sender, header)
+    def begin(
+        original: Call, receiver: Any, sender: NodeId, header: UnitHeader, num_units: int = 1
+    ) -> Any:
+        landing = original(receiver, sender, header, num_units)
         if landing is None:
             inside.done.append(
                 f"placed unit {header.unit} of lease {header.lease}, which had ended"

@@ -106,7 +106,7 @@ POINTS = {
     "commit_answered": ("kvtransfer.handoff", "Handoff", "committed", "before"),
     # decode node
     "granted": ("kvtransfer.receiver", "KVReceiver", "grant", "after"),
-    "unit_landed": ("kvtransfer.lease_table", "LeaseTable", "end_unit", "after"),
+    "unit_landed": ("kvtransfer.lease_table", "LeaseTable", "end_units", "after"),
     "before_verdict": ("kvtransfer.lease_table", "LeaseTable", "commit", "before"),
     "committed": ("engine.engine", "Engine", "adopt", "after"),
     "token": ("decode_node.role", "DecodeRole", "on_step", "after"),

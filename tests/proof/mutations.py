@@ -47,7 +47,9 @@ def _any_sender(table: LeaseTable, number: int, capability: bytes, sender: NodeI
     return lease
 
 
-def _any_handle(table: LeaseTable, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+def _any_handle(
+    table: LeaseTable, header: UnitHeader, sender: NodeId, now: float, num_units: int = 1
+) -> Lease:
     table.expire(now)
     lease = table._claimed(header.lease, header.capability, sender)
     if header.unit not in lease.units or header.unit in lease.landed | dict.fromkeys(lease.landing):
@@ -60,7 +62,9 @@ def _any_generation(pool: BlockPool, handle: BlockHandle) -> _Block:
     return pool._blocks[handle.block_id]
 
 
-def _twice(table: LeaseTable, header: UnitHeader, sender: NodeId, now: float) -> Lease:
+def _twice(
+    table: LeaseTable, header: UnitHeader, sender: NodeId, now: float, num_units: int = 1
+) -> Lease:
     table.expire(now)
     lease = table._claimed(header.lease, header.capability, sender)
     if header.unit not in lease.units or lease.handles[header.unit] != header.handle:
@@ -113,17 +117,22 @@ def _forget(outcomes: Outcomes, request: str, outcome: Outcome) -> None:
     """No tombstones."""
 
 
-def _end_unit_of_any(
-    table: LeaseTable, lease: Lease, index: int, digest: bytes | None, now: float, cause: str = ""
+def _end_units_of_any(
+    table: LeaseTable,
+    lease: Lease,
+    units: dict[int, bytes | None],
+    now: float,
+    cause: str = "",
 ) -> None:
     """Whether the lease still lives is not asked."""
-    lease.landing.discard(index)
-    if digest is None:
+    lease.landing.difference_update(units)
+    landed = {index: digest for index, digest in units.items() if digest is not None}
+    if len(landed) < len(units):
         table._end(lease, LeaseState.REJECTED, cause, now)
     else:
-        lease.landed[index] = digest
+        lease.landed |= landed
         if lease.manifest is not None:
-            table._judge(lease, lease.manifest, {index: digest}, now)
+            table._judge(lease, lease.manifest, landed, now)
 
 
 def _no_sender_io(original: Callable[..., bool]) -> Callable[[BlockPool, BlockHandle], bool]:
@@ -147,9 +156,11 @@ def _hear_everything(inbox: Inbox, data: bytes, routing_id: bytes | None) -> Non
     inbox.on_message(decode(data))
 
 
-def _place_anyway(receiver: KVReceiver, landing: Any, num_bytes: int) -> bytes | None:
+def _place_anyway(receiver: KVReceiver, landing: Any, num_bytes: int) -> dict[int, bytes]:
     incoming = receiver._incoming.get(landing.lease.number)
-    return incoming.sealer.digest(landing.unit, landing.view) if incoming else None
+    if incoming is None:
+        return {}
+    return {unit.index: incoming.sealer.digest(unit, part) for unit, part in landing.parts()}
 
 
 def _sealed_loosely(sealer: UnitSealer, unit: Any, data: bytes | memoryview, *_: Any) -> bytes:
@@ -259,7 +270,7 @@ MUTATIONS = (
     Mutation("tombstones ignored", ROOM, ((LeaseTable, "superseded", _only_live),)),
     Mutation("no tombstones", ROOM, ((Outcomes, "remember", _forget),)),
     Mutation("renewed for ever", TWO, ((LeaseTable, "_renew", _renew_for_ever),)),
-    Mutation("a late landing counts", TWO, ((LeaseTable, "end_unit", _end_unit_of_any),)),
+    Mutation("a late landing counts", TWO, ((LeaseTable, "end_units", _end_units_of_any),)),
     Mutation("both attempts live", TWO, ((LeaseTable, "grant", _no_supersede(LeaseTable.grant)),)),
     Mutation(
         "sends do not hold their blocks",

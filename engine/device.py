@@ -14,10 +14,6 @@ from wire.errors import ConfigError
 _BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cudaError", "device-side assert")
 
 
-class DeviceFailure(RuntimeError):
-    """The device can compute nothing more for this process, which must end."""
-
-
 def is_gpu(device: str | torch.device) -> bool:
     return str(device).startswith("cuda")
 
@@ -61,9 +57,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def give_back_memory(device: torch.device) -> None:
+def give_back_memory() -> None:
     """Cached memory that no tensor has goes back to the device, so that other sizes find room."""
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

@@ -8,13 +8,16 @@ blocks of the requests in the step are theirs: an abort of one of them takes eff
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
+from engine.device import give_back_memory
 from engine.drafting.speculation import Speculation
 from engine.grammar import Constrained, Grammars, Masks
 from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
@@ -104,13 +107,24 @@ class Engine:
 
         An error of the runner or the sampler comes through. The step has then not happened: its
         requests (`step_request_ids`) are as before and may be tried again or aborted.
-        A request whose logits are broken ends alone: the result names it.
+        A request whose logits are broken ends alone: the result names it. A step that does not fit
+        into memory is tried again with half as much in it.
         """
-        drafts = self._draft()
-        with self._spans("schedule"):
-            plan = self._plan(drafts)
-        if not plan.scheduled:
-            return None
+        num_retries = 0
+        while True:
+            drafts = NO_DRAFTS if num_retries else self._draft()
+            with self._spans("schedule"):
+                plan = self._plan(drafts)
+            if not plan.scheduled:
+                return None
+            result = self._try(plan, on_layers)
+            if result is not None:
+                return replace(result, num_retries=num_retries)
+            give_back_memory()
+            num_retries += 1
+
+    def _try(self, plan: StepPlan, on_layers: OnLayers | None) -> StepResult | None:
+        """Run → sample → commit; None if it did not fit into memory and a smaller step may."""
         try:
             masks = self._begin_masks(plan)
             hidden: list[Tensor] = []
@@ -121,6 +135,10 @@ class Engine:
                 corrupted = _corrupted(plan, logits, tokens)
                 logprobs = step_logprobs(plan, logits, tokens, corrupted)
                 pooled = pool_step(plan, hidden[0]) if hidden else NOTHING_POOLED
+        except torch.OutOfMemoryError:
+            if not self._shrink(plan):
+                raise
+            return None
         except BaseException:
             self._abandon()
             raise
@@ -136,6 +154,10 @@ class Engine:
             tuple(sorted(corrupted)),
             counts,
         )
+
+    def _shrink(self, plan: StepPlan) -> bool:
+        with self._lock:
+            return self._scheduler.did_not_fit(plan)
 
     def _draft(self) -> Mapping[str, Sequence[int]]:
         """Tokens that may follow; nobody but this thread adds tokens to requests that decode."""

@@ -77,7 +77,7 @@ def measure(
 ) -> GpuUse:
     """What this process takes of the GPU, by trying. Raises torch.OutOfMemoryError."""
     device = torch.device(loaded.device)
-    give_back_memory(device)
+    give_back_memory()
     before = memory_now(loaded.device)
     weights = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -89,7 +89,7 @@ def measure(
         graphs = _taken(loaded.device, partial(_try_graph, runner, largest, max(rungs)))
         graphs += PER_GRAPH * (len(rungs) - 1)
     del runner
-    give_back_memory(device)
+    give_back_memory()
     return GpuUse(
         device=loaded.device,
         total=at_start.total,

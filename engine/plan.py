@@ -222,4 +222,5 @@ class StepResult:
     num_preempted: int
     corrupted: tuple[str, ...] = ()  # requests that ended because their logits are not finite
     speculation: DraftCounts | None = None
+    num_retries: int = 0  # larger steps before it that did not fit into memory
     seconds: float = 0.0  # what it took; whoever has a clock fills it in

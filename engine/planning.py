@@ -15,6 +15,9 @@ chunk, or, where a prompt's logprobs are asked for, as many as there is memory f
 Draft tokens are luxury: at most half of what kind 1 leaves over is kept for them; they preempt
 nobody, and while somebody waits they take no block. Blocks behind the last token that stays go back
 with the commit. No request is drafted beyond its limit, so predicted growth covers drafts too.
+
+A step that did not fit into memory makes the next ones smaller for a while (`StepBudget`), seats
+included: the newest requests beyond them are preempted, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from engine.plan import PlanDraft, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
 from engine.request import BeamGroup, Request
+from engine.step_budget import StepBudget
 
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
@@ -52,15 +56,16 @@ class Planner:
         self._queues = queues
         self._admission = admission
         self._beams = beams
+        self._most_running = queues.max_running
+        self.budget = StepBudget(config.max_num_batched_tokens)
 
     def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
         """What the next forward pass computes; empty if nothing can be computed now.
 
         `drafts`, by request: tokens that may follow its last one. As many are computed as fit.
         """
-        draft = PlanDraft(
-            self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
-        )
+        draft = PlanDraft(self._limit(), self._config.long_prefill_token_threshold)
+        self._keep_seats_within(draft)
         while self._queues.adopted and self._queues.has_seats_for(self._queues.adopted[0]):
             self._queues.running.append(self._queues.adopted.popleft())
         decoding = [r for r in self._queues.running if r.num_behind <= 1]
@@ -74,6 +79,17 @@ class Planner:
         self._add_drafts(drafts, draft)
         self._queues.in_step = draft.request_ids
         return draft.finish()
+
+    def _limit(self) -> int:
+        """Tokens of the step; a search whose beams must go together does not wait for ever."""
+        if self.budget.is_full:
+            return self.budget.now
+        return max(self.budget.now, self._queues.widest)
+
+    def _keep_seats_within(self, draft: PlanDraft) -> None:
+        self._queues.max_running = min(self._most_running, draft.budget)
+        while self._queues.num_seats_taken > self._queues.max_running:
+            self._preempt(self._queues.running.pop(), draft)
 
     def _continue_all(self, requests: Sequence[Request], draft: PlanDraft) -> None:
         for request in requests:

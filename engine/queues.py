@@ -40,6 +40,11 @@ class Queues:
     def num_seats_taken(self) -> int:
         return sum(request.width for request in self.running)
 
+    @property
+    def widest(self) -> int:
+        """The most rows that one of the requests comes to need in a step."""
+        return max((request.width for request in self.requests.values()), default=1)
+
     def has_seats_for(self, request: Request) -> bool:
         return self.num_seats_taken + request.width <= self.max_running
 

@@ -183,11 +183,17 @@ class Scheduler:
         embeddings: Mapping[str, bytes] = NO_EMBEDDINGS,
     ) -> tuple[RequestProgress, ...]:
         """See Committer.commit."""
+        self._planner.budget.fitted()
         return self._committer.commit(plan, tokens, logprobs, corrupted, embeddings)
 
     def end_step(self) -> None:
         """Carry out aborts that waited for the step; all there is to do for a step that failed."""
         self._queues.end_step()
+
+    def did_not_fit(self, plan: StepPlan) -> bool:
+        """The step ran out of memory: the next ones are smaller; False if none can be."""
+        self._queues.end_step()
+        return self._planner.budget.did_not_fit(plan.num_tokens, self._queues.widest)
 
     def blocks_to_finish(
         self, plan: StepPlan

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from engine.device import is_broken
 from engine.engine import Engine
 from engine.grammar import GrammarError
 from engine.plan import OnLayers, StepResult
@@ -32,7 +33,7 @@ class EngineThread:
         on_layers: called in the event loop in the middle of a step (see Engine.step).
         on_failure: called in the event loop when a step raised, with the error and the ids of the
             requests to blame, which must be ended there; the next step waits for that.
-        on_death: called in the event loop when steps keep failing.
+        on_death: called in the event loop, with why, when steps keep failing or the device is lost.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class EngineThread:
         on_result: Callable[[StepResult], None],
         on_layers: OnLayers,
         on_failure: Callable[[Exception, tuple[str, ...]], None],
-        on_death: Callable[[], None],
+        on_death: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._on_result = on_result
@@ -94,6 +95,9 @@ class EngineThread:
             try:
                 result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
+                if is_broken(error):
+                    self._post(self._on_death, f"the device is lost: {_first_line(error)}")
+                    return
                 log.exception("a step failed")
                 failures += not isinstance(error, GrammarError)  # its request's, not the engine's
                 self._tell_failure(error)
@@ -106,7 +110,7 @@ class EngineThread:
             else:
                 self._rest()
         if failures >= _MAX_FAILURES:
-            self._post(self._on_death)
+            self._post(self._on_death, "the engine fails at every step")
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when the thread must end."""
@@ -146,3 +150,8 @@ class EngineThread:
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *args)
+
+
+def _first_line(error: Exception) -> str:
+    """CUDA's errors go on with advice for developers."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -71,7 +71,7 @@ class NodeShell:
         self.me = me
         self.context = FleetContext(load_key(config.key_file))
         self.context.setsockopt(zmq.IPV6, config.ipv6)
-        self.stats = NodeStats()
+        self.stats = NodeStats(graph_failures=built.num_failed_graphs)
         self._tokenizer = tokenizer
         self._make_role = make_role
         self._on_ready = on_ready
@@ -133,7 +133,7 @@ class NodeShell:
             on_result=self._on_step,
             on_layers=self._role.on_layers,
             on_failure=self._step_failed,
-            on_death=lambda: self._die("the engine fails at every step"),
+            on_death=self._die,
         )
         self._thread.start()
         closing.push_async_callback(asyncio.to_thread, self._thread.stop)

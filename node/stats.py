@@ -18,6 +18,8 @@ class NodeStats:
     unfinished_chunks: int = 0  # parts of prompts that needed a further step
     output_tokens: int = 0
     preemptions: int = 0
+    out_of_memory: int = 0  # steps that were tried again with less in them
+    graph_failures: int = 0  # captures that failed at start
     corrupted: int = 0  # requests that ended with broken logits
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # and found there
@@ -31,6 +33,7 @@ class NodeStats:
         self.tokens_per_step.observe(result.num_tokens)
         self.seconds_per_step.observe(result.seconds)
         self.preemptions += result.num_preempted
+        self.out_of_memory += result.num_retries
         self.corrupted += len(result.corrupted)
         for progress in result.progress:
             self.output_tokens += len(progress.new_tokens) + progress.num_beams

@@ -191,6 +191,13 @@ ITERATION_TOKENS = Metric(
 NODE_OUTPUT_TOKENS = Metric("baton_sampled_tokens", "Tokens sampled on this node")
 NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a further step")
 PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
+OUT_OF_MEMORY = Metric(
+    "baton_steps_out_of_memory",
+    "Steps that did not fit into the device's memory and were tried again with half as much",
+)
+GRAPH_FAILURES = Metric(
+    "baton_graph_capture_failures", "CUDA graphs that could not be captured; such steps run without"
+)
 CORRUPTED = Metric(
     "vllm:corrupted_requests", "Requests ended here because their logits were no numbers", _MODEL
 )

@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
+import pytest
+import torch
+
 from engine.engine import Engine
 from engine.plan import LayerProgress, OnLayers, StepResult
 from node import engine_thread
@@ -21,6 +24,7 @@ class FakeEngine:
         self.work = 0
         self.num_steps = 0
         self.fails = False
+        self.error: Exception | None = None
         self.stuck = False
         self.gate: threading.Event | None = None
         self.in_step = threading.Event()
@@ -36,7 +40,7 @@ class FakeEngine:
         if self.gate is not None:
             self.gate.wait(20)
         if self.fails:
-            raise ArithmeticError(f"step {self.num_steps}")
+            raise self.error or ArithmeticError(f"step {self.num_steps}")
         if self.stuck:
             return None
         self.work -= 1
@@ -53,6 +57,7 @@ class Owner:
         self.layers: list[LayerProgress] = []
         self.failures: list[tuple[str, tuple[str, ...]]] = []
         self.dead = False
+        self.obituary = ""
         self.when_failing: Callable[[], None] = lambda: None
         self.thread = EngineThread(
             cast(Engine, self.engine),
@@ -66,8 +71,9 @@ class Owner:
         self.failures.append((str(error), request_ids))
         self.when_failing()
 
-    def _died(self) -> None:
+    def _died(self, reason: str) -> None:
         self.dead = True
+        self.obituary = reason
 
     def give(self, work: int) -> None:
         self.engine.work += work
@@ -197,6 +203,26 @@ def test_failing_at_every_step_is_death() -> None:
             await until(lambda: o.dead)
             assert len(o.failures) == engine_thread._MAX_FAILURES
             assert o.engine.num_steps == engine_thread._MAX_FAILURES
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nadvice"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+    ],
+)
+def test_a_lost_device_is_death_at_once(error: Exception) -> None:
+    async def scenario() -> None:
+        async with owner() as o:
+            o.engine.fails, o.engine.error = True, error
+            o.give(1)
+            await until(lambda: o.dead)
+            assert o.engine.num_steps == 1
+            assert not o.failures, "the router gives its requests to others"
+            assert o.obituary == f"the device is lost: {str(error).splitlines()[0]}"
 
     asyncio.run(scenario())
 

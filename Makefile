@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -87,6 +87,9 @@ bench-curve: $(VENV)/.dev  ## what the fleet's key costs: TCP with CURVE and wit
 
 bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers; the last line is JSON
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_engine $(ARGS)
+
+bench-structured: $(VENV)/.dev  ## what grammars cost: a decode step with masks, compiling a schema; the last line is JSON
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_structured $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules $(CONSOLE_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info

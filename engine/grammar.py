@@ -50,11 +50,11 @@ class Constrained:
 
 
 class Masks:
-    """Allowed tokens of some rows of a step, perhaps still being computed."""
+    """Forbidden tokens of some rows of a step, perhaps still being computed."""
 
-    def __init__(self, rows: list[int], allowed: Future[Tensor]) -> None:
+    def __init__(self, rows: list[int], forbidden: Future[Tensor]) -> None:
         self._rows = rows
-        self._allowed = allowed
+        self._forbidden = forbidden
 
     def apply(self, logits: Tensor) -> None:
         """Forbid in `logits` [R, V] what is not allowed. Raises GrammarError.
@@ -62,12 +62,22 @@ class Masks:
         Where other rules have forbidden all that is allowed (`min_tokens`, at the end of the
         output), the grammar wins.
         """
-        allowed = self._allowed.result().to(logits.device)
+        forbidden = self._forbidden.result().to(logits.device)
+        first, last = self._rows[0], self._rows[-1]
+        if self._rows == list(range(first, last + 1)):  # nearly always: then nothing is copied
+            _forbid(logits[first : last + 1], forbidden)
+            return
         rows = torch.tensor(self._rows, device=logits.device)
-        masked = logits[rows].masked_fill(~allowed, -torch.inf)
-        stuck = masked.amax(-1) == -torch.inf
-        masked[stuck] = torch.zeros_like(masked[stuck]).masked_fill(~allowed[stuck], -torch.inf)
-        logits[rows] = masked
+        chosen = logits[rows]
+        _forbid(chosen, forbidden)
+        logits[rows] = chosen
+
+
+def _forbid(logits: Tensor, forbidden: Tensor) -> None:
+    logits.masked_fill_(forbidden, -torch.inf)
+    stuck = logits.amax(-1) == -torch.inf
+    if stuck.any():
+        logits[stuck] = torch.zeros_like(logits[stuck]).masked_fill_(forbidden[stuck], -torch.inf)
 
 
 class Grammars:
@@ -104,7 +114,9 @@ class Grammars:
         return Masks(rows, self._thread.submit(self._masks, requests))
 
     def _masks(self, requests: list[Constrained]) -> Tensor:
-        return torch.stack([mask for request in requests for mask in self._masks_of(request)])
+        """bool [R, V]: what is forbidden."""
+        allowed = [mask for request in requests for mask in self._masks_of(request)]
+        return torch.stack(allowed).logical_not_()
 
     def _masks_of(self, request: Constrained) -> list[Tensor]:
         """bool [V] each: of the request as it is, and behind each of its draft tokens.

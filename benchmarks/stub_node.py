@@ -29,6 +29,7 @@ from wire.logprobs import Logprobs, TokenLogprobs, pack
 from wire.messages import (
     Abort,
     Ack,
+    BeamsFound,
     CacheEvents,
     Embedding,
     FetchCacheSnapshot,
@@ -54,7 +55,7 @@ from wire.messages import (
     Welcome,
 )
 from wire.sockets import Link
-from wire.types import AttemptId, FinishReason, NodeId, NodeLoad, Role
+from wire.types import AttemptId, FinishReason, Hypothesis, NodeId, NodeLoad, Role
 
 Script = Callable[[Prefill, int], tuple[int, FinishReason | None]]
 """(request, output index) → token and whether it is the last."""
@@ -301,6 +302,9 @@ class StubPair:
             vector = stub_embedding(request)
             self.prefill.send(Embedding(request.id, vector, self.num_cached_tokens, self.timing))
             return
+        if request.sampling.beam is not None:
+            self._search(request)
+            return
         known = list(request.tokens[request.num_prompt_tokens :])
         token, finish = self._script(request, len(known))
         logprobs = stub_logprobs(request, len(known), (token,))
@@ -318,6 +322,29 @@ class StubPair:
             for pair in self.peers:
                 if pair.decode.id == request.grant.decode:
                     pair.running[request.id] = _Running(request, [*known, token])
+
+    def _search(self, request: Prefill) -> None:
+        """Hypotheses that say what the script says, behind their rank as a letter."""
+        assert request.sampling.beam is not None
+        begun = TokenUpdate(request.id, 0, (), None, self.num_cached_tokens, None, self.timing)
+        self.prefill.send(Tokens((begun,)))
+        tokens: list[int] = []
+        finish: FinishReason | None = None
+        while finish is None:
+            token, finish = self._script(request, len(tokens))
+            tokens.append(token)
+        found = BeamsFound(
+            request.id,
+            tuple(
+                Hypothesis((ord("A") + rank, *tokens[1:]), -1.0 - rank, finish)
+                for rank in range(request.sampling.beam.width)
+            ),
+        )
+        if request.grant is None:
+            self.prefill.send(found)
+            return
+        self.decode.send(Tokens((TokenUpdate(request.id, 0, ()),)))
+        self.decode.send(found)
 
     # ------------------------------------------------------------ steps
 

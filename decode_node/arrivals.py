@@ -24,8 +24,9 @@ from node.shell import NodeShell
 from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
 from wire.geometry import Geometry, geometry_for
+from wire.logprobs import UNKNOWN
 from wire.messages import Grant, Granted, Rebind, Refused, Reserve
-from wire.types import AttemptId
+from wire.types import AttemptId, SamplingParams
 
 
 @dataclass(slots=True)
@@ -169,6 +170,9 @@ class Arrivals:
         )
         if mistake is not None:
             return Refused(id, "invalid", mistake)
+        if width_of(message.sampling) > self._engine.num_seats:
+            text = f"a beam search of more than {self._engine.num_seats} beams"
+            return Refused(id, "invalid", f"{text} is more than a step of this node computes")
         return self._too_long(message)
 
     def _too_long(self, message: Reserve) -> Refused | None:
@@ -176,13 +180,18 @@ class Arrivals:
         if len(message.tokens) + 1 >= limit:
             # One token comes from the prefill node, so at least one more must fit here.
             return Refused(message.id, "too_long", "no room for output")
-        if not self._shell.built.can_hold(limit - 1):  # the last token's KV is never computed
+        width = width_of(message.sampling)
+        # The last token's KV is never computed.
+        if not self._shell.built.can_hold(limit - 1, len(message.tokens), width):
             return Refused(message.id, "too_long", f"{limit} tokens are more than this node holds")
         return None
 
     def _reservation(self, message: Reserve) -> Reservation:
         reservation = self._engine.reserve(
-            list(message.tokens), self.max_num_tokens(message), message.cache_salt
+            list(message.tokens),
+            self.max_num_tokens(message),
+            message.cache_salt,
+            width_of(message.sampling),
         )
         self._shell.stats.count_lookup(len(message.tokens), reservation.num_cached_tokens)
         return reservation
@@ -264,11 +273,19 @@ class Arrivals:
         known = message.tokens[message.num_prompt_tokens :]
         rows = () if lease.logprobs is None else lease.logprobs.tokens
         same = output[:-1] == known and len(output) == len(known) + 1
-        return same and len(rows) in (0, len(output))
+        told = len(rows) in (0, len(output))
+        if message.sampling.beam is not None:
+            told = len(rows) == 1 and rows[0] != UNKNOWN
+        return same and told
 
     def close(self) -> None:
         for receiver in self._unit_receivers:
             receiver.close()
+
+
+def width_of(sampling: SamplingParams) -> int:
+    """How many rows it runs as here."""
+    return 1 if sampling.beam is None else sampling.beam.width
 
 
 def _next_attempt(reserved: Reserve, message: Rebind) -> Reserve:

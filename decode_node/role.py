@@ -24,6 +24,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    BeamsFound,
     Message,
     Rebind,
     Resend,
@@ -111,9 +112,13 @@ class DecodeRole:
         self._receiver.handle(sender, message)
 
     def arrived(self, arrival: Arrival, lease: Lease) -> None:
-        id, request = arrival.id, self._request(arrival.message, lease.output_tokens[-1])
+        id, searches = arrival.id, arrival.message.sampling.beam is not None
+        # A search begins with all that the first token could have been.
+        output = () if searches else lease.output_tokens
+        row = lease.logprobs.tokens[-1] if searches and lease.logprobs is not None else b""
+        request = self._request(arrival.message, output[-1:])
         try:
-            self._engine.adopt(arrival.reservation.id, request)
+            self._engine.adopt(arrival.reservation.id, request, row)
         except (KeyError, ValueError) as error:
             log.exception("%s was reserved, but is not adopted", id)
             self._engine.cancel_reservation(arrival.reservation.id)
@@ -122,17 +127,17 @@ class DecodeRole:
         self._running[id.request] = _Running(id, arrival.link, request)
         # The new holder repeats all output tokens: the router compares them with its log.
         self._outbox.open(id, arrival.link)
-        self._outbox.add(id, lease.output_tokens, None, logprobs=lease.logprobs)
+        self._outbox.add(id, output, None, logprobs=None if searches else lease.logprobs)
         self._outbox.flush()
         self._shell.wake()
 
     def lost(self, arrival: Arrival, cause: str, message: str) -> None:
         self._fail(arrival.link, arrival.id, cause, message)
 
-    def _request(self, message: Reserve, first_token: int) -> Request:
+    def _request(self, message: Reserve, first: tuple[int, ...]) -> Request:
         return Request(
             request_id=str(message.id),
-            tokens=[*message.tokens, first_token],
+            tokens=[*message.tokens, *first],
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             max_num_tokens=self._arrivals.max_num_tokens(message),
@@ -145,7 +150,12 @@ class DecodeRole:
         for progress in result.progress:
             request, _, attempt = progress.request_id.rpartition("/")
             running = self._running.get(request)
-            if running is None or running.id.attempt != int(attempt) or not progress.new_tokens:
+            if running is None or running.id.attempt != int(attempt):
+                continue
+            if progress.hypotheses:
+                self._outbox.end_with(BeamsFound(running.id, progress.hypotheses))
+                del self._running[request]
+            if not progress.new_tokens:
                 continue
             self._outbox.add(
                 running.id,

@@ -235,6 +235,11 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
+    @property
+    def num_seats(self) -> int:
+        """Rows that a step decodes at most."""
+        return min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+
     def grammar_mistake(self, grammar: str) -> str | None:
         """Why no request can have this grammar; None if one can. Empty is none."""
         if not grammar:

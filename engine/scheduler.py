@@ -144,6 +144,8 @@ class Scheduler:
         self._beams.prepare(request)
         if self._admission.most(request) > reserved.max_blocks:
             raise ValueError(f"request {request.request_id} may outgrow its reservation")
+        if row and self._beams.first(request, row).over:
+            raise ValueError(f"request {request.request_id} has nothing left to search for")
         self._reservations.adopt(reservation_id)
         request.block_table = reserved.block_ids
         request.block_hashes = reserved.hashes
@@ -151,8 +153,7 @@ class Scheduler:
         self._queues.requests[request.request_id] = request
         self._queues.adopted.append(request)
         if row:
-            ended = self._beams.begin(request, row)
-            assert not ended, "nothing was left to search for"
+            self._beams.begin(request, row)
 
     def cancel_reservation(self, reservation_id: int) -> bool:
         """Free a reservation's blocks (quarantined while a transfer may write them)."""

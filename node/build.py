@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine.beam_search import num_continuations
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.grammar import Grammars
@@ -19,6 +20,7 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.runner import ModelRunner, at_once
+from engine.stops import end_tokens
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
 from node.devices import is_gpu
@@ -27,7 +29,7 @@ from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
-from wire.logprobs import MAX_PAIRS
+from wire.logprobs import MAX_PAIRS, MAX_TOP_LOGPROBS
 from wire.messages import ModelInfo, TokenizerFiles
 from wire.types import BlockHandle, Role, SamplingParams
 
@@ -77,9 +79,13 @@ class BuiltEngine:
     def max_model_len(self) -> int:
         return self.model.max_model_len
 
-    def can_hold(self, num_tokens: int) -> bool:
-        """Whether the KV of so many tokens fits, if nothing else is there."""
-        return self.layout.num_blocks(num_tokens) <= self.num_blocks
+    def can_hold(self, num_tokens: int, num_shared: int = 0, width: int = 1) -> bool:
+        """Whether the KV of so many tokens fits, if nothing else is there.
+
+        Of each of `width` beams, which have the first `num_shared` tokens in common.
+        """
+        config = self.engine.config
+        return config.num_blocks_for_beams(num_shared, num_tokens, width) <= self.num_blocks
 
     def mistake(
         self, tokens: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams
@@ -93,7 +99,19 @@ class BuiltEngine:
         num_output = min(sampling.max_tokens, room)
         if sampling.num_logprob_pairs(num_prompt_tokens, num_output) > MAX_PAIRS:
             return "more logprobs than a message holds"
+        if sampling.beam is not None:
+            return self._search_mistake(sampling)
         return self.engine.grammar_mistake(sampling.grammar)
+
+    def _search_mistake(self, sampling: SamplingParams) -> str | None:
+        """What does not go together with a beam search; a router asks for none of it."""
+        given = (sampling.grammar, sampling.logprobs, sampling.prompt_logprobs)
+        if any(value not in ("", None) for value in given):
+            return "a beam search with logprobs or a grammar"
+        beam, ends = sampling.beam, end_tokens(sampling, frozenset(self.model.eos_token_ids))
+        if beam is not None and num_continuations(beam, ends) > MAX_TOP_LOGPROBS:
+            return f"a beam search with {len(ends)} tokens that end it"
+        return None
 
     @property
     def info(self) -> ModelInfo:

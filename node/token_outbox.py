@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from node.router_link import RouterLink
 from wire.logprobs import Logprobs
-from wire.messages import PrefillTiming, Tokens, TokenUpdate
+from wire.messages import BeamsFound, PrefillTiming, Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
 _FINISHED_TTL_S = 120.0  # a router that has not acknowledged by then has failed or given up
@@ -29,6 +29,7 @@ class _Stream:
     num_cached_tokens: int | None = None
     timing: PrefillTiming | None = None
     finished_at: float = 0.0
+    found: BeamsFound | None = None  # what it ends with instead of tokens
 
     def logprobs_from(self, skipped: int) -> Logprobs | None:
         """What goes with the tokens from `skipped` on; the prompt's with the very first."""
@@ -78,6 +79,15 @@ class TokenOutbox:
         update = TokenUpdate(id, index, tokens, finish, num_cached_tokens, logprobs, timing)
         self._pending.setdefault(stream.link, []).append(update)
 
+    def end_with(self, found: BeamsFound) -> None:
+        """A beam search is over; it has had no tokens."""
+        stream = self._streams.get(found.id)
+        if stream is None:
+            return
+        stream.found, stream.finish = found, FinishReason.STOP
+        stream.finished_at = self._clock()
+        stream.link.send(found)
+
     def flush(self) -> None:
         """Send what is queued: one message per router."""
         pending, self._pending = self._pending, {}
@@ -89,6 +99,9 @@ class TokenOutbox:
         stream = self._streams.get(id)
         if stream is None:
             return False
+        if stream.found is not None:
+            stream.link.send(stream.found)
+            return True
         skipped = min(max(0, index - stream.base), len(stream.tokens))
         update = TokenUpdate(
             id,

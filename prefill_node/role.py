@@ -33,6 +33,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    BeamsFound,
     Embedding,
     HandoffDone,
     Message,
@@ -205,6 +206,9 @@ class PrefillRole:
         if not progress.new_tokens:
             return
         self._shell.stats.count_lookup(len(work.request.tokens) - 1, num_cached)
+        if work.request.sampling.beam is not None:
+            self._tell_search(work, progress)
+            return
         self._outbox.add(
             work.id,
             progress.new_tokens,
@@ -213,6 +217,14 @@ class PrefillRole:
             progress.logprobs,
             work.clock.timing(),
         )
+
+    def _tell_search(self, work: _Work, progress: RequestProgress) -> None:
+        """The prompt is computed: no token is chosen, unless the first step was the last."""
+        timing = work.clock.timing()
+        self._outbox.add(work.id, (), None, progress.num_cached_tokens, None, timing)
+        self._outbox.flush()
+        if progress.hypotheses:
+            self._outbox.end_with(BeamsFound(work.id, progress.hypotheses))
 
     def on_layers(self, progress: LayerProgress) -> None:
         """The blocks of a step leave layer group by layer group, while the next ones compute."""

@@ -7,7 +7,7 @@ is known and not supported, with the values that ask for nothing. Everything els
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -71,6 +71,9 @@ class GenerationBody(StructuredBody):
     return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: Literal[True, False, "never"] | None = None
     # Labels for the client's own books; by definition they change nothing.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -129,16 +132,13 @@ class CompletionBody(GenerationBody):
 NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "early_stopping": (False,),
     "guided_decoding_backend": ("auto", "guidance"),
     "kv_transfer_params": ({},),
-    "length_penalty": (1.0,),
     "logits_processors": ([],),
     "request_id": (),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True, False),  # these tokenizers never write such spaces
     "store": (False,),
-    "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
 NEUTRAL_COMPLETION: dict[str, tuple[Any, ...]] = {

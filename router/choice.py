@@ -43,6 +43,8 @@ class Choice:
     followers: list[Choice] = field(default_factory=list)
     """Choices of the same prompt that start once its blocks are in both nodes' prefix caches."""
     arrival: int | None = None  # its place in the queue; a follower has that of its first choice
+    beams: list[Choice] = field(default_factory=list)
+    """Choices that this one's beam search answers too; they are never submitted."""
     echo: Echo | None = None  # the prompt comes back in front of the text
     priority: int = 0
     parser: Parser | None = None  # of what the text says; None: it is all text

@@ -21,6 +21,7 @@ from wire.errors import ConfigError, OutboxFull, WireError
 from wire.fleet_key import FleetKey
 from wire.messages import (
     AttemptFailed,
+    BeamsFound,
     CacheEvents,
     Draining,
     Embedding,
@@ -192,6 +193,8 @@ class Control:
             self.requests.attempt_failed(sender, message)
         elif isinstance(message, Embedding):
             self.requests.embedding(sender, message)
+        elif isinstance(message, BeamsFound):
+            self.requests.beams_found(sender, message)
         elif isinstance(message, HandoffDone):
             self.requests.handoff_done(message)
         else:

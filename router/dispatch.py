@@ -27,6 +27,7 @@ from router.effects import (
     Effect,
     Embedded,
     Failed,
+    Found,
     HandedOver,
     NeedsCapacity,
     Output,
@@ -42,6 +43,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    BeamsFound,
     Embedding,
     Grant,
     Granted,
@@ -155,6 +157,8 @@ class Dispatch:
             return self._attempt_over("divergence", now)
         effects = self._handed_over() if sender == self.decode else []
         self._last_heard = now
+        if self.work.sampling.beam is not None:
+            return effects  # a search has no tokens before its end
         verdict = self.log.accept(
             update.id.attempt, update.index, update.tokens, update.finish, update.logprobs
         )
@@ -182,6 +186,18 @@ class Dispatch:
             return self._attempt_over("divergence", now)
         self.phase = Phase.ENDED
         return [Embedded(message.vector)]
+
+    def beams_found(self, sender: NodeId, message: BeamsFound, now: float) -> list[Effect]:
+        """What was searched for."""
+        working = self.phase in (Phase.PREFILLING, Phase.DECODING)
+        beam = self.work.sampling.beam
+        if not working or beam is None or not self._is_from(sender, message.id):
+            return []
+        if len(message.hypotheses) < beam.width:
+            return self._attempt_over("divergence", now)
+        effects = self._handed_over() if sender == self.decode else []
+        self.phase = Phase.ENDED
+        return [*effects, Send(sender, Ack(self.id)), Found(message.hypotheses)]
 
     def _output(self, sender: NodeId, new: Accepted) -> list[Effect]:
         if new.tokens and sender != self._author:
@@ -255,7 +271,8 @@ class Dispatch:
     def _ask_after_silence(self, now: float) -> list[Effect]:
         """A lost connection loses messages: what the decode node sent may have to be repeated."""
         silent = now - self._last_heard > self._limits.silence_s
-        if not silent or self.decode is None or not self.log.tokens or self.phase not in ON_NODES:
+        expects = bool(self.log.tokens) or self.work.sampling.beam is not None
+        if not silent or self.decode is None or not expects or self.phase not in ON_NODES:
             return []
         self._last_heard = now
         return [Send(self.decode, Resend(self.id, len(self.log.tokens)))]

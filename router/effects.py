@@ -8,7 +8,7 @@ from typing import TypeAlias
 from router.breaker import Pair
 from router.errors import ApiError
 from wire.messages import Message
-from wire.types import FinishReason, NodeId
+from wire.types import FinishReason, Hypothesis, NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,13 @@ class Embedded:
     """The prompt's embedding; the choice is over."""
 
     vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a beam search has found, best first; the choice is over."""
+
+    hypotheses: tuple[Hypothesis, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +71,6 @@ class Failed:
     error: ApiError
 
 
-Effect: TypeAlias = Send | Output | Embedded | NeedsCapacity | HandedOver | AttemptEnded | Failed
+Effect: TypeAlias = (
+    Send | Output | Embedded | Found | NeedsCapacity | HandedOver | AttemptEnded | Failed
+)

@@ -36,7 +36,11 @@ class Generation:
         """Submit `choices`: `n` of each prompt, one prompt after the other."""
         self._choices, self._per_prompt = list(choices), n
         for first in range(0, len(choices), n):
-            choices[first].followers = list(choices[first + 1 : first + n])
+            others = list(choices[first + 1 : first + n])
+            if choices[first].work.sampling.beam is None:
+                choices[first].followers = others
+            else:
+                choices[first].beams = others
         for first in range(0, len(choices), n):
             self._requests.submit(choices[first])
 

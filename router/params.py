@@ -9,6 +9,7 @@ from hashlib import blake2b
 from router.api import CompletionBody, GenerationBody
 from router.api_chat import ChatBody
 from router.api_structured import StructuredBody
+from router.beams import beam_params
 from router.chat_template import ChatOptions, chat_options
 from router.checks import ServerLimits, check_body
 from router.choice_text import TextRules
@@ -17,7 +18,7 @@ from router.structured import bounded, grammar_of, json_grammar
 from router.tools.choose import READ_AS_TEXT, Reading
 from router.tools.use import NO_TOOLS, TOOL_WHITESPACE, ToolUse, tool_use
 from wire.messages import ModelInfo
-from wire.types import MAX_REQUEST_TOKENS, SamplingParams
+from wire.types import MAX_REQUEST_TOKENS, BeamParams, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions; chat's default is the rest of the context."""
@@ -35,6 +36,7 @@ class GenerationParams:
     logit_bias: dict[int, float]
     logprobs: int | None = None  # of output tokens, as the client asked
     best_of: int | None = None  # choices of which the best `n` are answered
+    beam: BeamParams | None = None  # search for the choices instead of sampling them
     grammar: str = ""  # what the output must look like
     grammar_param: str = ""  # who asks for that
     tools: ToolUse = NO_TOOLS
@@ -120,6 +122,14 @@ class GenerationParams:
         min_tokens = 0 if self.is_mute else body.min_tokens or 0
         if min_tokens > max_tokens:
             raise bad_request("`min_tokens` is larger than `max_tokens`.", "min_tokens")
+        if self.beam is not None:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                temperature=0,
+                ignore_eos=bool(body.ignore_eos),
+                beam=self.beam,
+            )
         return SamplingParams(
             seed=choice_seed(self.seed, choice),
             max_tokens=max_tokens,
@@ -168,6 +178,7 @@ def generation_params(
 ) -> GenerationParams:
     """Check a body against the server and the model's vocabulary. Raises ApiError."""
     check_body(body, limits)
+    beam = beam_params(body)
     if any(token >= model.vocab_size for token in body.stop_token_ids or ()):
         raise _outside_vocabulary("stop_token_ids", model)
     stop = body.stop
@@ -179,14 +190,19 @@ def generation_params(
         seed=secrets.randbits(64) if body.seed is None else body.seed % (1 << 64),
         stops=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         logit_bias=_logit_bias(body.logit_bias or {}, model),
+        beam=beam,
         grammar=grammar,
         grammar_param=grammar_param,
     )
-    return _for_chat(common, body) if isinstance(body, ChatBody) else _for_completion(common, body)
+    whole = _for_chat(common, body) if isinstance(body, ChatBody) else _for_completion(common, body)
+    if whole.beam is not None and whole.grammar:
+        param = whole.grammar_param
+        raise bad_request(f"`{param}` is not available with `use_beam_search`.", param)
+    return whole
 
 
 def _for_completion(common: GenerationParams, body: CompletionBody) -> GenerationParams:
-    several = body.best_of is not None and body.best_of > (body.n or 1)
+    several = body.best_of is not None and body.best_of > (body.n or 1) and common.beam is None
     return replace(
         common,
         default_max_tokens=COMPLETION_MAX_TOKENS,

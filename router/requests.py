@@ -19,6 +19,7 @@ from router.effects import (
     Effect,
     Embedded,
     Failed,
+    Found,
     HandedOver,
     NeedsCapacity,
     Output,
@@ -36,6 +37,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    BeamsFound,
     Embedding,
     Granted,
     HandoffDone,
@@ -140,6 +142,14 @@ class Requests:
             choice.trace.embedded(message)
         self._perform(choice, choice.dispatch.embedding(sender, message, self._clock()))
 
+    def beams_found(self, sender: NodeId, message: BeamsFound) -> None:
+        """What one beam search gave."""
+        choice = self._choices.get(message.id.request)
+        if choice is None:
+            self._try_send(sender, Ack(message.id))
+            return
+        self._perform(choice, choice.dispatch.beams_found(sender, message, self._clock()))
+
     def _take(self, choice: Choice, sender: NodeId, update: TokenUpdate, now: float) -> None:
         if update.num_cached_tokens is not None and not choice.num_cached_tokens:
             choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
@@ -215,6 +225,8 @@ class Requests:
                     self._output(choice, effect)
                 case Embedded():
                     self._embedded(choice, effect)
+                case Found():
+                    self._found(choice, effect)
                 case Send():
                     self._deliver(choice, effect)
                 case NeedsCapacity():
@@ -270,6 +282,19 @@ class Requests:
         self._forget(choice, "stop", now)
         choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
         choice.listener.produced(choice, "")
+
+    def _found(self, choice: Choice, found: Found) -> None:
+        """All choices of the prompt have their text at once."""
+        now = self._clock()
+        answered = list(zip([choice, *choice.beams], found.hypotheses, strict=False))
+        texts = [each.text.push(h.tokens, h.finish, ()) for each, h in answered]
+        choice.trace.output(0, now)
+        self._forget(choice, found.hypotheses[0].finish.value, now)
+        choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
+        for (each, hypothesis), text in zip(answered, texts, strict=True):
+            each.trace.num_output_tokens = each.text.num_tokens
+            each.trace.ended(hypothesis.finish.value, now)
+            each.listener.produced(each, text)
 
     def _start_followers(self, choice: Choice) -> None:
         """Each keeps its own attempts and its own log; what they share are blocks."""

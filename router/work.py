@@ -40,7 +40,8 @@ class Work:
 
     @property
     def max_num_tokens(self) -> int:
-        return self.num_tokens + self.sampling.max_tokens
+        beam = self.sampling.beam
+        return self.num_tokens + self.sampling.max_tokens * (1 if beam is None else beam.width)
 
     def block_hashes(self, model_fingerprint: str, block_size: int) -> list[bytes]:
         return self.prompt.block_hashes(model_fingerprint, block_size)

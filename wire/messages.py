@@ -18,6 +18,7 @@ from wire.geometry import WHOLE_BLOCKS, Geometry
 from wire.layout import KVLayout
 from wire.logprobs import Logprobs
 from wire.types import (
+    MAX_BEAM_WIDTH,
     U64,
     AttemptId,
     BlockHandle,
@@ -25,6 +26,7 @@ from wire.types import (
     Digest,
     FinishReason,
     Flag,
+    Hypothesis,
     Name,
     NodeId,
     NodeLoad,
@@ -275,6 +277,17 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamsFound:
+    """node → router: what a beam search has found, best first; the attempt is over.
+
+    From the decode node, or from the prefill node where the first step was the last.
+    """
+
+    id: AttemptId
+    hypotheses: Annotated[tuple[Hypothesis, ...], Field(max_length=MAX_BEAM_WIDTH)]
+
+
+@dataclass(frozen=True, slots=True)
 class TransferRecord:
     """The bytes of one committed handoff, as the prefill node saw them leave."""
 
@@ -459,6 +472,7 @@ Message: TypeAlias = (
     | Resend
     | HandoffDone
     | Embedding
+    | BeamsFound
     | UnitHeader
     | UnitsReceived
     | Commit
@@ -493,6 +507,7 @@ TAGS: dict[int, type[Message]] = {
     29: Rebind,
     30: HandoffDone,
     31: Embedding,
+    32: BeamsFound,
     40: UnitHeader,
     41: UnitsReceived,
     42: Commit,

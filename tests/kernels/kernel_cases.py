@@ -14,6 +14,7 @@ from kernels.triton_attention import paged_attention_triton
 from kernels.triton_blocks import gather_units_triton, scatter_units_triton
 from kernels.triton_digest import accumulate_triton
 from kernels.triton_layers import add_norm_triton, rotary_triton, silu_mul_triton
+from kernels.triton_matmul import linear_invariant_triton
 from kernels.triton_sampling import (
     filter_floor_triton,
     gumbel_argmax_triton,
@@ -125,6 +126,14 @@ def gather_and_digest() -> object:
     return accumulate_triton(units.flatten(1).view(torch.int64), secret_words(1))
 
 
+def multiply(num_rows: int, dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        weight = torch.zeros(4096, 4096, dtype=dtype)
+        return linear_invariant_triton(weight[:num_rows], weight)
+
+    return call
+
+
 LLAMA = (32, 8)
 CASES: list[Callable[[], object]] = [
     attend(LLAMA, 128, torch.bfloat16),
@@ -142,4 +151,7 @@ CASES: list[Callable[[], object]] = [
     gumbel_argmax,
     penalize,
     gather_and_digest,
+    multiply(5, torch.bfloat16),
+    multiply(100, torch.bfloat16),
+    multiply(100, torch.float32),
 ]

@@ -134,7 +134,7 @@ def paged_attention_triton(
         WIDE=dots_as_float32(query.dtype),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        enable_fp_fusion=True,
+        enable_fp_fusion=not invariant,  # else tiles with and without masks round differently
     )
     if splits > 1:
         _join[(num_rows, num_heads)](
@@ -156,6 +156,7 @@ def choose_tiling(query: Tensor, keys: Tensor, rows: DeviceRows, *, invariant: b
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads
+    wide = query.dtype is torch.float32
     bulky = power_of_2(dim) * query.element_size() > 256
     most = max(power_of_2(group), 32 if bulky else 64 if invariant else 128)
     wanted = most if invariant else min(most, power_of_2(group * rows.max_rows))
@@ -170,7 +171,7 @@ def choose_tiling(query: Tensor, keys: Tensor, rows: DeviceRows, *, invariant: b
         num_tiles=num_tiles,
         one_tile=one_tile,
         num_splits=1 if invariant else _num_splits(num_tiles * num_kv_heads, rows, query.device),
-        num_warps=8 if product_rows >= 128 else 4,
+        num_warps=8 if product_rows >= 128 or (bulky and wide) else 4,
         num_stages=2 if product_rows >= 64 or bulky else 3,
     )
 
@@ -265,41 +266,63 @@ def _attend(
     keys += kv_head * DIM
     values += kv_head * DIM
     table = tables + tl.load(table_start + request)
-    for number in range(first_tile, end_tile):
-        key = number * KEYS + tl.arange(0, KEYS)
-        there = (key >= first) & (key < last)
-        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        slot = block * block_stride + (key % BLOCK_SIZE) * slot_stride
-        k = tl.load(
-            keys + slot[None, :] + dims[:, None],
-            mask=there[None, :] & (dims < DIM)[:, None],
-            other=0.0,
+    masked_tile = first_tile  # from here on, some row may not see some key
+    if not HAS_WINDOW:
+        masked_tile = tl.minimum(tl.maximum((first_position + 1) // KEYS, first_tile), end_tile)
+        best, total, sum_values = _walk(
+            best,
+            total,
+            sum_values,
+            q,
+            keys,
+            values,
+            table,
+            first_tile,
+            masked_tile,
+            first,
+            last,
+            position,
+            scale,
+            softcap,
+            window,
+            block_stride,
+            slot_stride,
+            BLOCK_SIZE,
+            KEYS,
+            DIM,
+            DIM_PADDED,
+            False,
+            HAS_WINDOW,
+            HAS_SOFTCAP,
+            WIDE,
         )
-        v = tl.load(
-            values + slot[:, None] + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
-        if WIDE:
-            k = k.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            scores = softcap * _tanh(scores / softcap)
-        seen = there[None, :] & (key[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            seen = seen & (key[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores * LOG2_E, float("-inf"))
-        top = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(best - base)
-        total = total * fade + tl.sum(weights, 1)
-        weights = weights.to(values.dtype.element_ty)
-        if WIDE:
-            weights, v = weights.to(tl.float32), v.to(tl.float32)
-        sum_values = sum_values * fade[:, None]
-        sum_values = tl.dot(weights, v, sum_values, input_precision="ieee")
-        best = top
+    best, total, sum_values = _walk(
+        best,
+        total,
+        sum_values,
+        q,
+        keys,
+        values,
+        table,
+        masked_tile,
+        end_tile,
+        first,
+        last,
+        position,
+        scale,
+        softcap,
+        window,
+        block_stride,
+        slot_stride,
+        BLOCK_SIZE,
+        KEYS,
+        DIM,
+        DIM_PADDED,
+        True,
+        HAS_WINDOW,
+        HAS_SOFTCAP,
+        WIDE,
+    )
 
     inside = real[:, None] & (dims < DIM)[None, :]
     place = place * HEADS + head
@@ -312,6 +335,73 @@ def _attend(
         tl.store(parts + (place * DIM)[:, None] + dims[None, :], sum_values, mask=inside)
         tl.store(sums + place * 2, best, mask=real)
         tl.store(sums + place * 2 + 1, total, mask=real)
+
+
+@triton.jit
+def _walk(
+    best,
+    total,
+    sum_values,
+    q,
+    keys,
+    values,
+    table,
+    first_tile,
+    end_tile,
+    first,
+    last,
+    position,
+    scale,
+    softcap,
+    window,
+    block_stride,
+    slot_stride,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The online softmax over the tiles of keys [first_tile, end_tile)."""
+    dims = tl.arange(0, DIM_PADDED)
+    for number in range(first_tile, end_tile):
+        key = number * KEYS + tl.arange(0, KEYS)
+        if MASKED:
+            there = (key >= first) & (key < last)
+        else:
+            there = key >= 0
+        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        slot = block * block_stride + (key % BLOCK_SIZE) * slot_stride
+        k_there = there[None, :] & (dims < DIM)[:, None]
+        k = tl.load(keys + slot[None, :] + dims[:, None], mask=k_there, other=0.0)
+        v_there = there[:, None] & (dims < DIM)[None, :]
+        v = tl.load(values + slot[:, None] + dims[None, :], mask=v_there, other=0.0)
+        if WIDE:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if HAS_SOFTCAP:
+            scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
+        else:
+            scores *= scale * LOG2_E
+        if MASKED:
+            seen = there[None, :] & (key[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        top = tl.maximum(best, tl.max(scores, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
+        weights = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(best - base)
+        total = total * fade + tl.sum(weights, 1)
+        weights = weights.to(values.dtype.element_ty)
+        if WIDE:
+            weights, v = weights.to(tl.float32), v.to(tl.float32)
+        sum_values = tl.dot(weights, v, sum_values * fade[:, None], input_precision="ieee")
+        best = top
+    return best, total, sum_values
 
 
 @triton.jit

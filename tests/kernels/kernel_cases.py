@@ -136,7 +136,8 @@ def multiply(num_rows: int, dtype: torch.dtype) -> Callable[[], object]:
 
 LLAMA = (32, 8)
 CASES: list[Callable[[], object]] = [
-    attend(LLAMA, 128, torch.bfloat16),
+    attend(LLAMA, 128, torch.bfloat16),  # split: with few requests
+    attend(LLAMA, 128, torch.bfloat16, num_requests=256),
     attend(LLAMA, 128, torch.bfloat16, max_rows=5),
     attend(LLAMA, 128, torch.bfloat16, max_rows=2048, num_requests=1),
     attend(LLAMA, 128, torch.bfloat16, invariant=True),

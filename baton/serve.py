@@ -22,6 +22,7 @@ from baton.bundled_model import DEFAULT_MODEL
 from baton.children import Child
 from baton.config import node_environment
 from baton.model_report import report_on
+from engine.drafting.config import parse_speculative_config
 from node import machine
 from node.config import add_decode_arguments, add_engine_arguments
 from node.devices import is_gpu, num_gpus, resolve_device, spread
@@ -46,6 +47,7 @@ def check_model(args: argparse.Namespace) -> None:
     """Raises ConfigError before any process is started in vain; sizes the KV pools."""
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
+    parse_speculative_config(args.speculative_config)
     args.device = (
         "cuda" if args.device == "auto" and is_gpu(resolve_device("auto")) else args.device
     )

@@ -132,7 +132,7 @@ class Grammars:
             return masks
         matcher = matcher.deep_copy()
         for token in request.draft_tokens:
-            if not masks[-1][token] or not matcher.consume_token(token) or matcher.is_stopped():
+            if not masks[-1][token] or not matcher.consume_token(token):
                 break
             mask = self._mask(matcher)
             masks.append(torch.zeros_like(mask) if matcher.is_error() else mask)

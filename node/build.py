@@ -24,6 +24,7 @@ from engine.stops import end_tokens
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
 from node.devices import is_gpu
+from node.drafting import beside_drafts, draft_layout, load_draft_model, make_speculation
 from node.gpu import Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.transports import shared_pool
@@ -144,8 +145,17 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     )
     obstacle = model.not_deterministic
     log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
+    draft = load_draft_model(
+        config,
+        gpu.check_size if gpu else partial(_check_memory, 0, available_memory()),
+        progress,
+    )
     layout = model.kv_layout(config.block_size)
-    num_blocks = gpu.num_blocks(model, layout) if gpu else _num_blocks(config, layout)
+    drafts = draft_layout(draft, config.block_size)
+    if gpu:
+        num_blocks = beside_drafts(gpu.num_blocks(model, layout), layout, drafts)
+    else:
+        num_blocks = _num_blocks(config, layout, drafts)
     pool = None
     if role is Role.PREFILL and gpu is None:
         pool = shared_pool(config, num_blocks * layout.block_bytes)
@@ -160,6 +170,7 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         eos_token_ids=frozenset(model.eos_token_ids),
         ops=model.ops,
         grammars=_grammars(config.model, model),
+        speculation=make_speculation(config, model, draft, num_blocks),
     )
     memory = NodeMemory(engine, store)
     return BuiltEngine(config, model, engine, memory, num_blocks, pool, num_failed)
@@ -219,12 +230,15 @@ def _check_memory(kv_memory: int, available: int, weight_bytes: int, dtype: str)
     raise ConfigError(f"too little memory: {needs}; available {size(available)}; {remedy}")
 
 
-def _num_blocks(config: NodeConfig, layout: KVLayout) -> int:
+def _num_blocks(config: NodeConfig, layout: KVLayout, drafts: KVLayout | None) -> int:
+    """Blocks of the model, and as many of the one that drafts for it, in the same memory."""
     memory = config.kv_memory or default_kv_memory()
-    num_blocks = memory // layout.block_bytes
+    num_blocks = beside_drafts(memory // layout.block_bytes, layout, drafts)
     if num_blocks < 1:
+        more = f" and one of {drafts.block_bytes} bytes of the draft model" if drafts else ""
         raise ConfigError(
-            f"--kv-cache-memory {memory} holds no block of {layout.block_bytes} bytes; give more"
+            f"--kv-cache-memory {memory} holds no block of {layout.block_bytes} bytes{more}; "
+            "give more"
         )
     return num_blocks
 

@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.drafting.config import NO_SPECULATION, SpeculativeConfig, parse_speculative_config
 from node.devices import is_gpu, parse_device, resolve_device
 from node.performance import DEFAULT_MODE, GPU_MODES, MODES, step_limits
 from wire.errors import ConfigError
@@ -53,6 +54,7 @@ class NodeConfig:
     deterministic: bool = False
     lease_ttl_s: float = 10.0
     transfer_dtype: str = "auto"
+    speculative: SpeculativeConfig = NO_SPECULATION
     window_bytes: int = 32 << 20
     router_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
@@ -374,6 +376,13 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the numbers of KV blocks travel to this node (auto: in the narrower of the types "
         "that the two nodes store, without loss; int8, fp8: one byte each, which changes outputs)",
     )
+    group.add_argument(
+        "--speculative-config",
+        default="",
+        metavar="JSON",
+        help='who drafts tokens ahead, e.g. {"method": "ngram"} or {"model": "./draft", '
+        '"num_speculative_tokens": 5}; outputs stay the same (nobody)',
+    )
 
 
 def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
@@ -414,7 +423,9 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         fusing=not args.no_fusing,
         deterministic=args.deterministic,
         lease_ttl_s=args.lease_ttl_s,
-        transfer_dtype=vars(args).get("transfer_dtype", "auto"),  # decode nodes have it
+        # decode nodes have these:
+        transfer_dtype=vars(args).get("transfer_dtype", "auto"),
+        speculative=parse_speculative_config(vars(args).get("speculative_config", "")),
         router_timeout_s=args.router_timeout_s,
         drain_timeout_s=args.drain_timeout_s,
     )

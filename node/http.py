@@ -48,6 +48,7 @@ class NodeCollector(Collector):
     def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
         yield from self._step_metrics()
+        yield from self._draft_metrics()
         yield from self._transfer_metrics()
 
     def _engine_metrics(self) -> Iterable[Prometheus]:
@@ -78,6 +79,18 @@ class NodeCollector(Collector):
         yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
         yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})
         yield _counter(metrics.NODE_REFUSED, {(): self._num_refused()})
+
+    def _draft_metrics(self) -> Iterable[Prometheus]:
+        stats, model = self._stats, (self._model_name,)
+        yield _counter(metrics.SPEC_DRAFTS, {model: stats.drafts})
+        yield _counter(metrics.SPEC_DRAFT_TOKENS, {model: stats.draft_tokens})
+        yield _counter(metrics.SPEC_ACCEPTED_TOKENS, {model: sum(stats.accepted_at)})
+        by_position: Values = {(*model, str(i)): n for i, n in enumerate(stats.accepted_at)}
+        yield _counter(metrics.SPEC_ACCEPTED_PER_POSITION, by_position)
+        yield _histogram(metrics.SPEC_TOKENS_PER_STEP, {(): stats.tokens_per_draft})
+        yield _counter(metrics.SPEC_DRAFT_SECONDS, {(): stats.draft_s})
+        yield _gauge(metrics.SPEC_SAVED_SECONDS, {(): stats.draft_saved_s})
+        yield _counter(metrics.SPEC_FAILURES, {(): stats.drafter_failures})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
         stats = self._role.stats

@@ -233,6 +233,8 @@ class NodeShell:
         if result.corrupted:  # in the request or in this machine: another node may be asked next
             log.error("logits of %s are not finite", ", ".join(result.corrupted))
             self._role.fail(result.corrupted, "internal", "its logits are not finite")
+        if result.speculation is not None and result.speculation.failure:
+            log.error("%s", result.speculation.failure)
         self._publish_cache_events()
 
     def _step_failed(self, error: Exception, request_ids: tuple[str, ...]) -> None:

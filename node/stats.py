@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.plan import StepResult
+from engine.plan import DraftCounts, StepResult
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
 
@@ -21,6 +21,15 @@ class NodeStats:
     out_of_memory: int = 0  # steps that were tried again with less in them
     graph_failures: int = 0  # captures that failed at start
     corrupted: int = 0  # requests that ended with broken logits
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # draft tokens, by position
+    draft_s: float = 0.0
+    draft_saved_s: float = 0.0
+    drafter_failures: int = 0
+    tokens_per_draft: Buckets = field(
+        default_factory=lambda: Buckets.of(names.SPEC_TOKENS_PER_STEP)
+    )
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # and found there
     tokens_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.ITERATION_TOKENS))
@@ -38,6 +47,20 @@ class NodeStats:
         for progress in result.progress:
             self.output_tokens += len(progress.new_tokens) + progress.num_beams
             self.unfinished_chunks += not progress.new_tokens and not progress.num_beams
+        if result.speculation is not None:
+            self._count_drafts(result.speculation)
+
+    def _count_drafts(self, counts: DraftCounts) -> None:
+        self.draft_s += counts.draft_s
+        self.draft_saved_s += counts.saved_s
+        self.drafter_failures += bool(counts.failure)
+        self.drafts += len(counts.drafts)
+        for num_drafted, num_accepted in counts.drafts:
+            self.draft_tokens += num_drafted
+            self.tokens_per_draft.observe(1 + num_accepted)
+            self.accepted_at += [0] * (num_drafted - len(self.accepted_at))
+            for position in range(num_accepted):
+                self.accepted_at[position] += 1
 
     def count_lookup(self, num_tokens: int, num_found: int) -> None:
         """A prompt was looked up in the prefix cache."""

@@ -203,6 +203,31 @@ CORRUPTED = Metric(
 )
 PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "Prompt tokens looked up", _MODEL)
 PREFIX_HITS = Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", _MODEL)
+SPEC_DRAFTS = Metric("vllm:spec_decode_num_drafts", "Drafts that steps computed", _MODEL)
+SPEC_DRAFT_TOKENS = Metric("vllm:spec_decode_num_draft_tokens", "Their tokens", _MODEL)
+SPEC_ACCEPTED_TOKENS = Metric(
+    "vllm:spec_decode_num_accepted_tokens", "Draft tokens that became output", _MODEL
+)
+SPEC_ACCEPTED_PER_POSITION = Metric(
+    "vllm:spec_decode_num_accepted_tokens_per_pos",
+    "Draft tokens that became output, by their position in the draft",
+    (*_MODEL, "position"),
+)
+SPEC_TOKENS_PER_STEP = Metric(
+    "baton_spec_decode_tokens_per_step",
+    "Output tokens of a drafted request in one step: accepted ones and one more",
+    (),
+    (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32),
+)
+SPEC_DRAFT_SECONDS = Metric("baton_spec_decode_draft_seconds", "Time that drafting took")
+SPEC_SAVED_SECONDS = Metric(
+    "baton_spec_decode_saved_seconds",
+    "What the tokens of drafted steps would have taken longer one by one, by this node's own "
+    "measurement of plain steps; negative where drafts were a loss",
+)
+SPEC_FAILURES = Metric(
+    "baton_spec_decode_drafter_failures", "Drafters switched off because they failed or stalled"
+)
 NODE_MALFORMED = Metric(
     "baton_malformed_messages", "Messages of routers and nodes dropped as malformed"
 )

@@ -13,6 +13,11 @@ METHODS = ("none", "ngram", "draft_model")
 MAX_DRAFT = 32
 
 
+def _check(holds: bool, mistake: str) -> None:
+    if not holds:
+        raise ConfigError(f"--speculative-config: {mistake}")
+
+
 @dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
     """Who drafts, and how many tokens at most."""
@@ -77,8 +82,3 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _words(wanted: type) -> str:
     return "a whole number" if wanted is int else "a string"
-
-
-def _check(holds: bool, mistake: str) -> None:
-    if not holds:
-        raise ConfigError(f"--speculative-config: {mistake}")

@@ -56,7 +56,7 @@ class Speculation:
         began = self._clock()
         lengths = self._controller.lengths([self._decoding(request) for request in requests])
         asks = [Ask(r, n) for r, n in zip(requests, lengths, strict=True)]
-        drafts = self._drafts(asks) if any(lengths) else {}
+        drafts = self._drafts(asks) if any(lengths) or not requests else {}
         seconds = self._clock() - began
         if seconds > self._stall_s:
             self._give_up(f"it took {seconds:.1f} s")
@@ -73,7 +73,9 @@ class Speculation:
         return Decoding(request.request_id, request.num_tokens, max(0, most) if wanted else 0)
 
     def _drafts(self, asks: Sequence[Ask]) -> dict[str, Sequence[int]]:
-        assert self._drafter is not None
+        """Of all who are asked for; an idle engine's drafter is told that nobody is left."""
+        if self._drafter is None:
+            return {}
         try:
             proposed = self._drafter.propose(asks)
             return {
@@ -106,8 +108,9 @@ class Speculation:
         if asked is None:
             return None
         by_request = {item.request.request_id: item for item in plan.scheduled}
-        drafts = [self._outcome(by_request[p.request_id], p, asked) for p in progress]
-        for item, done in ((by_request[p.request_id], p) for p in progress):
+        decoded = [(by_request[p.request_id], p) for p in progress if p.request_id in by_request]
+        drafts = [self._outcome(item, done, asked) for item, done in decoded]
+        for item, done in decoded:
             if self._drafter is not None and item.draft_tokens:
                 self._drafter.accepted(item.request, max(0, len(done.new_tokens) - 1))
         observed = _observed(plan, drafts, asked, self._clock())

@@ -1,0 +1,116 @@
+"""Makes a decode node's speculation from its config."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.drafting.config import SpeculativeConfig
+from engine.drafting.control import Controller
+from engine.drafting.draft_model import DraftModel
+from engine.drafting.drafter import Drafter
+from engine.drafting.ngram import NgramDrafter
+from engine.drafting.speculation import Speculation
+from engine.kv_store import KVStore
+from engine.loader import load_model
+from engine.model_info import LoadedModel
+from engine.runner import ModelRunner
+from engine.sampler import Sampler
+from node.config import NodeConfig
+from wire.errors import BatonError, ConfigError
+from wire.layout import KVLayout
+
+Progress = Callable[[str, int, int], None]
+
+
+def load_draft_model(
+    config: NodeConfig, check_size: Callable[[int, str], None], progress: Progress
+) -> LoadedModel | None:
+    """The model that drafts, if one does. Raises ConfigError with what to do."""
+    folder = config.speculative.model
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise ConfigError(f"--speculative-config: there is no model folder {str(folder)!r}")
+    _check_vocabulary(config.model, folder)
+    try:
+        return load_model(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            check_size=check_size,
+            progress=progress,
+        )
+    except BatonError as error:
+        raise ConfigError(f"--speculative-config: the draft model: {error}") from error
+
+
+def _check_vocabulary(model: Path, draft: Path) -> None:
+    """Refuse a draft model whose token ids mean something else."""
+    ours, theirs = _vocabulary(model), _vocabulary(draft)
+    if ours != theirs:
+        raise ConfigError(
+            f"--speculative-config: {draft} has another vocabulary ({len(theirs)} tokens) than "
+            f"{model} ({len(ours)}); take a draft model with the same tokenizer"
+        )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Ids by token, those added to the tokenizer's own included."""
+    path = folder / "tokenizer.json"
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        tokens = content["model"]["vocab"]
+        named = tokens.items() if isinstance(tokens, dict) else _unigrams(tokens)
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**dict(named), **added}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"--speculative-config: {path} cannot be read: {error!r:.200}") from error
+
+
+def _unigrams(tokens: list[Any]) -> list[tuple[str, int]]:
+    """Of a unigram model: [token, score] in the order of their ids."""
+    return [(token, number) for number, (token, _) in enumerate(tokens)]
+
+
+def draft_layout(draft: LoadedModel | None, block_size: int) -> KVLayout | None:
+    return None if draft is None else draft.kv_layout(block_size)
+
+
+def beside_drafts(num_blocks: int, layout: KVLayout, drafts: KVLayout | None) -> int:
+    """How many of so many blocks fit in their memory with as many of the draft model."""
+    if drafts is None:
+        return num_blocks
+    return num_blocks * layout.block_bytes // (layout.block_bytes + drafts.block_bytes)
+
+
+def make_speculation(
+    config: NodeConfig, model: LoadedModel, draft: LoadedModel | None, num_blocks: int
+) -> Speculation | None:
+    """None where nobody drafts."""
+    drafter = _make_drafter(config.speculative, draft, num_blocks, config.block_size)
+    if drafter is None:
+        return None
+    most = config.speculative.num_speculative_tokens
+    controller = Controller(most, drafter.cost_per_token)
+    return Speculation(drafter, controller, vocab_size=model.vocab_size, clock=time.perf_counter)
+
+
+def _make_drafter(
+    config: SpeculativeConfig, draft: LoadedModel | None, num_blocks: int, block_size: int
+) -> Drafter | None:
+    if config.method == "ngram":
+        return NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
+    if draft is None:
+        return None
+    store = KVStore(draft.kv_layout(block_size), num_blocks, draft.device)
+    return DraftModel(
+        ModelRunner(draft, store),
+        Sampler(frozenset(draft.eos_token_ids), draft.ops),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=draft.max_model_len,
+    )

@@ -35,7 +35,7 @@ from kernels.triton_common import (
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128  # query heads per kv head
 MAX_SPLITS = 64
-KEYS_PER_SPLIT = 256  # a split of fewer keys costs more than it brings
+KEYS_PER_SPLIT = 128  # a split of fewer keys costs more than it brings
 PROGRAMS_PER_PROCESSOR = 4
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -152,34 +152,45 @@ def paged_attention_triton(
 
 
 def choose_tiling(query: Tensor, keys: Tensor, rows: DeviceRows, *, invariant: bool) -> Tiling:
-    """Shapes of tiles by what a processor holds, splits by how many programs there are without."""
+    """Shapes of tiles by what a processor holds, splits by how many programs there are without.
+
+    Few shapes, because each is compiled when it is first met.
+    """
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads
     wide = query.dtype is torch.float32
     bulky = power_of_2(dim) * query.element_size() > 256
     most = max(power_of_2(group), 32 if bulky else 64 if invariant else 128)
-    wanted = most if invariant else min(most, power_of_2(group * rows.max_rows))
-    product_rows = max(16, wanted)
+    product_rows = most if invariant else _product_rows(group, rows.max_rows, most)
     query_rows = product_rows // group
     one_tile = rows.max_rows <= query_rows
     num_tiles = rows.num_requests + (0 if one_tile else num_rows // query_rows)
+    num_splits = 1
+    if one_tile and not invariant:
+        num_splits = _num_splits(num_tiles * num_kv_heads, rows.max_context, query.device)
     return Tiling(
         query_rows=query_rows,
         product_rows=product_rows,
         keys=32 if bulky else 64,
         num_tiles=num_tiles,
         one_tile=one_tile,
-        num_splits=1 if invariant else _num_splits(num_tiles * num_kv_heads, rows, query.device),
+        num_splits=num_splits,
         num_warps=8 if product_rows >= 128 or (bulky and wide) else 4,
         num_stages=2 if product_rows >= 64 or bulky else 3,
     )
 
 
-def _num_splits(num_programs: int, rows: DeviceRows, device: torch.device) -> int:
-    """A power of 2, so that a ladder of batch sizes needs few kernels."""
+def _product_rows(group: int, max_rows: int, most: int) -> int:
+    """The first of three sizes that holds the rows: for decode, for a few rows, for chunks."""
+    sizes = (max(16, power_of_2(group)), max(64, power_of_2(group)))
+    return next((size for size in sizes if group * max_rows <= size <= most), max(16, most))
+
+
+def _num_splits(num_programs: int, max_context: int, device: torch.device) -> int:
+    """A power of 2."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // num_programs
-    useful = -(-rows.max_context // KEYS_PER_SPLIT)
+    useful = -(-max_context // KEYS_PER_SPLIT)
     return max(1, power_of_2(min(wanted, useful, MAX_SPLITS) + 1) // 2)
 
 

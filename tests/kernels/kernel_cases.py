@@ -136,14 +136,12 @@ def multiply(num_rows: int, dtype: torch.dtype) -> Callable[[], object]:
 
 LLAMA = (32, 8)
 CASES: list[Callable[[], object]] = [
-    attend(LLAMA, 128, torch.bfloat16),  # split: with few requests
-    attend(LLAMA, 128, torch.bfloat16, num_requests=256),
-    attend(LLAMA, 128, torch.bfloat16, max_rows=5),
+    attend(LLAMA, 128, torch.bfloat16),
     attend(LLAMA, 128, torch.bfloat16, max_rows=2048, num_requests=1),
     attend(LLAMA, 128, torch.bfloat16, invariant=True),
     attend((28, 4), 64, torch.float16, extras=True, max_rows=2048),
-    attend((8, 4), 256, torch.bfloat16, extras=True, max_rows=2048, max_context=8192),
-    attend((32, 32), 96, torch.float32, max_rows=100),
+    attend((8, 4), 256, torch.bfloat16, extras=True, max_rows=2048),
+    attend((32, 32), 96, torch.float32),
     rotate(128, 128, torch.bfloat16, norms=True),
     rotate(80, 32, torch.float32, norms=False),
     add_norm,

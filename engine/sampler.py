@@ -12,17 +12,16 @@ a row's token does not depend on the other rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.grammar import Masks
+from engine.penalties import penalize, penalizes
 from engine.rows import CORRUPTED, Row
 from kernels.noise import row_keys
 from kernels.ops import LayerOps, TorchOps
-from kernels.sampling import penalize
 from wire.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -66,6 +65,8 @@ class Sampler:
             logits = logits.clone()
         for i in touched:
             self._adjust_row(logits[i], requests[i])
+        if touched:
+            penalize(logits, requests, self._ops)
         if masks is not None:
             masks.apply(logits)
         return logits
@@ -78,10 +79,6 @@ class Sampler:
         if sampling.logit_bias:
             ids = _ids(sampling.logit_bias, row)
             row[ids] += row.new_tensor([sampling.logit_bias[i] for i in ids.tolist()])
-        if sampling.repetition_penalty != 1:
-            penalize(row, _ids(set(request.tokens), row), sampling.repetition_penalty)
-        if sampling.frequency_penalty or sampling.presence_penalty:
-            _penalize_output(row, request)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -94,9 +91,7 @@ def _adjusts(request: Row) -> bool:
     return bool(
         request.num_output_tokens < sampling.min_tokens
         or sampling.logit_bias
-        or sampling.repetition_penalty != 1
-        or sampling.frequency_penalty
-        or sampling.presence_penalty
+        or penalizes(sampling)
     )
 
 
@@ -105,14 +100,6 @@ def _ids(ids: Collection[int], row: Tensor) -> Tensor:
     vocab_size = row.shape[-1]
     inside = sorted(i for i in ids if i < vocab_size)
     return torch.tensor(inside, dtype=torch.int64, device=row.device)
-
-
-def _penalize_output(row: Tensor, request: Row) -> None:
-    occurrences = Counter(request.output_tokens)
-    ids = _ids(occurrences, row)
-    counts = row.new_tensor([occurrences[i] for i in ids.tolist()])
-    sampling = request.sampling
-    row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
 def _draw(logits: Tensor, requests: Sequence[Row], ops: LayerOps) -> Tensor:

@@ -215,6 +215,19 @@ class CpuOps:
         )
         return tokens
 
+    def penalize(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        counts: Tensor,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
+    ) -> None:
+        """See LayerOps; torch does it."""
+        self._torch.penalize(x, rows, ids, counts, repetition, frequency, presence)
+
 
 def _attends(query: Tensor, keys: Tensor) -> bool:
     """Whether the kernel can attend over such tensors."""

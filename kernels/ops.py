@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.device_rows import DeviceRows
 from kernels.paged_attention import RequestRows
 from kernels.paged_attention_sdpa import Masks, paged_attention_sdpa
-from kernels.sampling import filter_floor, gumbel_argmax
+from kernels.sampling import filter_floor, gumbel_argmax, penalize
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,19 @@ class LayerOps(Protocol):
         """Same contract as `kernels.sampling.gumbel_argmax`."""
         ...
 
+    def penalize(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        counts: Tensor,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
+    ) -> None:
+        """Same contract as `kernels.sampling.penalize`."""
+        ...
+
 
 class TorchOps:
     """See LayerOps."""
@@ -224,6 +237,19 @@ class TorchOps:
     def gumbel_argmax(self, x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
         """See LayerOps."""
         return gumbel_argmax(x, floor, keys)
+
+    def penalize(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        counts: Tensor,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
+    ) -> None:
+        """See LayerOps."""
+        penalize(x, rows, ids, counts, repetition, frequency, presence)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

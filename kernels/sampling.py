@@ -82,13 +82,7 @@ def gumbel_argmax(x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
     return scores.masked_fill_(x < floor.unsqueeze(1), -torch.inf).argmax(-1)
 
 
-def penalize(row: Tensor, seen: Tensor, repetition: float) -> None:
-    """Repetition penalty (Keskar et al. 2019, section 4.1) on one row [V], in place."""
-    chosen = row[seen]
-    row[seen] = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
-
-
-def penalize_entries(
+def penalize(
     x: Tensor,  # fp32 [R, V], changed in place
     rows: Tensor,  # [N]
     ids: Tensor,  # [N], each pair of row and id at most once
@@ -97,7 +91,8 @@ def penalize_entries(
     frequency: Tensor,  # fp32 [R]
     presence: Tensor,  # fp32 [R]
 ) -> None:
-    """All three penalties on all rows of a batch: every pair is a token that its row has seen."""
+    """All penalties on the tokens that rows have seen: repetition (Keskar et al. 2019, section
+    4.1), then frequency and presence, which count output alone (OpenAI's)."""
     logits, factor = x[rows, ids], repetition[rows]
     logits = torch.where(logits > 0, logits / factor, logits * factor)
     used = frequency[rows] * counts + presence[rows]

@@ -128,6 +128,23 @@ class TritonOps:
         self._tell(f"draws from logits in {x.dtype}")
         return self._torch.gumbel_argmax(x, floor, keys)
 
+    def penalize(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        counts: Tensor,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
+    ) -> None:
+        """See LayerOps."""
+        if x.dtype is torch.float32 and _plain(x):
+            triton_sampling.penalize_triton(x, rows, ids, counts, repetition, frequency, presence)
+            return
+        self._tell(f"penalties on logits in {x.dtype}")
+        self._torch.penalize(x, rows, ids, counts, repetition, frequency, presence)
+
     def _tell(self, case: str) -> None:
         if case not in self._told:
             self._told.add(case)

@@ -62,7 +62,7 @@ def gumbel_argmax_triton(x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
     return tokens.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
 
 
-def penalize_entries_triton(
+def penalize_triton(
     x: Tensor,
     rows: Tensor,
     ids: Tensor,
@@ -71,7 +71,7 @@ def penalize_entries_triton(
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """See `kernels.sampling.penalize_entries`."""
+    """See `kernels.sampling.penalize`."""
     _penalize[(triton.cdiv(len(ids), PENALTY_TILE),)](
         x,
         rows,
@@ -84,7 +84,7 @@ def penalize_entries_triton(
         x.stride(0),
         TILE=PENALTY_TILE,
         num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,  # each operation rounds, as torch's do
     )
 
 
@@ -221,7 +221,7 @@ def _penalize(
     place = x + row * stride + tl.load(ids + entry, mask=there, other=0)
     logit = tl.load(place, mask=there, other=0.0)
     factor = tl.load(repetition + row, mask=there, other=1.0)
-    logit = tl.where(logit > 0, logit / factor, logit * factor)
+    logit = tl.where(logit > 0, tl.div_rn(logit, factor), logit * factor)
     per_use, once = tl.load(frequency + row, mask=there), tl.load(presence + row, mask=there)
     logit -= tl.where(count > 0, per_use * count + once, 0.0)
     tl.store(place, logit, mask=there)

@@ -18,7 +18,7 @@ from kernels.triton_matmul import linear_invariant_triton
 from kernels.triton_sampling import (
     filter_floor_triton,
     gumbel_argmax_triton,
-    penalize_entries_triton,
+    penalize_triton,
 )
 from kernels.xxh3 import secret_words
 
@@ -113,7 +113,7 @@ def gumbel_argmax() -> object:
 def penalize() -> object:
     ids, weights = torch.zeros(5, dtype=torch.int64), torch.ones(2)
     x = torch.zeros(2, 128_256)
-    penalize_entries_triton(x, ids, ids, ids, weights, weights, weights)
+    penalize_triton(x, ids, ids, ids, weights, weights, weights)
     return None
 
 

@@ -25,7 +25,7 @@ from engine.model_info import LoadedModel
 from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
-from kvtransfer.relay import gather, scatter
+from kvtransfer.relay import gather, layers_of, scatter
 from kvtransfer.units import units_of
 from wire.geometry import SCALED_DTYPES, Geometry
 from wire.types import SamplingParams
@@ -63,7 +63,9 @@ def transfer(source: KVStore, target: KVStore, num_tokens: int, geometry: Geomet
     layout = source.layout
     dtype = geometry.dtype_for(layout)
     for unit in units_of(num_tokens, 0, layout, geometry):
-        data = gather(unit, [source.block_bytes(unit.block)], layout, dtype)
+        data = gather(
+            unit, [source.block_bytes(unit.block)[layers_of(unit, layout)]], layout, dtype
+        )
         scatter(unit, data, target.block_bytes(unit.block), layout, dtype)
 
 

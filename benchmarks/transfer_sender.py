@@ -22,7 +22,7 @@ from engine.kv_store import KVStore
 from kvtransfer.sender import KVSender
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_transport import ShmUnitSender
-from kvtransfer.transport import TransferStats, UnitSender
+from kvtransfer.transport import InPlace, TransferStats, UnitSender
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.units import Unit
 from kvtransfer.zmq_transport import ZmqUnitSender
@@ -67,7 +67,7 @@ def layout_of(block_bytes: int) -> KVLayout:
     )
 
 
-class Blocks:
+class Blocks(InPlace):
     """Implements BlockMemory over a store whose blocks are never reused."""
 
     def __init__(self, store: KVStore) -> None:

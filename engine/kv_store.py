@@ -78,9 +78,17 @@ class KVStore:
             sources, targets = zip(*pairs, strict=True)
             self.blocks[list(targets)] = self.blocks[list(sources)]
 
-    def block_bytes(self, block_id: int) -> memoryview:
-        """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""
+    def block_as_bytes(self, block_id: int) -> Tensor:
+        """A block's own memory, uint8 [block bytes], on whatever device it is."""
+        self._check(block_id)
+        return self.blocks[block_id].view(torch.uint8).flatten()
+
+    def _check(self, block_id: int) -> None:
         if not 0 <= block_id < self.num_blocks:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
+
+    def block_bytes(self, block_id: int) -> memoryview:
+        """A block's own memory as bytes, writable, without a copy; only for a store on the CPU."""
+        self._check(block_id)
         start = block_id * self._block_bytes
         return self._bytes[start : start + self._block_bytes]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import Handoff
-from kvtransfer.relay import blocks_of, gather
+from kvtransfer.relay import blocks_of, gather, layers_of
 from kvtransfer.transfer_meter import TransferMeter
 from kvtransfer.transport import BlockMemory
 from kvtransfer.units import Unit, units_of
@@ -54,8 +54,9 @@ class Outgoing:
     ) -> memoryview:
         """The unit as it travels."""
         grant = self.handoff.grant
-        blocks = [memory.block_bytes(handle.block_id) for handle in sources]
-        return gather(unit, blocks, self.layout, grant.geometry.dtype_for(grant.layout))
+        part = layers_of(unit, self.layout)
+        layers = [memory.part_bytes(handle.block_id, part) for handle in sources]
+        return gather(unit, layers, self.layout, grant.geometry.dtype_for(grant.layout))
 
 
 def own_units(grant: Grant, num_tokens: int, layout: KVLayout) -> list[Unit]:

@@ -212,28 +212,36 @@ class KVReceiver:
         if num_bytes != len(landing.view) or incoming is None:
             return {}
         parts = landing.parts()
-        if not landing.in_place:
+        block_id = landing.header.handle.block_id
+        if landing.place is None:
             layout = self._memory.layout
             dtype = incoming.geometry.dtype_for(layout)
-            block = self._memory.block_bytes(landing.header.handle.block_id)
+            block = self._memory.part_bytes(block_id, slice(layout.block_bytes))
             for unit, part in parts:
                 scatter(unit, part, block, layout, dtype)
+            self._memory.written(block_id, slice(layout.block_bytes), block)
+        else:
+            self._memory.written(block_id, landing.place, landing.view)
         digest, contents = incoming.sealer.digest, landing.contents
         return {unit.index: digest(unit, part, contents.get(unit.index)) for unit, part in parts}
 
-    def _landing_view(self, units: Sequence[Unit], header: UnitHeader) -> tuple[memoryview, bool]:
-        """The units' part of the block, or a buffer that `scatter` spreads over the slots.
+    def _landing_view(
+        self, units: Sequence[Unit], header: UnitHeader
+    ) -> tuple[memoryview, slice | None]:
+        """Room for the units, and which part of the block it is for.
 
-        And whether it is the former. Units that follow each other do so in the block, if each of
-        them lies there in one piece: then they have all heads, and are cut by layers alone.
+        None: what is put there is spread over the slots by `scatter`. Units that follow each other
+        do so in the block, if each of them lies there in one piece: then they have all heads, and
+        are cut by layers alone.
         """
         layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
         dtype = geometry.dtype_for(layout)
         first, last = place_of(units[0], layout, dtype), place_of(units[-1], layout, dtype)
         if first is None or last is None:
             size = sum(unit_bytes(unit, layout, geometry) for unit in units)
-            return memoryview(bytearray(size)), False
-        return self._memory.block_bytes(header.handle.block_id)[first.start : last.stop], True
+            return memoryview(bytearray(size)), None
+        place = slice(first.start, last.stop)
+        return self._memory.room_for(header.handle.block_id, place), place
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1
@@ -292,7 +300,7 @@ class _BlockLanding:
 
     __slots__ = (
         *("_receiver", "_sealer", "contents", "header"),
-        *("in_place", "lease", "units", "view"),
+        *("lease", "place", "units", "view"),
     )
 
     def __init__(
@@ -306,7 +314,7 @@ class _BlockLanding:
         self.lease = lease
         self.units = units
         self.header = header
-        self.view, self.in_place = receiver._landing_view(units, header)
+        self.view, self.place = receiver._landing_view(units, header)
         self.contents: dict[int, bytes] = {}  # the units' hashes, where `fill` computed them
         self._receiver = receiver
         self._sealer = sealer

@@ -32,43 +32,47 @@ def place_of(unit: Unit, layout: KVLayout, dtype: str) -> slice | None:
     all_heads = (unit.head_start, unit.head_end) == layout.head_range
     if not whole_block or not all_heads or dtype != layout.dtype:
         return None
+    return layers_of(unit, layout)
+
+
+def layers_of(unit: Unit, layout: KVLayout) -> slice:
+    """Where the bytes of the unit's layers lie in each block, whatever else is there."""
     per_layer = layout.block_bytes // layout.num_layers
     return slice(unit.layer_start * per_layer, unit.layer_end * per_layer)
 
 
-def gather(unit: Unit, blocks: Sequence[memoryview], layout: KVLayout, dtype: str) -> memoryview:
-    """The unit as it travels: a part of the block itself where it lies in one piece, else a copy.
+def gather(unit: Unit, layers: Sequence[memoryview], layout: KVLayout, dtype: str) -> memoryview:
+    """The unit as it travels: `layers` itself where the unit is all of it, else a copy.
 
     Args:
-        blocks: the ones that `blocks_of` names.
-        layout: the one of `blocks`.
+        layers: the part `layers_of` of the blocks that `blocks_of` names.
+        layout: the one of the blocks.
         dtype: the wire's.
     """
-    place = place_of(unit, layout, dtype)
-    if place is not None:
-        return blocks[0][place]
+    if place_of(unit, layout, dtype) is not None:
+        return layers[0]
     first = blocks_of(unit, layout).start
     parts = [
-        _part(unit, block, layout, (first + number) * layout.block_size)
-        for number, block in enumerate(blocks)
+        _part(unit, part, layout, (first + number) * layout.block_size)
+        for number, part in enumerate(layers)
     ]
     return encode(np.concatenate(parts, axis=2), dtype)
 
 
 def scatter(unit: Unit, data: memoryview, block: memoryview, layout: KVLayout, dtype: str) -> None:
     """Put a unit that has travelled into its slots of `block`."""
-    part = _part(unit, block, layout, unit.token_start)
+    part = _part(unit, block[layers_of(unit, layout)], layout, unit.token_start)
     part[...] = decode(data, part.shape, dtype, layout.dtype)
 
 
-def _part(unit: Unit, block: memoryview, layout: KVLayout, block_start: int) -> Numbers:
-    """The view of what `block`, whose first slot holds token `block_start`, has of the unit."""
-    numbers = np.frombuffer(block, STORES[layout.dtype]).reshape(
-        layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim
+def _part(unit: Unit, layers: memoryview, layout: KVLayout, block_start: int) -> Numbers:
+    """The view of what a block has of the unit, whose first slot holds token `block_start`."""
+    numbers = np.frombuffer(layers, STORES[layout.dtype]).reshape(
+        unit.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim
     )
     first_head = layout.head_range[0]
     return numbers[
-        unit.layer_start : unit.layer_end,
+        :,
         :,
         max(0, unit.token_start - block_start) : unit.token_end - block_start,
         unit.head_start - first_head : unit.head_end - first_head,

@@ -44,6 +44,8 @@ class KVSender:
             address is none, and is then asked again later.
         on_ended: called once per handoff, in the loop, when it is DONE or ABORTED.
         window_bytes: unacknowledged bytes per handoff.
+        max_sending_bytes: that transports have at one time, of all handoffs; 0: no limit. Payloads
+            that are copies need memory that long.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class KVSender:
         model_fingerprint: str,
         stats: TransferStats,
         window_bytes: int = 32 << 20,
+        max_sending_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
@@ -65,6 +68,9 @@ class KVSender:
         self._fingerprint = model_fingerprint
         self._stats = stats
         self._window_bytes = window_bytes
+        self._max_sending_bytes = max_sending_bytes
+        self._sending_bytes = 0
+        self._held_back = False  # something could be sent but for the limit
         self._clock = clock
         self._choice = TransportChoice(transports, stats, clock=clock)
         self._outgoing: dict[AttemptId, Outgoing] = {}
@@ -257,7 +263,7 @@ class KVSender:
 
     def _pump(self, out: Outgoing, made: dict[int, memoryview] | None = None) -> None:
         """Send what the window admits; payloads that exist already are in `made`."""
-        while (sendable := out.handoff.next_send()) is not None:
+        while not self._is_full() and (sendable := out.handoff.next_send()) is not None:
             header, ready = sendable
             payload = (made or {}).get(header.unit)
             if payload is None:
@@ -265,22 +271,40 @@ class KVSender:
             try:
                 self._send_unit(out, header, ready, payload)
             except TransferError as error:
-                self._end_io(ready.sources)
+                self._over(ready.sources, payload)
                 self._choice.failed(out.address, error)
                 self.fail(out.handoff.id, error.cause)
 
     def _send_unit(
         self, out: Outgoing, header: UnitHeader, ready: ReadyUnit, payload: memoryview
     ) -> None:
+        self._sending_bytes += len(payload)
         self._transports[out.address.transport].send(
             out.address.url,
             out.handoff.grant.decode,
             header,
             payload,
-            partial(self._end_io, ready.sources),
+            partial(self._sent, ready.sources, payload),
         )
         self._stats.bytes_sent += header.num_bytes
         out.meter.sent(header.num_bytes, out.address.transport, self._clock())
+
+    def _is_full(self) -> bool:
+        limit = self._max_sending_bytes
+        self._held_back |= bool(limit) and self._sending_bytes >= limit
+        return bool(limit) and self._sending_bytes >= limit
+
+    def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview) -> None:
+        """A transport does not read `payload` any more; until now it was held for it."""
+        self._over(sources, payload)
+        if self._held_back:
+            self._held_back = False
+            for out in list(self._outgoing.values()):
+                self._pump(out)
+
+    def _over(self, sources: tuple[BlockHandle, ...], payload: memoryview) -> None:
+        self._end_io(sources)
+        self._sending_bytes -= len(payload)
 
     def _ask_commit(self, handoff: Handoff) -> None:
         commit = handoff.next_commit(self._clock())

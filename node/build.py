@@ -20,6 +20,7 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.runner import ModelRunner, at_once
+from engine.staging import Staging, staging_bytes
 from engine.stops import end_tokens
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
@@ -27,37 +28,17 @@ from node.devices import is_gpu
 from node.drafting import beside_drafts, draft_layout, load_draft_model, make_speculation
 from node.gpu import Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
+from node.memory import NodeMemory, StagedMemory
 from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 from wire.logprobs import MAX_PAIRS, MAX_TOP_LOGPROBS
 from wire.messages import ModelInfo, TokenizerFiles
-from wire.types import BlockHandle, Role, SamplingParams
+from wire.types import Role, SamplingParams
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeMemory:
-    """The engine's blocks as a transfer sees them (see kvtransfer.transport.BlockMemory)."""
-
-    engine: Engine
-    store: KVStore
-
-    @property
-    def layout(self) -> KVLayout:
-        return self.store.layout
-
-    def block_bytes(self, block_id: int) -> memoryview:
-        return self.store.block_bytes(block_id)
-
-    def begin_io(self, handle: BlockHandle) -> bool:
-        return self.engine.begin_io(handle)
-
-    def end_io(self, handle: BlockHandle) -> None:
-        self.engine.end_io(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +48,7 @@ class BuiltEngine:
     config: NodeConfig
     model: LoadedModel
     engine: Engine
-    memory: NodeMemory
+    memory: NodeMemory | StagedMemory
     num_blocks: int
     pool: SharedMemory | None = None  # where the blocks are, if other processes may read them
     num_failed_graphs: int = 0  # captures; such steps run without
@@ -79,6 +60,11 @@ class BuiltEngine:
     @property
     def max_model_len(self) -> int:
         return self.model.max_model_len
+
+    @property
+    def max_sending_bytes(self) -> int:
+        """What transports may hold of blocks that were copied for them; 0: of none were."""
+        return self.memory.max_sending_bytes
 
     def can_hold(self, num_tokens: int, num_shared: int = 0, width: int = 1) -> bool:
         """Whether the KV of so many tokens fits, if nothing else is there.
@@ -157,8 +143,9 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     else:
         num_blocks = _num_blocks(config, layout, drafts)
     pool = None
-    if role is Role.PREFILL and gpu is None:
-        pool = shared_pool(config, num_blocks * layout.block_bytes)
+    if role is Role.PREFILL:  # on a GPU not of the blocks, but of what copies them
+        num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
+        pool = shared_pool(config, num_bytes)
     store = _store(config, layout, num_blocks, pool)
     runner = ModelRunner(model, store, when_done=LayerWaiter() if gpu else at_once)
     num_failed = gpu.capture(runner, model, scratch=num_blocks) if gpu else 0
@@ -172,8 +159,14 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
         grammars=_grammars(config.model, model),
         speculation=make_speculation(config, model, draft, num_blocks),
     )
-    memory = NodeMemory(engine, store)
+    memory = _memory(engine, store, pool)
     return BuiltEngine(config, model, engine, memory, num_blocks, pool, num_failed)
+
+
+def _memory(engine: Engine, store: KVStore, pool: SharedMemory | None) -> NodeMemory | StagedMemory:
+    if store.blocks.device.type == "cpu":
+        return NodeMemory(engine, store)
+    return StagedMemory(engine, store, Staging(store, buffer=pool.buffer if pool else None))
 
 
 def _store(

@@ -79,6 +79,7 @@ class PrefillRole:
             model_fingerprint=shell.built.info.fingerprint,
             stats=self.stats,
             window_bytes=shell.config.window_bytes,
+            max_sending_bytes=shell.built.max_sending_bytes,
         )
         self._work: dict[str, _Work] = {}  # by request: at most one attempt of each
         self._draining = False

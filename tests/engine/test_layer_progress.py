@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,4 +93,20 @@ def test_a_layer_that_comes_early_counts_for_nothing() -> None:
     count = _LayerCount(told.append, at_once)
     for layer in (0, 2, 1, 3):
         count(layer)
+    assert told == [1, 2]
+
+
+def test_on_a_device_a_layer_counts_once_the_device_has_done_it() -> None:
+    told: list[int] = []
+    waiting: list[Callable[[], None]] = []
+
+    def when_done(tell: Callable[[int], None], num_layers: int) -> None:
+        waiting.append(partial(tell, num_layers))
+
+    count = _LayerCount(told.append, when_done)
+    for layer in (0, 1):
+        count(layer)
+    assert told == []
+    for done in waiting:
+        done()
     assert told == [1, 2]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from kvtransfer.transport import InPlace
 from kvtransfer.units import Unit
 from wire.layout import KVLayout
 from wire.types import BlockHandle
@@ -24,7 +25,7 @@ def unit_of(block: int, token_start: int | None = None, token_end: int | None = 
     return Unit(block, block, start, end, 0, 1, 0, 1)
 
 
-class Pool:
+class Pool(InPlace):
     """Implements BlockMemory. A freed block stays quarantined while a transfer touches it."""
 
     def __init__(self, layout: KVLayout, num_blocks: int = 64, epoch: int = 1) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.relay import blocks_of, gather, scatter
+from kvtransfer.relay import blocks_of, gather, layers_of, scatter
 from kvtransfer.units import Unit, unit_bytes, units_of
 from tests.kvtransfer.stores import blocks_with, computed, read_back
 from wire.geometry import Geometry, geometry_for, head_groups
@@ -40,8 +40,9 @@ def two_layouts(draw: st.DrawFn) -> tuple[KVLayout, KVLayout]:
 
 
 def send(unit: Unit, source: list[bytearray], layout: KVLayout, dtype: str) -> memoryview:
-    blocks = [memoryview(source[i]) for i in blocks_of(unit, layout)]
-    return gather(unit, blocks, layout, dtype)
+    part = layers_of(unit, layout)
+    layers = [memoryview(source[i])[part] for i in blocks_of(unit, layout)]
+    return gather(unit, layers, layout, dtype)
 
 
 @given(two_layouts(), st.integers(1, 20), st.integers(0, 3), st.integers(1, 4), st.data())
@@ -82,7 +83,7 @@ def test_the_wire_order_is_layer_kv_token_head_dim() -> None:
     values = np.arange(4 * 2 * 5 * 3 * 4, dtype=np.float16).reshape(4, 2, 5, 3, 4)
     block = values.copy().view(np.uint8).reshape(-1).data
     _, unit = units_of(3, 0, layout, Geometry(2))
-    sent = gather(unit, [block], layout, "float16")
+    sent = gather(unit, [block[layers_of(unit, layout)]], layout, "float16")
     assert np.array_equal(np.frombuffer(sent, np.float16).reshape(2, 2, 3, 3, 4), values[2:, :, :3])
 
 

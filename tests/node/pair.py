@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar, cast
@@ -24,8 +25,11 @@ from engine.engine import Engine
 from engine.kv_store import KVStore
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
-from node.build import BuiltEngine, NodeMemory
+from engine.staging import Staging
+from kvtransfer.shared_memory import SharedMemory
+from node.build import BuiltEngine
 from node.config import NodeConfig
+from node.memory import NodeMemory, StagedMemory
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.stats import NodeStats
@@ -95,7 +99,10 @@ class StoreRunner(HashRunner):
             self._written.append((block, slot))
 
 
-def build(config: NodeConfig, num_blocks: int, max_model_len: int) -> BuiltEngine:
+def build(
+    config: NodeConfig, num_blocks: int, max_model_len: int, staging_blocks: int = 0
+) -> BuiltEngine:
+    """With `staging_blocks` as on a device: blocks travel through memory for so many."""
     store = KVStore(LAYOUT, num_blocks)
     engine = Engine(
         EngineConfig(
@@ -119,7 +126,11 @@ def build(config: NodeConfig, num_blocks: int, max_model_len: int) -> BuiltEngin
         eos_token_ids=(0,),
         can_embed=True,
     )
-    return BuiltEngine(config, cast(Any, model), engine, NodeMemory(engine, store), num_blocks)
+    if not staging_blocks:
+        return BuiltEngine(config, cast(Any, model), engine, NodeMemory(engine, store), num_blocks)
+    pool = SharedMemory(staging_blocks * LAYOUT.block_bytes)
+    memory = StagedMemory(engine, store, Staging(store, buffer=pool.buffer))
+    return BuiltEngine(config, cast(Any, model), engine, memory, num_blocks, pool)
 
 
 class FakeShell:
@@ -242,16 +253,18 @@ class Pair:
         prefill_blocks: int,
         decode_blocks: int,
         max_model_len: int,
+        staging_blocks: int = 0,
         **settings: Any,
     ) -> None:
         config = NodeConfig(Path(), "node", **settings)
+        built = partial(build, config, max_model_len=max_model_len, staging_blocks=staging_blocks)
         self.prefill: Node[PrefillRole] = Node(
             PrefillRole,
-            FakeShell("prefill", context, build(config, prefill_blocks, max_model_len)),
+            FakeShell("prefill", context, built(prefill_blocks)),
         )
         self.decode: Node[DecodeRole] = Node(
             DecodeRole,
-            FakeShell("decode", context, build(config, decode_blocks, max_model_len)),
+            FakeShell("decode", context, built(decode_blocks)),
         )
 
     # ------------------------------------------------------------ what a router does

@@ -15,7 +15,7 @@ from engine.reservations import Reservation, Reservations
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
-from kvtransfer.transport import Landing, TransferStats
+from kvtransfer.transport import InPlace, Landing, TransferStats
 from tests.kvtransfer.pool import filled
 from tests.proof.packets import (
     ADDRESS,
@@ -80,7 +80,7 @@ class Write:
     data: bytes
 
 
-class DecodeModel:
+class DecodeModel(InPlace):
     """See the module's docstring. Implements BlockMemory."""
 
     def __init__(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool, BlockState, Owner
 from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
-from kvtransfer.transport import TransferStats
+from kvtransfer.transport import InPlace, TransferStats
 from tests.proof.packets import ADDRESS, DEADLINE_S, LAYOUT, Packet, content, must
 from wire.codec import Envelope
 from wire.errors import CapacityError
@@ -46,7 +46,7 @@ class Send:
     sealed: bytes  # what the block held when the send was asked for
 
 
-class PrefillModel:
+class PrefillModel(InPlace):
     """See the module's docstring. Implements BlockMemory and UnitSender."""
 
     def __init__(self, me: NodeId, num_blocks: int, window_bytes: int = 32 << 20) -> None:

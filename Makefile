@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured gpu-check bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -90,6 +90,15 @@ bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers;
 
 bench-structured: $(VENV)/.dev  ## what grammars cost: a decode step with masks, compiling a schema; the last line is JSON
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_structured $(ARGS)
+
+# The torch of .venv may be built without CUDA: GPU_PYTHON names an interpreter whose torch is not.
+GPU_PYTHON ?= $(BIN)/python
+DIR ?= gpu-results
+gpu-check:  ## every GPU test and benchmark within 8 minutes, results into DIR (GPU_PYTHON=python3)
+	$(GPU_PYTHON) scripts/gpu_check.py $(DIR) $(ARGS)
+
+bench-gpu:  ## decode, prefill, attention and copies beside what the GPU can do; the last line is JSON
+	$(GPU_PYTHON) -m benchmarks.bench_gpu $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules $(CONSOLE_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,162 @@
+"""What only a GPU can show: the same engine on one, with real graphs, streams and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.device import is_out_of_memory, memory_now
+from engine.engine import Engine
+from engine.gpu_profile import LargestStep, measure
+from engine.graphs import CudaCapture, ladder
+from engine.kv_store import KVStore
+from engine.loader import load_model
+from engine.model_info import LoadedModel
+from engine.request import Request
+from engine.runner import ModelRunner
+from engine.staging import Staging
+from wire.types import SamplingParams
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("default"),  # of other versions of torch and triton
+]
+DEVICE = "cuda:0"
+BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 16, 64, 96
+
+
+def run(loaded: LoadedModel, *, graphs: bool) -> dict[str, list[int]]:
+    """Greedy and sampled requests that come and go."""
+    store = KVStore(loaded.kv_layout(BLOCK_SIZE), NUM_BLOCKS + 1, loaded.device)
+    store.blocks.fill_(float("nan"))  # an unwritten slot that is read shows at once
+    runner = ModelRunner(loaded, store)
+    if graphs:
+        runner.capture(ladder(8), MAX_LEN, CudaCapture(torch.device(DEVICE)), NUM_BLOCKS)
+        assert runner.graphs is not None
+        assert runner.graphs.num_failed == 0
+        assert runner.graphs.rungs == ladder(8)
+    config = EngineConfig(BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, 8, 32)
+    engine = Engine(
+        config,
+        runner,
+        epoch=1,
+        model_fingerprint="m",
+        eos_token_ids=frozenset(),
+        ops=loaded.ops,
+    )
+    for number in range(7):
+        tokens = [(7 * i + 3 * number + 1) % 90 for i in range(5 + 9 * number)]
+        sampling = SamplingParams(
+            seed=number, max_tokens=12, temperature=float(number % 2), ignore_eos=True
+        )
+        engine.add(Request(str(number), tokens, len(tokens), sampling, len(tokens) + 12))
+    told: dict[str, list[int]] = {}
+    while engine.has_work():
+        result = engine.step()
+        assert result is not None
+        assert not result.corrupted
+        for progress in result.progress:
+            told.setdefault(progress.request_id, []).extend(progress.new_tokens)
+    return told
+
+
+def test_a_gpu_gives_the_tokens_of_the_cpu(tiny_llama: Path) -> None:
+    expected = run(load_model(tiny_llama, dtype="float32", max_model_len=MAX_LEN), graphs=False)
+    loaded = load_model(tiny_llama, dtype="float32", device=DEVICE, max_model_len=MAX_LEN)
+    assert loaded.fusions.decoder, loaded.fusions.reason
+    assert run(loaded, graphs=False) == expected
+    assert run(loaded, graphs=True) == expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_models_of_16_bits_are_fused_and_captured(tiny_llama: Path, dtype: str) -> None:
+    loaded = load_model(tiny_llama, dtype=dtype, device=DEVICE, max_model_len=MAX_LEN)
+    assert loaded.dtype.itemsize == 2
+    assert loaded.ops.name.startswith("triton")
+    assert loaded.fusions.decoder, loaded.fusions.reason
+    told = run(loaded, graphs=True)
+    assert all(len(tokens) == 12 for tokens in told.values())
+
+
+def test_what_a_model_takes_is_measured(tiny_llama: Path) -> None:
+    at_start = memory_now(DEVICE)
+    loaded = load_model(tiny_llama, device=DEVICE, max_model_len=MAX_LEN)
+    use = measure(loaded, LargestStep(512, 8, MAX_LEN, BLOCK_SIZE), at_start, ladder(8))
+    assert use.weights > 0
+    assert use.step >= 0
+    assert use.graphs > 0
+    assert 0 < use.own < use.total
+    assert use.free <= use.free_at_start
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_blocks_travel_through_pinned_memory(tiny_llama: Path, dtype: str) -> None:
+    loaded = load_model(tiny_llama, dtype=dtype, device=DEVICE, max_model_len=MAX_LEN)
+    layout = loaded.kv_layout(BLOCK_SIZE)
+    source, target = (KVStore(layout, 8, DEVICE) for _ in range(2))
+    source.blocks.normal_()
+    target.blocks.zero_()
+    there, here = Staging(source), Staging(target)
+    half = layout.block_bytes // 2
+    for block in range(8):
+        for part in (slice(0, half), slice(half, layout.block_bytes)):
+            here.write(7 - block, part, there.read(block, part))
+    assert torch.equal(target.blocks.flip(0), source.blocks)
+    assert there.num_free == there.num_bytes
+
+
+def test_layers_are_told_in_order_once_the_device_has_done_them() -> None:
+    pytest.importorskip("zmq")
+    from node.gpu import LayerWaiter
+
+    waiter, told, over = LayerWaiter(), [], torch.cuda.Event()  # type: ignore[no-untyped-call]
+    work = torch.randn(2048, 2048, device=DEVICE)
+
+    def tell(num_layers: int) -> None:
+        told.append(num_layers)
+
+    for layer in range(1, 9):
+        for _ in range(20):
+            work = work @ work
+        waiter(tell, layer)
+    over.record()
+    over.synchronize()
+    wait_until(lambda: len(told) == 8)
+    assert told == list(range(1, 9))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    import time
+
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_device_that_is_full_says_so() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        torch.empty(memory_now(DEVICE).total * 2, dtype=torch.uint8, device=DEVICE)
+    assert is_out_of_memory(error.value)
+
+
+def test_a_node_is_built_on_a_gpu() -> None:
+    pytest.importorskip("zmq")
+    pytest.importorskip("llguidance")
+    from baton.bundled_model import DEFAULT_MODEL
+    from node.build import build_engine
+    from node.config import NodeConfig
+    from wire.types import Role
+
+    for role in (Role.PREFILL, Role.DECODE):
+        config = NodeConfig(
+            Path(DEFAULT_MODEL), "n", device=DEVICE, gpu_memory_utilization=0.2, max_num_seqs=16
+        )
+        built = build_engine(role, config, lambda stage, done, total: None)
+        assert built.num_blocks > 100
+        assert built.num_failed_graphs == 0
+        assert built.max_sending_bytes > 0

@@ -5,6 +5,7 @@ Everything here works on a machine without one; `torch.cuda` is asked only for a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until this thread's stream is empty; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of the numbers; on a GPU the host does not wait until they are there."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def give_back_memory() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from engine.device import is_gpu, to_device
 from engine.grammar import Masks
 from engine.penalties import penalize, penalizes
 from engine.rows import CORRUPTED, Row
@@ -47,15 +48,18 @@ class Sampler:
         if not requests:
             return []
         sound = finite_rows(logits)
-        if not sound.all():
+        if is_gpu(logits.device) or not sound.all():  # asking a GPU costs more than doing it
             logits = logits.where(sound.unsqueeze(1), 0.0)
         logits = self._adjust(logits, requests, masks)
         if masks is not None:
             sound &= logits.amax(-1) > -torch.inf
         tokens = logits.argmax(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
-        if drawn:
-            tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn], self._ops)
+        if len(drawn) == len(requests):
+            tokens = _draw(logits, requests, self._ops)
+        elif drawn:
+            rows = to_device(drawn, torch.int64, logits.device)
+            tokens[rows] = _draw(logits[rows], [requests[i] for i in drawn], self._ops)
         return [int(token) for token in tokens.where(sound, CORRUPTED).tolist()]
 
     def _adjust(self, logits: Tensor, requests: Sequence[Row], masks: Masks | None) -> Tensor:
@@ -106,18 +110,18 @@ def _draw(logits: Tensor, requests: Sequence[Row], ops: LayerOps) -> Tensor:
     """Sampled tokens, int64 [R], of rows with a temperature."""
     params = [r.sampling for r in requests]
     device = logits.device
-    x = logits / logits.new_tensor([p.temperature for p in params]).unsqueeze(1)
-    seeds = torch.tensor([_as_int64(p.seed) for p in params], device=device)
-    positions = torch.tensor([r.num_tokens for r in requests], device=device)
+    x = logits / to_device([p.temperature for p in params], torch.float32, device).unsqueeze(1)
+    seeds = to_device([_as_int64(p.seed) for p in params], torch.int64, device)
+    positions = to_device([r.num_tokens for r in requests], torch.int64, device)
     return ops.gumbel_argmax(x, _floors(x, params, ops), row_keys(seeds, positions))
 
 
 def _floors(x: Tensor, params: Sequence[SamplingParams], ops: LayerOps) -> Tensor:
     return ops.filter_floor(
         x,
-        torch.tensor([p.top_k for p in params], device=x.device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=x.device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float64, device=x.device),
+        to_device([p.top_k for p in params], torch.int64, x.device),
+        to_device([p.top_p for p in params], torch.float64, x.device),
+        to_device([p.min_p for p in params], torch.float64, x.device),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.step_inputs import HostRequests, Sizes, StepInputs, fill, host_buffer, sizes_of
+from kernels.triton_ops import TritonOps
 from wire.types import SamplingParams
 
 BLOCK_SIZE = 4
@@ -150,10 +152,10 @@ def engine_on(
     return engine, runner
 
 
-def tokens_of(engine: Engine) -> dict[str, list[int]]:
+def tokens_of(engine: Engine, num_requests: int = 7) -> dict[str, list[int]]:
     """Requests that come and go, chunked prompts beside decoding ones."""
     told: dict[str, list[int]] = {}
-    for number in range(7):
+    for number in range(num_requests):
         engine.add(request(str(number), 5 + 3 * number, number, number % 2))
     while engine.has_work():
         result = engine.step()
@@ -174,6 +176,18 @@ def test_replayed_steps_give_the_tokens_of_plain_ones(llama: LoadedModel) -> Non
     assert runner.graphs is not None
     assert runner.graphs.rungs == (1, 2, 4, 8)
     assert tokens_of(replayed) == expected
+
+
+def test_kernels_of_a_gpu_take_padded_steps(llama: LoadedModel) -> None:
+    """In Triton's interpreter, where there is no GPU."""
+    warnings: list[str] = []
+    on_kernels = replace(llama, ops=TritonOps(warn=warnings.append))
+    plain, _ = engine_on(llama, None, packed=False)
+    expected = tokens_of(plain, 3)
+    replayed, _ = engine_on(on_kernels, EagerCapture(), packed=True)
+    assert tokens_of(replayed, 3) == expected
+    if not torch.cuda.is_available():
+        assert not warnings, "every case has its kernel"
 
 
 def test_every_step_that_decodes_is_replayed(llama: LoadedModel) -> None:

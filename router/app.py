@@ -11,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from router.access import Access, request_id
+from router.admin import AdminPages
 from router.anthropic.errors import error_bytes
 from router.anthropic.pages import PREFIX, AnthropicPages
 from router.console.pages import ConsolePages
@@ -79,6 +80,7 @@ def make_app(
         web.post("/ping", pages.ping),
         *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
         *([] if debug is None else [web.get("/debug/fleet", pages.fleet)]),
+        *([] if debug is None else AdminPages(serving, control).routes()),
         *(ConsolePages().routes() if console else []),
     ]
     for route in routes:
@@ -131,8 +133,9 @@ class _Pages:
         """The nodes as this router sees them; of several workers each answers for itself."""
         requests = self._control.requests
         waiting = requests.num_waiting
-        body = fleet_json(self._control.fleet, len(requests) - waiting, waiting, self._control.now)
-        return web.json_response(body)
+        running, now = len(requests) - waiting, self._control.now
+        switches = self._control.switches.all()
+        return web.json_response(fleet_json(self._control.fleet, switches, running, waiting, now))
 
     async def ready(self, request: web.Request) -> web.Response:
         """A request could be served now."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from router.fleet import Fleet, Node
 from router.requests import Requests
+from router.role_switch import RoleSwitch, RoleSwitches
 from router.tokenizer import Tokenizer, tokenizer_from_files
 from wire.codec import Envelope
 from wire.curve import FleetContext
@@ -36,6 +37,7 @@ from wire.messages import (
     Refused,
     Register,
     RouterHeartbeat,
+    SwitchRefused,
     TokenizerFiles,
     Tokens,
     Unwelcome,
@@ -59,6 +61,7 @@ class Control:
         tokenizer: the operator's; None: ask the first node.
         control_ports: of all routers that share an HTTP port with this one; nodes are told them.
         key: the fleet's; None: hear every node.
+        on_switch: called with each change of role that is over, as it went.
     """
 
     def __init__(
@@ -72,8 +75,11 @@ class Control:
         key: FleetKey | None,
         control_ports: tuple[int, ...] = (),
         clock: Callable[[], float],
+        on_switch: Callable[[RoleSwitch], None] = lambda switch: None,
     ) -> None:
         self.fleet = fleet
+        self._on_switch = on_switch
+        self.switches = RoleSwitches(fleet, self._send, self._switch_over)
         self.tokenizer = tokenizer
         self.requests = make_requests(fleet, self._send)
         self._heartbeat_s = heartbeat_s
@@ -145,6 +151,8 @@ class Control:
         for dead in self.fleet.expire(now):
             log.warning("node %s is silent and taken for dead", dead)
             self.requests.node_lost(dead)
+            self.switches.died(dead, now)
+        self.switches.tick(now)
         for node in list(self.fleet):
             self._beat_to(node)
         self._fetch_tokenizer()
@@ -214,7 +222,11 @@ class Control:
         elif isinstance(message, Draining):
             log.info("node %s drains", node.id)
             self.fleet.drain(node.id)
+            self.switches.draining(node.id)
+        elif isinstance(message, SwitchRefused):
+            self.switches.refused(node.id, message.reason, self._clock())
         elif isinstance(message, Goodbye):
+            self.switches.left(node.id, self._clock())
             self._leave(node.id, "left")
         elif isinstance(message, Gone):
             self._leave(node.id, "does not know this router")
@@ -230,6 +242,7 @@ class Control:
         for lost in registration.lost:
             self.requests.node_lost(lost, alive=lost == sender)
         log.info("node %s registered for %s", sender, message.role.value)
+        self.switches.registered(sender, message.role, self._clock())
         self._tell(sender, Welcome(self._heartbeat_s, self._control_ports))
         self._tell(sender, FetchCacheSnapshot())
         self._fetch_tokenizer()
@@ -239,6 +252,15 @@ class Control:
         log.info("node %s %s", node, reason)
         self.fleet.remove(node)
         self.requests.node_lost(node)
+        self.switches.died(node, self._clock())
+
+    def _switch_over(self, switch: RoleSwitch) -> None:
+        if switch.outcome == "done":
+            seconds = (switch.node.name, switch.new.value, switch.seconds)
+            log.info("node %s serves as a %s node after %.2f s", *seconds)
+        else:
+            log.warning("node %s does not change roles: %s", switch.node.name, switch.reason)
+        self._on_switch(switch)
 
     async def _load_tokenizer(self, node: Node, files: TokenizerFiles) -> None:
         fingerprint = node.info.model.fingerprint

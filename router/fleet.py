@@ -114,6 +114,10 @@ class Fleet:
     def drain(self, node: NodeId) -> None:
         self._nodes[node].draining = True
 
+    def resume(self, node: NodeId) -> None:
+        """It does not drain after all."""
+        self._nodes[node].draining = False
+
     def mark_unreachable(self, node: NodeId) -> None:
         """A message to it could not be queued: nothing new for it until it is heard again."""
         if node in self._nodes:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from router.fleet import Fleet, Node
+from router.role_switch import RoleSwitch
 
 
-def fleet_json(fleet: Fleet, num_running: int, num_waiting: int, now: float) -> dict[str, Any]:
-    """All nodes by role and name, and the router's own queue."""
+def fleet_json(
+    fleet: Fleet,
+    switches: Iterable[RoleSwitch],
+    num_running: int,
+    num_waiting: int,
+    now: float,
+) -> dict[str, Any]:
+    """All nodes by role and name, their last changes of role, and the router's own queue."""
     model = fleet.model
     nodes = sorted(fleet, key=lambda node: (node.info.role.value, node.id.name))
     return {
@@ -19,6 +27,22 @@ def fleet_json(fleet: Fleet, num_running: int, num_waiting: int, now: float) -> 
         "waiting": num_waiting,
         "open_pairs": fleet.breaker.num_open,
         "nodes": [_node(node, now) for node in nodes],
+        "role_switches": [switch_json(switch, now) for switch in switches],
+    }
+
+
+def switch_json(switch: RoleSwitch, now: float) -> dict[str, Any]:
+    """One change of role; `return_s`: from the last request's end to the next registration."""
+    ended = now if switch.ended is None else switch.ended
+    return {
+        "node": switch.node.name,
+        "from": switch.old.value,
+        "to": switch.new.value,
+        "state": switch.state.value,
+        "outcome": switch.outcome,
+        "reason": switch.reason,
+        "seconds": round(ended - switch.began, 3),
+        "return_s": None if switch.return_s is None else round(switch.return_s, 3),
     }
 
 

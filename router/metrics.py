@@ -20,6 +20,8 @@ class RouterMetrics:
         self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
         self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
         self.rebinds = names.ROUTER_REBINDS.counter(registry)
+        self.role_switches = names.ROUTER_ROLE_SWITCHES.counter(registry)
+        self.role_switch_seconds = names.ROUTER_ROLE_SWITCH_SECONDS.histogram(registry)
         self.open_pairs = names.ROUTER_OPEN_PAIRS.gauge(registry)
         self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
         self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
@@ -40,6 +42,12 @@ class RouterMetrics:
         self.responses.labels(route, str(status)).inc()
         named = method if method in _METHODS else "OTHER"  # a client may invent one
         self._http_requests.labels(route, named, f"{status // 100}xx").inc()
+
+    def switched(self, outcome: str, seconds: float) -> None:
+        """A node that was asked for another role has it, or will not."""
+        self.role_switches.labels(outcome).inc()
+        if outcome == "done":
+            self.role_switch_seconds.observe(seconds)
 
     def for_model(self, name: str) -> ModelMetrics:
         """Metrics of one model (a fleet serves one, so there are few)."""

@@ -61,6 +61,7 @@ class RouterServer:
             key=load_key(config.key_file),
             control_ports=() if config.place is None else config.place.control_ports,
             clock=clock,
+            on_switch=lambda switch: self._metrics.switched(switch.outcome, switch.seconds or 0.0),
         )
         self.serving = Serving(
             config, self.control, self._metrics, self._log, self._access.charge, clock

@@ -133,6 +133,17 @@ ROUTER_ATTEMPTS_ENDED = Metric(
 ROUTER_REBINDS = Metric(
     "baton_router_rebinds", "Attempts that asked for the reservation of a failed prefill node"
 )
+ROUTER_ROLE_SWITCHES = Metric(
+    "baton_router_role_switches",
+    "Nodes that were asked for another role, by how it ended: done, refused, died or late",
+    ("outcome",),
+)
+ROUTER_ROLE_SWITCH_SECONDS = Metric(
+    "baton_router_role_switch_seconds",
+    "From the question to the registration in the new role, draining included",
+    (),
+    SECONDS,
+)
 ROUTER_OPEN_PAIRS = Metric(
     "baton_router_open_pairs",
     "Pairs of nodes whose handoffs fail: chosen only for a trial, or where there is no other",

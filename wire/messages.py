@@ -152,6 +152,24 @@ class FetchCacheSnapshot:
     """router → node: events were lost; send the whole content."""
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchRole:
+    """router → node: serve as `role` from now on; what runs may finish for `drain_s` seconds.
+
+    The node drains, and registers with the other role as a new incarnation.
+    """
+
+    role: Role
+    drain_s: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchRefused:
+    """node → router: this node stays what it is."""
+
+    reason: Text
+
+
 # ---------------------------------------------------------------- a request's life
 
 
@@ -460,6 +478,8 @@ Message: TypeAlias = (
     | TokenizerFiles
     | CacheEvents
     | FetchCacheSnapshot
+    | SwitchRole
+    | SwitchRefused
     | Reserve
     | Rebind
     | Granted
@@ -495,6 +515,8 @@ TAGS: dict[int, type[Message]] = {
     10: TokenizerFiles,
     11: CacheEvents,
     12: FetchCacheSnapshot,
+    13: SwitchRole,
+    14: SwitchRefused,
     20: Reserve,
     21: Granted,
     22: Refused,

@@ -28,6 +28,7 @@ from kernels.triton_common import (
     FLOATS,
     dots_as_float32,
     num_processors,
+    on_its_device,
     on_this_device,
     power_of_2,
 )
@@ -73,6 +74,7 @@ def has_kernel(head_dim: int, group: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
 
 
+@on_its_device
 def paged_attention_triton(
     query: Tensor,  # [T, Hq, D]; rows may be apart
     keys: Tensor,  # [num_blocks, block_size, Hkv, D]; blocks and slots may be apart

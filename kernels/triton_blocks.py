@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_copy import Part
-from kernels.triton_common import power_of_2
+from kernels.triton_common import on_its_device, power_of_2
 
 TILE = 8192  # numbers per program
 
 
+@on_its_device
 def gather_units_triton(pool: Tensor, slots: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     """See `kernels.block_copy.gather_units`."""
     num_units, num_tokens = slots.shape
@@ -26,6 +27,7 @@ def gather_units_triton(pool: Tensor, slots: Tensor, part: Part, dtype: torch.dt
     return units
 
 
+@on_its_device
 def scatter_units_triton(units: Tensor, pool: Tensor, slots: Tensor, part: Part) -> None:
     """See `kernels.block_copy.scatter_units`."""
     assert units.is_contiguous()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -10,6 +12,9 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run as Python on the CPU: TRITON_INTERPRET was set when triton was first imported."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,3 +40,16 @@ def num_processors(device: torch.device) -> int:
 def power_of_2(number: int) -> int:
     """The first power of 2 from `number` on."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def on_its_device(
+    function: Callable[Concatenate[Tensor, _P], _R],
+) -> Callable[Concatenate[Tensor, _P], _R]:
+    """Run it with its first tensor's device as the current one, on which Triton launches."""
+
+    @wraps(function)
+    def guarded(first: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return function(first, *args, **kwargs)
+
+    return guarded

@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_common import on_its_device
 from kernels.xxh3 import BLOCK_WORDS, LANES, LAST_WORDS
 
 BLOCKS = 16  # of 1,024 bytes, per program
 AHEAD = 16  # blocks whose sums are read together: each read takes longer than all else
 
 
+@on_its_device
 def accumulate_triton(data: Tensor, secret: Tensor) -> Tensor:
     """See `kernels.xxh3.accumulate`."""
     num_inputs, num_words = data.shape

@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import HeadNorms, LayerSlots
-from kernels.triton_common import power_of_2
+from kernels.triton_common import on_its_device, power_of_2
 
 MAX_WIDTH = 1 << 15  # of a norm: a row is held by one program
 HEAD_TILE = 2048  # numbers of a row's heads per program
 ACTIVATION_TILE = 1024
 
 
+@on_its_device
 def add_norm_triton(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """See LayerOps.add_norm."""
     num_rows, width = residual.shape
@@ -41,6 +42,7 @@ def add_norm_triton(residual: Tensor, branch: Tensor | None, weight: Tensor, eps
     return output
 
 
+@on_its_device
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """See LayerOps.silu_mul."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -57,6 +59,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     return output
 
 
+@on_its_device
 def rotary_triton(
     qkv: Tensor,
     cos: Tensor,

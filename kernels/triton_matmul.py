@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import dots_as_float32, power_of_2
+from kernels.triton_common import dots_as_float32, on_its_device, power_of_2
 
 ROWS = 64
 PARALLEL_ROWS = 64  # up to so many, a part of the sum is a program of its own
@@ -23,6 +23,7 @@ MAX_PARTS = 16
 SUM_TILE = 1024
 
 
+@on_its_device
 def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)` for x [..., in] and weight [out, in], with sums in fp32."""
     flat = x.flatten(0, -2)

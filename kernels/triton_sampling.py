@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import power_of_2
+from kernels.triton_common import on_its_device, power_of_2
 
 FLOOR_TILE = 8192  # logits per step of a pass
 DRAW_TILE = 2048  # logits per program
 PENALTY_TILE = 256  # entries per program
 
 
+@on_its_device
 def filter_floor_triton(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See `kernels.sampling.filter_floor`."""
     num_rows, vocab_size = x.shape
@@ -38,6 +39,7 @@ def filter_floor_triton(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
     return floors
 
 
+@on_its_device
 def gumbel_argmax_triton(x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
     """See `kernels.sampling.gumbel_argmax`; logarithms may differ from the CPU's in their last bit.
 
@@ -62,6 +64,7 @@ def gumbel_argmax_triton(x: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
     return tokens.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
 
 
+@on_its_device
 def penalize_triton(
     x: Tensor,
     rows: Tensor,

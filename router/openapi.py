@@ -18,12 +18,26 @@ from router.anthropic.body import CountBody, MessagesBody
 from router.api import NEUTRAL_COMPLETION, CompletionBody
 from router.api_chat import NEUTRAL_CHAT, ChatBody
 from router.api_embeddings import NEUTRAL_EMBEDDING, EmbeddingBody
+from router.openapi_parts import (
+    BLOCK,
+    COUNT,
+    EVENTS,
+    FINISH,
+    MAYBE_OBJECT,
+    MAYBE_TEXT,
+    OUTPUT_ITEM,
+    TEXT,
+    TOOL_CALL,
+    Json,
+    const,
+    list_of,
+    object_of,
+)
 from router.responses.body import NEUTRAL as NEUTRAL_RESPONSES
 from router.responses.body import ResponsesBody
 from router.responses.pages import MAX_LISTED
 from router.tokenize import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
 
-Json = dict[str, Any]
 _REF = "#/components/schemas/{model}"
 _USER = [{"role": "user", "content": "Say hello."}]
 
@@ -105,7 +119,7 @@ def openapi_description(version: str) -> Json:
         },
         "paths": _paths(),
         "components": {
-            "schemas": {**_request_schemas(), **_ANSWERS},
+            "schemas": {**_request_schemas(), **_ANSWERS, **EVENTS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],
@@ -136,7 +150,11 @@ def _post(path: str, model: type[BaseModel], answer: str, streams: bool, example
     ok = _answer(answer)
     error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
     if streams:
-        ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        event = f"{answer}Event"
+        ok["content"]["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"Server-sent events; data: {event}."},
+            "x-event": _ref(event),
+        }
     body = {"schema": _ref(model.__name__), "examples": {"short": {"value": example}}}
     return {
         "summary": (model.__doc__ or "").strip(),
@@ -202,140 +220,122 @@ def _request_schemas() -> Json:
 # ---------------------------------------------------------------- answers
 
 
-def _object(optional: Json | None = None, **properties: Json) -> Json:
-    return {
-        "type": "object",
-        "properties": {**properties, **(optional or {})},
-        "required": list(properties),
-    }
-
-
-def _list(items: Json) -> Json:
-    return {"type": "array", "items": items}
-
-
-def _const(value: str) -> Json:
-    return {"const": value}
-
-
-_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-_MAYBE_TEXT = {"type": ["string", "null"]}
-_MAYBE_OBJECT = {"type": ["object", "null"]}
-_FINISH = {"enum": ["stop", "length", "tool_calls"]}
-_USAGE = _object(
-    {"prompt_tokens_details": _MAYBE_OBJECT},
-    prompt_tokens=_COUNT,
-    completion_tokens=_COUNT,
-    total_tokens=_COUNT,
+_USAGE = object_of(
+    {"prompt_tokens_details": MAYBE_OBJECT},
+    prompt_tokens=COUNT,
+    completion_tokens=COUNT,
+    total_tokens=COUNT,
 )
-_MODEL = _object(
-    id=_TEXT,
-    object=_const("model"),
-    created=_COUNT,
-    owned_by=_TEXT,
+_MODEL = object_of(
+    id=TEXT,
+    object=const("model"),
+    created=COUNT,
+    owned_by=TEXT,
     max_model_len={"type": ["integer", "null"]},
 )
 
 
 def _generated(kind: str, **choice: Json) -> Json:
-    described = _object(index=_COUNT, logprobs=_MAYBE_OBJECT, finish_reason=_FINISH, **choice)
-    return _object(
-        id=_TEXT,
-        object=_const(kind),
-        created=_COUNT,
-        model=_TEXT,
-        choices={**_list(described), "minItems": 1},
+    described = object_of(index=COUNT, logprobs=MAYBE_OBJECT, finish_reason=FINISH, **choice)
+    return object_of(
+        id=TEXT,
+        object=const(kind),
+        created=COUNT,
+        model=TEXT,
+        choices={**list_of(described), "minItems": 1},
         usage=_USAGE,
     )
 
 
 _ANSWERS: Json = {
-    "Error": _object(
-        error=_object(
+    "Error": object_of(
+        error=object_of(
             message={"type": "string", "minLength": 1, "maxLength": 500},
-            type=_TEXT,
-            param=_MAYBE_TEXT,
-            code=_MAYBE_TEXT,
+            type=TEXT,
+            param=MAYBE_TEXT,
+            code=MAYBE_TEXT,
         )
     ),
-    "Completion": _generated("text_completion", text=_TEXT),
+    "Completion": _generated("text_completion", text=TEXT),
     "ChatCompletion": _generated(
-        "chat.completion", message=_object(role=_const("assistant"), content=_MAYBE_TEXT)
+        "chat.completion",
+        message=object_of(
+            {"reasoning_content": TEXT, "tool_calls": {**list_of(TOOL_CALL), "minItems": 1}},
+            role=const("assistant"),
+            content=MAYBE_TEXT,
+        ),
     ),
-    "Response": _object(
-        {"incomplete_details": _MAYBE_OBJECT, "instructions": _MAYBE_TEXT},
-        id=_TEXT,
-        object=_const("response"),
-        created_at=_COUNT,
+    "Response": object_of(
+        {"incomplete_details": MAYBE_OBJECT, "instructions": MAYBE_TEXT},
+        id=TEXT,
+        object=const("response"),
+        created_at=COUNT,
         status={"enum": ["completed", "incomplete"]},
-        model=_TEXT,
-        output={
-            **_list(_object(type={"enum": ["message", "function_call", "reasoning"]}, id=_TEXT)),
-            "minItems": 1,
-        },
-        usage=_object(
-            input_tokens=_COUNT,
-            input_tokens_details=_object(cached_tokens=_COUNT),
-            output_tokens=_COUNT,
-            output_tokens_details=_object(reasoning_tokens=_COUNT),
-            total_tokens=_COUNT,
+        model=TEXT,
+        output={**list_of(OUTPUT_ITEM), "minItems": 1},
+        usage=object_of(
+            input_tokens=COUNT,
+            input_tokens_details=object_of(cached_tokens=COUNT),
+            output_tokens=COUNT,
+            output_tokens_details=object_of(reasoning_tokens=COUNT),
+            total_tokens=COUNT,
         ),
         error={"type": "null"},
-        previous_response_id=_MAYBE_TEXT,
+        previous_response_id=MAYBE_TEXT,
         store={"type": "boolean"},
-        tools=_list({"type": "object"}),
+        tools=list_of({"type": "object"}),
         text={"type": "object"},
     ),
-    "DeletedResponse": _object(id=_TEXT, object=_const("response"), deleted={"const": True}),
-    "InputItems": _object(
-        object=_const("list"),
-        data=_list(_object(id=_TEXT, type=_TEXT)),
-        first_id=_MAYBE_TEXT,
-        last_id=_MAYBE_TEXT,
+    "DeletedResponse": object_of(id=TEXT, object=const("response"), deleted={"const": True}),
+    "InputItems": object_of(
+        object=const("list"),
+        data=list_of(object_of(id=TEXT, type=TEXT)),
+        first_id=MAYBE_TEXT,
+        last_id=MAYBE_TEXT,
         has_more={"type": "boolean"},
     ),
-    "AnthropicError": _object(
-        type=_const("error"), error=_object(type=_TEXT, message={"type": "string", "minLength": 1})
+    "AnthropicError": object_of(
+        type=const("error"), error=object_of(type=TEXT, message={"type": "string", "minLength": 1})
     ),
-    "Message": _object(
-        id=_TEXT,
-        type=_const("message"),
-        role=_const("assistant"),
-        model=_TEXT,
-        content=_list(_object(type={"enum": ["text", "thinking", "tool_use"]})),
+    "Message": object_of(
+        id=TEXT,
+        type=const("message"),
+        role=const("assistant"),
+        model=TEXT,
+        content=list_of(BLOCK),
         stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
-        stop_sequence=_MAYBE_TEXT,
-        usage=_object(input_tokens=_COUNT, output_tokens=_COUNT, cache_read_input_tokens=_COUNT),
+        stop_sequence=MAYBE_TEXT,
+        usage=object_of(input_tokens=COUNT, output_tokens=COUNT, cache_read_input_tokens=COUNT),
     ),
-    "CountedTokens": _object(input_tokens=_COUNT),
-    "Embeddings": _object(
-        object=_const("list"),
-        model=_TEXT,
-        data=_list(
-            _object(
-                object=_const("embedding"),
-                index=_COUNT,
-                embedding={"oneOf": [_TEXT, _list({"type": "number"})]},
+    "CountedTokens": object_of(input_tokens=COUNT),
+    "Embeddings": object_of(
+        object=const("list"),
+        model=TEXT,
+        data=list_of(
+            object_of(
+                object=const("embedding"),
+                index=COUNT,
+                embedding={"oneOf": [TEXT, list_of({"type": "number"})]},
             )
         ),
-        usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+        usage=object_of(prompt_tokens=COUNT, total_tokens=COUNT),
     ),
-    "Tokenized": _object(
-        count=_COUNT,
-        max_model_len=_COUNT,
-        tokens=_list(_COUNT),
-        token_strs={"type": ["array", "null"], "items": _TEXT},
+    "Tokenized": object_of(
+        count=COUNT,
+        max_model_len=COUNT,
+        tokens=list_of(COUNT),
+        token_strs={"type": ["array", "null"], "items": TEXT},
     ),
-    "Detokenized": _object(prompt=_TEXT),
-    "Models": _object(object=_const("list"), data=_list(_MODEL)),
+    "Detokenized": object_of(prompt=TEXT),
+    "Models": object_of(object=const("list"), data=list_of(_MODEL)),
     "Model": _MODEL,
-    "Version": _object(version=_TEXT),
-    "Load": _object(server_load=_COUNT),
-    "Health": _object(status=_const("ok")),
-    "Ready": _object(
+    "Version": object_of(version=TEXT),
+    "Load": object_of(server_load=COUNT),
+    "Health": object_of(status=const("ok")),
+    "Ready": object_of(
         ready={"type": "boolean"},
-        prefill_nodes=_COUNT,
-        decode_nodes=_COUNT,
+        prefill_nodes=COUNT,
+        decode_nodes=COUNT,
         tokenizer={"type": "boolean"},
     ),
 }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -20,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from router.openapi import openapi_description
-from tests.router.harness import Harness, endless, router
+from tests.router.harness import MODEL, Harness, endless, router, saying
 
 DESCRIPTION = openapi_description("test")
 SCHEMA = schemathesis.openapi.from_dict(DESCRIPTION)
@@ -111,3 +114,51 @@ def test_requests_made_from_it(path: str, method: str, mode: GenerationMode, url
 
 def _can_be_wrong(path: str, method: str) -> bool:
     return "requestBody" in DESCRIPTION["paths"][path][method]
+
+
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+SAID = '<think>Hm.</think>So: <tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+TALK = [{"role": "user", "content": "hi"}]
+TOLD: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {
+        "messages": TALK,
+        "tools": [{"type": "function", "function": TOOL}],
+    },
+    "/v1/responses": {"input": "hi", "tools": [{"type": "function", **TOOL}]},
+    "/v1/messages": {
+        "messages": TALK,
+        "tools": [{"name": "weather", "input_schema": TOOL["parameters"]}],
+    },
+}
+
+
+@pytest.mark.parametrize("path", TOLD)
+def test_answers_with_calls_and_streams_are_described(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reasoning, text and a call; every event of the stream is one of those that it may have."""
+    monkeypatch.setattr("tests.router.harness.MODEL", replace(MODEL, max_model_len=8192))
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    content = DESCRIPTION["paths"][path]["post"]["responses"]["200"]["content"]
+
+    async def scenario() -> None:
+        async with router(saying(SAID), reasoning_parser="think") as harness:
+            body = {**TOLD[path], limit: 500}
+            whole = await harness.post(path, body)
+            check_against(content["application/json"]["schema"], whole.json)
+            told = (await harness.post(path, {**body, "stream": True})).body.decode()
+            lines = [line for line in told.split("\n") if line.startswith("data: {")]
+            assert len(lines) > 5
+            for line in lines:
+                event = json.loads(line.removeprefix("data: "))
+                check_against(content["text/event-stream"]["x-event"], event)
+            if path != "/v1/completions":
+                assert "weather" in told
+
+    asyncio.run(scenario())
+
+
+def check_against(reference: dict[str, str], value: Any) -> None:
+    described = DESCRIPTION["components"]["schemas"][reference["$ref"].rpartition("/")[2]]
+    Draft202012Validator(described).validate(value)

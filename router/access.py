@@ -112,7 +112,8 @@ class Access:
         return web.Response(status=204, headers=self._config.cors.preflight(request.headers))
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["x-request-id"] = request_id(request)
+        for name in ("x-request-id", "request-id"):  # OpenAI's clients look for one, Anthropic's
+            response.headers[name] = request_id(request)
         response.headers.update(self._config.cors.headers(request.headers.get("Origin")))
         if _LIMITER in request:
             response.headers.update(request[_LIMITER].headers(self._clock()))

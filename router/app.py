@@ -256,7 +256,7 @@ def _error_response(error: ApiError, request: web.Request) -> web.Response:
     anthropic = request.path.startswith(PREFIX)
     return web.Response(
         status=error.status,
-        body=error_bytes(error) if anthropic else error.body_bytes(),
+        body=error_bytes(error, request_id(request)) if anthropic else error.body_bytes(),
         content_type="application/json",
         headers=error.headers(),
     )

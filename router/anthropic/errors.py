@@ -25,5 +25,5 @@ def error_object(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def error_bytes(error: ApiError) -> bytes:
-    return json.dumps(error_object(error)).encode()
+def error_bytes(error: ApiError, request_id: str) -> bytes:
+    return json.dumps({**error_object(error), "request_id": request_id}).encode()

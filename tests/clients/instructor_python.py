@@ -61,23 +61,27 @@ def prose_instead_of_json_is_asked_for_again(servers: Servers) -> None:
     assert seen[-1].usage.prompt_tokens > seen[0].usage.prompt_tokens
 
 
-def tools_give_an_object(servers: Servers) -> None:
-    """A call of a named function is held to its schema, so that the first answer fits."""
-    person = client(servers, instructor.Mode.TOOLS).chat.completions.create(
-        model=servers.model,
-        messages=MESSAGES,
-        response_model=Person,
-        max_retries=1,
-        temperature=0,
-        max_tokens=200,
-    )
-    assert isinstance(person, Person)
+def grammars_give_an_object(servers: Servers) -> None:
+    """A named function's arguments, and an answer, are held to their schema: the first one fits."""
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
+        ask: dict[str, Any] = {
+            "model": servers.model,
+            "messages": MESSAGES,
+            "response_model": Person,
+            "max_retries": 1,
+            "temperature": 0,
+            "max_tokens": 200,
+        }
+        person = client(servers, mode).chat.completions.create(**ask)
+        assert isinstance(person, Person), mode
+    *_, last = client(servers, instructor.Mode.JSON_SCHEMA).chat.completions.create_partial(**ask)
+    assert last.kind == person.kind
 
 
 CASES = [
     plain_answers_pass_through,
     prose_instead_of_json_is_asked_for_again,
-    tools_give_an_object,
+    grammars_give_an_object,
 ]
 
 if __name__ == "__main__":

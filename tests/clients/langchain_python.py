@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import openai
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 from tests.clients.cases import PROMPT, Servers, main, num_aborted, wait_until
 
@@ -118,11 +119,56 @@ def a_stream_that_is_left(servers: Servers) -> None:
     wait_until(lambda: num_aborted(servers) == before + 1, "the request has ended")
 
 
+class Person(BaseModel):
+    """What the bundled model cannot say unless a grammar makes it."""
+
+    is_tall: bool
+    kind: Literal["child", "grown"]
+
+
+def structured_output(servers: Servers) -> None:
+    model = chat(servers, max_tokens=200)
+    for method in ("json_schema", "function_calling"):
+        structured = model.with_structured_output(Person, method=method)
+        assert isinstance(structured.invoke(QUESTIONS[0]), Person)
+    *_, last = model.with_structured_output(Person, method="json_schema").stream(QUESTIONS[0])
+    assert isinstance(last, Person)
+
+
+def tools(servers: Servers) -> None:
+    """A call, its result, and an answer to both."""
+    model = chat(servers, max_tokens=200)
+    bound = model.bind_tools([Person], tool_choice="any", parallel_tool_calls=False)
+    answer = bound.invoke(QUESTIONS[0])
+    (call,) = answer.tool_calls
+    assert (call["name"], set(call["args"])) == ("Person", {"is_tall", "kind"})
+    total = None
+    for chunk in bound.stream(QUESTIONS[0]):
+        total = chunk if total is None else total + chunk
+    assert total is not None
+    assert [made["args"] for made in total.tool_calls] == [call["args"]]
+    result = ToolMessage("grown", tool_call_id=call["id"])
+    talk = [HumanMessage(QUESTIONS[0]), answer, result]
+    assert chat(servers, max_tokens=4).bind_tools([Person]).invoke(talk).usage_metadata
+
+
+def responses(servers: Servers) -> None:
+    model = chat(servers, use_responses_api=True, max_tokens=16)
+    whole = model.invoke(QUESTIONS[0])
+    assert whole.text
+    assert "".join(chunk.text for chunk in model.stream(QUESTIONS[0])) == whole.text
+    person = chat(servers, use_responses_api=True, max_tokens=200).with_structured_output(Person)
+    assert isinstance(person.invoke(QUESTIONS[0]), Person)
+
+
 CASES = [
     invoke_stream_and_batch,
     concurrently,
     usage_and_finish,
     logprobs_stop_and_n,
+    structured_output,
+    tools,
+    responses,
     completions,
     errors,
     the_rate_limit,

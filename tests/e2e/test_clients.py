@@ -20,13 +20,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / ".venv-clients" / "bin" / "python"
-NODE_SCRIPT = ROOT / "tests" / "clients" / "js" / "openai_node.js"
+JS = ROOT / "tests" / "clients" / "js"
 
 # What runs each program; each has a key of its own, so that their limits do not meet.
 PROGRAMS = {
     "openai-3": [sys.executable, "-m", "tests.clients.openai_python"],
     "openai-2": [str(OLD), "-m", "tests.clients.openai_python"],
-    "openai-node": ["node", str(NODE_SCRIPT)],
+    "openai-3-structured": [sys.executable, "-m", "tests.clients.openai_structured_python"],
+    "openai-2-structured": [str(OLD), "-m", "tests.clients.openai_structured_python"],
+    "anthropic": [sys.executable, "-m", "tests.clients.anthropic_python"],
+    "openai-node": ["node", str(JS / "openai_node.js")],
+    "ai-sdk": ["node", str(JS / "ai_sdk.js")],
     "langchain": [str(OLD), "-m", "tests.clients.langchain_python"],
     "litellm": [str(OLD), "-m", "tests.clients.litellm_python"],
     "instructor": [str(OLD), "-m", "tests.clients.instructor_python"],
@@ -46,10 +50,10 @@ def addresses(make_shared_fleet: MakeFleet) -> tuple[Fleet, str]:
 def why_not(name: str) -> str | None:
     """Why a client cannot run here."""
     command = PROGRAMS[name][0]
-    if name == "openai-node":
+    if command == "node":
         if shutil.which(command) is None:
             return "node is not installed"
-        return None if (NODE_SCRIPT.parent / "node_modules").is_dir() else _MISSING
+        return None if (JS / "node_modules").is_dir() else _MISSING
     return None if Path(command).exists() else _MISSING
 
 

@@ -236,6 +236,7 @@ def test_errors_have_their_shape() -> None:
             body: Any = caught.value.body
             assert body["type"] == "error"
             assert message in body["error"]["message"], fields
+            assert body["request_id"] == caught.value.request_id
         assert not harness.sent(Prefill)
 
     run(endless, scenario)

@@ -198,7 +198,7 @@ def _num_splits(num_programs: int, max_context: int, device: torch.device) -> in
 
 # What changes from step to step must not ask for another kernel.
 @triton.jit(
-    do_not_specialize=["num_requests"],
+    do_not_specialize=["num_requests", "window"],
     do_not_specialize_on_alignment=["first_row", "context_len", "tables", "table_start"],
 )
 def _attend(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -13,8 +13,7 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run as Python on the CPU: TRITON_INTERPRET was set when triton was first imported."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,14 +41,12 @@ def power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def on_its_device(
-    function: Callable[Concatenate[Tensor, _P], _R],
-) -> Callable[Concatenate[Tensor, _P], _R]:
+def on_its_device(function: _F) -> _F:
     """Run it with its first tensor's device as the current one, on which Triton launches."""
 
     @wraps(function)
-    def guarded(first: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def guarded(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
             return function(first, *args, **kwargs)
 
-    return guarded
+    return cast(_F, guarded)

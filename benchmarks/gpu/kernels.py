@@ -1,12 +1,17 @@
 """What the Triton kernels read, write and multiply per second, beside a plain copy on the device.
 
-Each figure is a `Rate`; `figures` gives those that `make bench-gpu` reports. Sizes are those of
-Llama 3 8B in bf16. A kernel counts the bytes that it must read and write once each.
+    python -m benchmarks.gpu.kernels
+
+One layer of Llama 3 8B in bf16, without a model: for tuning kernels, which `make bench-gpu` then
+shows within the engine. A kernel counts the bytes that it must read and write once each. The last
+line is JSON.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +59,7 @@ LLAMA = Shape()
 
 
 def figures(device: torch.device, shape: Shape = LLAMA) -> dict[str, float]:
-    """GB/s, TFLOP/s for prefill, and the shares that have a goal."""
+    """GB/s, TFLOP/s for prefill, and the shares of the copy's rate that have a goal."""
     copied = device_copy(device)
     decode = paged_decode(device, shape=shape)
     gathered, scattered = gather_and_scatter(device, shape=shape)
@@ -173,3 +178,20 @@ def _pool(device: torch.device, num_blocks: int, shape: Shape) -> tuple[Tensor, 
     sizes = (num_blocks, 2, 2, shape.block_size, shape.kv_heads, shape.head_dim)
     pool = torch.zeros(sizes, dtype=shape.dtype, device=device).normal_()
     return pool[:, 1, 0], pool[:, 1, 1]
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("kernels: torch finds no CUDA device here; nothing was measured", file=sys.stderr)
+        return 1
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
+    found = figures(device)
+    for name, value in found.items():
+        print(f"{name:<26}{value:>10.4g}")
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,9 +9,11 @@ machines is told with `--link-gbit-s` and `--link-latency-ms`.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -19,6 +21,7 @@ from random import Random
 import torch
 
 from baton.bundled_model import DEFAULT_MODEL
+from baton.simulation.setup import HOP_S, HOPS_TO_FIRST_TOKEN
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_store import KVStore
@@ -40,7 +43,10 @@ from tuner.latency import (
     relative_errors,
     transfer_sample,
 )
+from tuner.overheads import Overheads, overheads_of
+from tuner.probe import probe
 from tuner.profile import Profile, fit_error, save_profile
+from wire.geometry import geometry_for
 from wire.layout import KVLayout
 from wire.types import AttemptId, SamplingParams
 
@@ -63,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="as the nodes' (%(default)s)")
     add("--max-model-len", type=int, metavar="N", help="as the nodes' (all that the model can)")
     add("--seconds", type=float, default=110.0, metavar="S", help="at most about (%(default)g)")
+    add("--fleet", metavar="URL", help="an idle fleet of these nodes: measure its overheads too")
+    add("--chunk", type=int, default=512, metavar="N", help="its --max-num-batched-tokens (512)")
     add("--link-gbit-s", type=float, metavar="R", help="rate between nodes, if not one machine")
     add("--link-latency-ms", type=float, default=0.2, metavar="MS", help="(%(default)g)")
 
@@ -77,13 +85,38 @@ def run(args: argparse.Namespace) -> int:
     decode = profiler.decodes(args.seconds / 2)
     transfer = transfers(layout, args.link_gbit_s, args.link_latency_ms)
     profile = fitted(loaded, layout, device_name(loaded, args.threads), prefill, decode, transfer)
+    if args.fleet:
+        profile = with_fleet(profile, args.fleet, args.chunk)
     save_profile(profile, args.output)
     for name, error in profile.errors.items():
         print(
             f"{name:9} {error.num_samples:4} samples, off by {error.p50:.1%} (median), "
             f"{error.p90:.1%} (90th percentile)"
         )
+    if args.fleet:
+        print(fleet_line(profile.overheads))
     return 0
+
+
+def with_fleet(profile: Profile, url: str, chunk: int) -> Profile:
+    """The profile with what a running fleet takes besides its engines' steps. ConfigError."""
+    told = asyncio.run(probe(url, profile.model_name, chunk, profile.max_model_len, print))
+    typical = told.alone[len(told.alone) // 2].prompt_tokens
+    size = profile.layout.num_blocks(typical) * profile.layout.block_bytes
+    last_slice = profile.latency.transfer_s(size) / geometry_for(profile.layout).num_layer_groups
+    overheads = overheads_of(
+        told, profile.latency, chunk, HOPS_TO_FIRST_TOKEN * HOP_S, HOP_S + last_slice
+    )
+    return replace(profile, overheads=overheads)
+
+
+def fleet_line(found: Overheads) -> str:
+    return (
+        f"fleet     {found.front_s * 1e3:.2f} ms per request, {found.handoff_s * 1e3:.2f} ms per "
+        f"handoff; a decode step {found.step_s * 1e3:+.2f} ms {found.stream_s * 1e3:+.3f} ms per "
+        f"stream, a prefill {found.prefill_factor:.2f} times the engine's; while both compute "
+        f"{found.prefill_slowdown:.2f} (prefill) and {found.decode_slowdown:.2f} times (decode)"
+    )
 
 
 def device_name(loaded: LoadedModel, threads: int) -> str:

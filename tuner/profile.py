@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.latency import LatencyModel
+from tuner.overheads import NO_OVERHEADS, Overheads
 from tuner.report import percentile
 from wire.errors import ConfigError
 from wire.layout import KVLayout
@@ -40,6 +41,7 @@ class Profile:
     layout: KVLayout
     latency: LatencyModel
     errors: dict[str, FitError]  # by formula
+    overheads: Overheads = NO_OVERHEADS  # of a fleet, where one was asked
 
     def check(self, *, model_fingerprint: str, device: str) -> None:
         """Raise ConfigError where the profile is another model's or another device's."""
@@ -93,6 +95,7 @@ def _profile(entry: dict[str, Any]) -> Profile:
             transfer=_coefficients(latency["transfer"], 2),
         ),
         errors={name: FitError(**error) for name, error in entry["errors"].items()},
+        overheads=Overheads(**entry.get("overheads", {})),
     )
 
 

@@ -39,11 +39,10 @@ class ColocatedRun:
         self._choices: dict[str, Choice] = {}
         self._left = len(trace.requests)
         self._events_sent: dict[NodeId, int] = {}
+        machine = setup.machine(self.clock)
         for number in range(setup.split.mixed):
             id = NodeId(f"mixed-{number}", 1)
-            self.nodes[id] = SimulatedEngine(
-                id, setup.engine, setup.model, self.clock, self._progress
-            )
+            self.nodes[id] = SimulatedEngine(id, setup, self.clock, machine, self._progress)
             self._fleet.register(id, register_message(Role.PREFILL, setup), 0.0)
             self._events_sent[id] = 0
 
@@ -66,7 +65,7 @@ class ColocatedRun:
             self._submit(index, requests[index])
             self._arrive(index + 1)
 
-        self.clock.at(requests[index].at, act)
+        self.clock.at(requests[index].at + self._setup.overheads.front_s, act)
 
     def _beat(self, id: NodeId) -> None:
         engine = self.nodes[id]
@@ -87,7 +86,7 @@ class ColocatedRun:
         names = self._names.of(index, traced)
         work = request_work(index, traced, names, self._setup.engine.block_size)
         dispatch = Dispatch(work, self._fleet, DispatchLimits(), now)  # keeps the request only
-        choice = Choice(index, now, traced, work, dispatch)
+        choice = Choice(index, traced.at, traced, work, dispatch)
         node = self._fleet.pick_prefill(work, Wishes(now=now))
         assert node is not None
         choice.prefill = node

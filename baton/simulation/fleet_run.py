@@ -90,15 +90,16 @@ class FleetRun:
 
     def _make_nodes(self) -> None:
         setup, clock = self._setup, self.clock
+        machine = setup.machine(clock)
         for number in range(setup.split.decode):
             id = NodeId(f"decode-{number}", 1)
-            node = DecodeNode(id, setup, clock, self._hashes, self._tell)
+            node = DecodeNode(id, setup, clock, machine, self._hashes, self._tell)
             self.decode_nodes[id] = node
             self._fleet.register(id, register_message(Role.DECODE, setup), 0.0)
         for number in range(setup.split.prefill):
             id = NodeId(f"prefill-{number}", 1)
             self.prefill_nodes[id] = PrefillNode(
-                id, setup, clock, self._hashes, self._tell, self.decode_nodes
+                id, setup, clock, machine, self._hashes, self._tell, self.decode_nodes
             )
             self._fleet.register(id, register_message(Role.PREFILL, setup), 0.0)
 
@@ -134,7 +135,7 @@ class FleetRun:
             self._submit(index, traced)
             self._arrive(index + 1)
 
-        self.clock.at(traced.at, act)
+        self.clock.at(traced.at + self._setup.overheads.front_s, act)
 
     def _beat(self, id: NodeId) -> None:
         """A node's heartbeat, with what its cache has gained and lost."""
@@ -175,7 +176,7 @@ class FleetRun:
         names = self._names.of(index, traced)
         work = request_work(index, traced, names, self._setup.engine.block_size)
         dispatch = Dispatch(work, self._fleet, DispatchLimits(silence_s=float("inf")), now)
-        choice = Choice(index, now, traced, work, dispatch)
+        choice = Choice(index, traced.at, traced, work, dispatch)
         try:
             self._admission.check(1)
         except ApiError as error:

@@ -15,14 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.simulation.clock import VirtualClock
+from baton.simulation.machine import SharedMachine
+from baton.simulation.setup import Setup
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
 from engine.plan import RequestProgress, StepPlan
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
 from engine.scheduler import Scheduler
-from tuner.latency import LatencyModel, StepWork
+from tuner.latency import StepWork
 from wire.types import NodeId, NodeLoad
 
 FINGERPRINT = "simulated"
@@ -59,16 +60,21 @@ class SimulatedEngine:
     def __init__(
         self,
         id: NodeId,
-        config: EngineConfig,
-        model: LatencyModel,
+        setup: Setup,
         clock: VirtualClock,
+        machine: SharedMachine | None,
         on_progress: OnProgress,
     ) -> None:
+        """With a `machine` it computes slower while others there do; then steps are not skipped."""
+        config = setup.engine
         self.id = id
         self.config = config
         self.busy_s = 0.0
         self.num_steps = 0
-        self._model = model
+        self.step_began = 0.0
+        self._machine = machine
+        self._overheads = setup.overheads
+        self._model = setup.step_model
         self._clock = clock
         self._on_progress = on_progress
         self._pool = BlockPool(config.num_blocks, epoch=1)
@@ -155,20 +161,35 @@ class SimulatedEngine:
 
     def _begin(self) -> None:
         """The next step, or the next run of steps that only decode."""
-        num_steps = 0 if self.config.kv_overcommit > 1 else self._scheduler.num_plain_steps()
-        if num_steps:
+        if num_steps := self._num_plain_steps():
             batch, context = self._scheduler.num_running, self._scheduler.num_running_tokens
             self._run = _Run(self._clock.now, num_steps, batch, context)
             self._set(self._end_of(num_steps), self._run_over)
             return
         plan = self._scheduler.plan()
         if plan.scheduled:
-            seconds = self._model.step_s(step_work(plan))
             self._stepping = True
-            self.busy_s += seconds
-            self._set(self._clock.now + seconds, lambda: self._step_over(plan))
+            self.step_began = self._clock.now
+            self._compute(step_work(plan), lambda: self._step_over(plan))
+
+    def _num_plain_steps(self) -> int:
+        if self.config.kv_overcommit > 1 or self._machine is not None:
+            return 0
+        return self._scheduler.num_plain_steps()
+
+    def _compute(self, work: StepWork, done: Callable[[], None]) -> None:
+        seconds = self._model.step_s(work)
+        if self._machine is None:
+            self._set(self._clock.now + seconds, done)
+            return
+        over = self._overheads
+        slowdown = over.prefill_slowdown if work.prefill_tokens else over.decode_slowdown
+        self._machine.compute(seconds, slowdown, done)
 
     def _step_over(self, plan: StepPlan) -> None:
+        if self._stopped:
+            return
+        self.busy_s += self._clock.now - self.step_began
         tokens = [item.request.tokens[-1] for item in plan.scheduled if item.samples]
         self.num_steps += 1
         progress = self._scheduler.commit(plan, tokens)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from baton.simulation.clock import VirtualClock
+from baton.simulation.machine import SharedMachine
 from baton.simulation.node import SimulatedEngine
 from baton.simulation.setup import Setup
 from engine.plan import RequestProgress
 from engine.request import Request
 from engine.reservations import Reservation
 from wire.errors import CapacityError
+from wire.geometry import geometry_for
 from wire.messages import (
     Abort,
     Ack,
@@ -59,10 +61,16 @@ class DecodeNode:
     """Reserves, adopts, decodes."""
 
     def __init__(
-        self, id: NodeId, setup: Setup, clock: VirtualClock, hashes: Hashes, tell: Tell
+        self,
+        id: NodeId,
+        setup: Setup,
+        clock: VirtualClock,
+        machine: SharedMachine | None,
+        hashes: Hashes,
+        tell: Tell,
     ) -> None:
         self.id = id
-        self.engine = SimulatedEngine(id, setup.engine, setup.model, clock, self._progress)
+        self.engine = SimulatedEngine(id, setup, clock, machine, self._progress)
         self.link = Link()
         self._layout = setup.layout
         self._hashes = hashes
@@ -112,6 +120,7 @@ class DecodeNode:
             peer_url="simulated",
             transports=(),
             layout=self._layout,
+            geometry=geometry_for(self._layout),
             handles=reservation.handles,
             num_cached_tokens=reservation.num_cached_tokens,
             ttl_s=10.0,
@@ -174,12 +183,13 @@ class PrefillNode:
         id: NodeId,
         setup: Setup,
         clock: VirtualClock,
+        machine: SharedMachine | None,
         hashes: Hashes,
         tell: Tell,
         decode_nodes: dict[NodeId, DecodeNode],
     ) -> None:
         self.id = id
-        self.engine = SimulatedEngine(id, setup.engine, setup.model, clock, self._progress)
+        self.engine = SimulatedEngine(id, setup, clock, machine, self._progress)
         self.link = Link()
         self._setup = setup
         self._clock = clock
@@ -228,19 +238,28 @@ class PrefillNode:
         if finish is not None or work.message.grant is None:
             self._drop(id)
             return
-        at = max(self._clock.now, work.sent_at) + self._setup.hop_s
+        at = max(self._clock.now, work.sent_at)
+        at += self._setup.hop_s + self._setup.overheads.handoff_s
         self._clock.at(at, partial(self._commit, work))
 
     def _send(self, work: _Work, grant: Grant, progress: RequestProgress) -> None:
-        """Put the blocks that the decode node lacks on both links."""
-        size = self._setup.engine.block_size
-        cached = grant.num_cached_tokens // size
+        """Put the blocks that the decode node lacks on both links.
+
+        They leave in slices, one per group of layers, while the step computes the next group: the
+        last byte arrives when the links have taken all of it, and no sooner than the first slice,
+        or the last one, with what comes after it.
+        """
+        cached = grant.num_cached_tokens // self._setup.engine.block_size
         missing = sum(index >= cached for index, _ in progress.finished_blocks)
         if not missing:
             return
         seconds = self._setup.model.transfer_s(missing * self._setup.layout.block_bytes)
+        groups = grant.geometry.num_layer_groups
         there = self._decode_nodes[grant.decode].link
-        end = max(self._clock.now, self.link.free_at, there.free_at) + seconds
+        now, began = self._clock.now, self.engine.step_began
+        first_at = began + (now - began) / groups
+        begin = max(first_at, self.link.free_at, there.free_at)
+        end = max(begin + seconds, now + seconds / groups)
         self.link.free_at = there.free_at = work.sent_at = end
 
     def _commit(self, work: _Work) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from baton.simulation.clock import VirtualClock
+from baton.simulation.machine import SharedMachine
 from engine.config import EngineConfig
 from tuner.latency import LatencyModel
+from tuner.overheads import NO_OVERHEADS, Overheads
 from wire.layout import KVLayout
+
+HOP_S = 0.0005  # one message from one process to another
+HOPS_TO_FIRST_TOKEN = 4  # reserve, granted, prefill, token
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +49,25 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One simulated fleet."""
+    """One simulated fleet. `model` is of the bare engine; `overheads` come on top."""
 
     split: Split
     engine: EngineConfig
     layout: KVLayout
     model: LatencyModel
-    hop_s: float = 0.0005  # one message from one process to another
+    overheads: Overheads = NO_OVERHEADS
+    hop_s: float = HOP_S  # one message from one process to another
     heartbeat_s: float = 0.5
     node_timeout_s: float = 3.0
     max_streams: int = 4096
     max_waiting: int = 4096
     failures: tuple[Failure, ...] = field(default=())
+
+    @property
+    def step_model(self) -> LatencyModel:
+        """What a node's steps take while no other computes on its machine."""
+        return self.overheads.applied(self.model)
+
+    def machine(self, clock: VirtualClock) -> SharedMachine | None:
+        """Where all nodes compute, if they were measured to slow each other down."""
+        return SharedMachine(clock) if self.overheads.shares_machine else None

@@ -1,0 +1,107 @@
+"""What a fleet takes besides its engines' steps: found again where it is known, and asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+import pytest
+
+from tests.tuner.conftest import FakeServer
+from tuner.latency import LatencyModel, StepWork
+from tuner.overheads import Alone, Overheads, Probes, Streams, overheads_of, prefill_s
+from tuner.probe import BATCHES, LENGTHS, REPEATS, gaps_between, probe
+from tuner.record import RequestRecord
+from wire.errors import ConfigError
+
+MODEL = LatencyModel((0.010, 1e-3, 1e-8), (0.020, 1e-6, 1e-3), (0.001, 1e-10))
+TRUE = Overheads(0.007, 0.004, 0.002, 0.0005, 1.1, 1.3, 1.2)
+CHUNK, HOP_S, HANDOFF_HOP_S = 256, 0.002, 0.001
+
+
+def probes_of(true: Overheads) -> Probes:
+    """What somebody would measure whose fleet is exactly so."""
+    real = true.applied(MODEL)
+    alone = [
+        Alone(
+            n,
+            true.front_s + HOP_S + prefill_s(real, n, CHUNK),
+            true.handoff_s + HANDOFF_HOP_S + real.decode_steps_s(1, 1, n + 1),
+        )
+        for n in (32, 128, 600)
+    ]
+    streams = [Streams(k, 40 * k, real.decode_steps_s(1, k, 40 * k)) for k in (1, 4, 16)]
+    gaps = [prefill_s(real, CHUNK, CHUNK)] * 3
+    return Probes(alone, gaps, CHUNK, streams, true.prefill_slowdown, true.decode_slowdown)
+
+
+def test_what_is_there_is_found() -> None:
+    found = overheads_of(probes_of(TRUE), MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+    assert asdict(found) == pytest.approx(asdict(TRUE))
+
+
+def test_noise_below_nothing_is_nothing() -> None:
+    quick = probes_of(Overheads())
+    found = overheads_of(quick, MODEL, CHUNK, 2 * HOP_S, 2 * HANDOFF_HOP_S)
+    assert (found.front_s, found.handoff_s) == (0.0, 0.0)
+    faster = Probes(quick.alone, quick.in_a_row_s, CHUNK, quick.streams, 0.9, 0.97)
+    found = overheads_of(faster, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+    assert not found.shares_machine
+
+
+def test_one_size_of_batch_tells_no_slope() -> None:
+    real = TRUE.applied(MODEL)
+    probes = probes_of(TRUE)
+    same = [Streams(4, 100, real.decode_steps_s(1, 4, 100))] * 2
+    one = Probes(probes.alone, probes.in_a_row_s, CHUNK, same, 1.0, 1.0)
+    found = overheads_of(one, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+    assert found.step_s == pytest.approx(0.002 + 4 * 0.0005)
+    assert found.stream_s == 0.0
+
+
+def test_no_formula_falls_below_nothing() -> None:
+    found = Overheads(step_s=-1.0, stream_s=-1.0).applied(MODEL)
+    assert found.decode == (0.0, MODEL.decode[1], 0.0)
+    assert found.step_s(StepWork(prefill_tokens=10)) == MODEL.step_s(StepWork(prefill_tokens=10))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"front_s": -1.0},
+        {"handoff_s": float("nan")},
+        {"step_s": 100.0},
+        {"prefill_factor": 0.0},
+        {"decode_slowdown": 0.5},
+    ],
+)
+def test_overheads_that_are_none(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"are no|is no|not slower"):
+        Overheads(**wrong)
+
+
+def test_only_gaps_within_the_spans_count() -> None:
+    record = RequestRecord(0, 0.0, 0.0, 9.0, (1.0, 2.0, 4.0, 5.0, 9.0), 1, 5)
+    assert gaps_between([record], [(0.0, 2.5), (3.5, 5.0)]) == [1.0, 1.0]
+
+
+def test_a_fleet_is_asked_for_everything(server: FakeServer) -> None:
+    told: list[str] = []
+    found = asyncio.run(probe(server.url, "first", 64, 256, told.append))
+    fitting = [n for n in LENGTHS if n < 256 - 8]
+    assert [one.prompt_tokens for one in found.alone] == [
+        n for n in fitting for _ in range(REPEATS)
+    ]
+    batches = [one.batch for one in found.streams]
+    assert batches[0] == 1  # a server this quick may end one stream before the next begins
+    assert set(batches) <= set(BATCHES)
+    assert found.in_a_row_tokens == 64
+    assert len(told) == 4
+
+
+def test_a_fleet_that_fails_tells_no_overheads(server: FakeServer) -> None:
+    server.fault = "busy"
+    with pytest.raises(ConfigError, match="http_503: busy"):
+        asyncio.run(probe(server.url, "first", 64, 256, lambda _: None))
+    with pytest.raises(ConfigError, match="does not serve"):
+        asyncio.run(probe(server.url, "other", 64, 256, lambda _: None))

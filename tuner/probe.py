@@ -1,0 +1,141 @@
+"""Asks a running, idle fleet for what `tuner.overheads` needs: about a minute of requests.
+
+alone      prompts of several lengths, one after the other
+in a row   prompts of one step each, sent at once: first tokens come at the pace of the node
+streams    so many short prompts at once: while all decode, their tokens come at its pace
+together   prompts, one after the other, while streams run
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from random import Random
+from statistics import median
+
+import aiohttp
+
+from tuner.client import Target, make_session, resolve_model, send
+from tuner.overheads import Alone, Probes, Streams
+from tuner.record import RequestRecord
+from tuner.workload import RequestSpec
+from wire.errors import ConfigError
+
+LENGTHS = (32, 64, 128, 256, 512)
+REPEATS = 3
+ALONE_OUTPUT = 8
+BURST = 4
+BATCHES = (1, 2, 4, 8, 16)
+SHORT = 16  # tokens of a stream's prompt
+STREAM_OUTPUT = 48
+TOGETHER_BATCH = 4
+TOGETHER_MARGIN = 3.0  # how much longer than alone prompts may take while streams run
+MIN_STEP_S = 1e-4
+Tell = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Prober:
+    """One fleet that does nothing else."""
+
+    session: aiohttp.ClientSession
+    target: Target
+    chunk: int  # the nodes' token budget per step
+    max_model_len: int
+    _random: Random = field(default_factory=lambda: Random(0))
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    async def run(self, tell: Tell) -> Probes:
+        """Everything, in order."""
+        await self._ask(self.chunk, 2)
+        await self._together(SHORT, STREAM_OUTPUT, max(BATCHES))  # warm
+        tell("a request alone")
+        alone = [await self._alone(length) for length in self._lengths() for _ in range(REPEATS)]
+        tell("prompts that wait for each other")
+        gaps = [gap for _ in range(REPEATS) for gap in await self._in_a_row()]
+        tell("streams that decode together")
+        tried = [await self._streams(batch) for batch in BATCHES]
+        streams = [found for found in tried if found is not None]
+        tell("prompts while streams decode")
+        near = min(streams, key=lambda found: abs(found.batch - TOGETHER_BATCH))
+        slower = await self._both(near.step_s)
+        return Probes(alone, gaps, self.chunk, streams, *slower)
+
+    def _lengths(self) -> list[int]:
+        return [n for n in LENGTHS if n + ALONE_OUTPUT < self.max_model_len]
+
+    async def _ask(self, num_tokens: int, output: int) -> RequestRecord:
+        """One request with a prompt that no cache knows; raises ConfigError if it fails."""
+        prompt = tuple(self._random.randrange(10, 1000) for _ in range(num_tokens))
+        spec = RequestSpec(next(self._numbers), prompt, output)
+        now = time.perf_counter
+        record = await send(self.session, self.target, spec, now(), now)
+        if record.error is not None:
+            raise ConfigError(f"{self.target.url}: {record.error}: {record.message}")
+        if record.ttft is None:
+            raise ConfigError(f"{self.target.url}: an answer without text tells no times")
+        return record
+
+    async def _together(self, num_tokens: int, output: int, number: int) -> list[RequestRecord]:
+        return await asyncio.gather(*(self._ask(num_tokens, output) for _ in range(number)))
+
+    async def _alone(self, num_tokens: int) -> Alone:
+        record = await self._ask(num_tokens, ALONE_OUTPUT)
+        assert record.ttft is not None
+        return Alone(num_tokens, record.ttft, record.itls[0] if record.itls else 0.0)
+
+    async def _in_a_row(self) -> list[float]:
+        records = await self._together(self.chunk, 2, BURST)
+        firsts = sorted(record.chunk_times[0] for record in records)
+        return [after - before for before, after in pairwise(firsts)]
+
+    async def _streams(self, batch: int) -> Streams | None:
+        """None where they were never all at it: one alone always is."""
+        records = await self._together(SHORT, STREAM_OUTPUT, batch)
+        begin = max(record.chunk_times[1] for record in records)
+        end = min(record.chunk_times[-1] for record in records)
+        steps = gaps_between(records, [(begin, end)])
+        if not steps:
+            return None
+        return Streams(batch, batch * (SHORT + STREAM_OUTPUT // 2), median(steps))
+
+    async def _both(self, step_s: float) -> tuple[float, float]:
+        """How many times as long prefills and decode steps take while both happen."""
+        alone = median([(await self._ask(self.chunk, 1)).ttft or 0.0 for _ in range(REPEATS)])
+        most = self.max_model_len - SHORT - 1
+        steps_alone = REPEATS * alone / max(step_s, MIN_STEP_S)
+        output = min(most, int(TOGETHER_MARGIN * steps_alone) + STREAM_OUTPUT)
+        streams = asyncio.create_task(self._together(SHORT, output, TOGETHER_BATCH))
+        await asyncio.sleep(8 * step_s)
+        prompts = [await self._ask(self.chunk, 1) for _ in range(REPEATS)]
+        records = await streams
+        busy = [(prompt.start, prompt.chunk_times[0]) for prompt in prompts]
+        steps = gaps_between(records, busy)
+        still_on = min(record.chunk_times[-1] for record in records)
+        ttfts = [p.ttft for p in prompts if p.ttft and p.chunk_times[0] <= still_on]
+        prefill = median(ttfts) / alone if ttfts else 1.0
+        decode = median(steps) / step_s if steps and step_s else 1.0
+        return prefill, decode
+
+
+def gaps_between(
+    records: Sequence[RequestRecord], spans: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Times between neighbouring chunks that lie in one of the spans as a whole."""
+    return [
+        after - before
+        for record in records
+        for before, after in pairwise(record.chunk_times)
+        if any(begin <= before and after <= end for begin, end in spans)
+    ]
+
+
+async def probe(url: str, model: str, chunk: int, max_model_len: int, tell: Tell) -> Probes:
+    """Measure the fleet behind `url`, which must serve `model`. Raises ConfigError."""
+    target = Target(url.rstrip("/").removesuffix("/v1"), model, ignore_eos=True)
+    async with make_session(target) as session:
+        target = await resolve_model(session, target)
+        return await Prober(session, target, chunk, max_model_len).run(tell)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.simulation.clock import VirtualClock
+from baton.simulation.clock import Action, VirtualClock
 from baton.simulation.machine import SharedMachine
 from baton.simulation.setup import Setup, Split
 from baton.simulation.simulate import simulate
@@ -37,8 +37,13 @@ def test_two_at_once_take_longer_while_both_compute() -> None:
     start = {"long": (0.0, 10.0, 2.0), "short": (5.0, 2.0, 1.5)}
     for name, (at, seconds, slowdown) in start.items():
 
-        def begin(name: str = name, seconds: float = seconds, slowdown: float = slowdown) -> None:
-            machine.compute(seconds, slowdown, lambda: ends.setdefault(name, clock.now))
+        def done(name: str = name) -> None:
+            ends[name] = clock.now
+
+        def begin(
+            seconds: float = seconds, slowdown: float = slowdown, done: Action = done
+        ) -> None:
+            machine.compute(seconds, slowdown, done)
 
         clock.at(at, begin)
     while clock.step():

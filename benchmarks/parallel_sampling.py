@@ -58,15 +58,14 @@ def fleet(folder: Path, model: Path) -> Iterator[Urls]:
     """One router and one node of each role, a compute thread each."""
     port, control = free_port(), free_port()
     with ExitStack() as stack:
-        command = [BATON, "router", "--port", str(port), "--control-port", str(control)]
-        router = stack.enter_context(running(command, folder / "router.log"))
+        ports = ["--port", str(port), "--control-port", str(control)]
+        router = stack.enter_context(running([BATON, "router", *ports], folder / "router.log"))
         router.wait_for(r"^baton router ready", START_TIMEOUT_S)
         nodes = {}
         for role in ("prefill", "decode"):
-            command = [BATON, role, model, "--router", f"tcp://127.0.0.1:{control}"]
-            process = stack.enter_context(
-                running([*command, "--threads", "1"], folder / f"{role}.log")
-            )
+            flags = ["--router", f"tcp://127.0.0.1:{control}", "--threads", "1"]
+            command = [BATON, role, model, *flags]
+            process = stack.enter_context(running(command, folder / f"{role}.log"))
             ready = process.wait_for(rf"^baton {role} ready .*http=(\S+)", START_TIMEOUT_S)
             nodes[role] = ready[1]
         yield Urls(f"http://127.0.0.1:{port}", nodes["prefill"], nodes["decode"])

@@ -21,8 +21,8 @@ from wire.errors import ConfigError
 
 _DESCRIPTION = """\
 Answer a file of requests in OpenAI's batch format: one JSON object per line, with custom_id,
-method (POST), url (/v1/chat/completions, /v1/completions or /v1/embeddings) and body. Each result
-is a line of the output, in the order in which they come, with its custom_id.
+method (POST), url (/v1/chat/completions, /v1/completions, /v1/responses or /v1/embeddings) and
+body. Each result is a line of the output, in the order in which they come, with its custom_id.
 
   baton run-batch -i in.jsonl -o out.jsonl                        starts its own fleet
   baton run-batch -i in.jsonl -o out.jsonl ./my-model --decode 2

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from wire.errors import ConfigError
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 MAX_LINE_BYTES = 64 << 20
 _MAX_ID_CHARS = 512
 _COPY_BYTES = 1 << 20

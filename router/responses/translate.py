@@ -92,8 +92,10 @@ def _add(item: InputItem, turns: list[Turn]) -> None:
         case Message(role="assistant"):
             turn = _assistant(turns, before=("content", "tool_calls"))
             turn["content"] = _text(item.content)
+        case Message(role="user"):
+            turns.append({"role": "user", "content": _text(item.content)})
         case Message():
-            turns.append({"role": item.role, "content": _text(item.content)})
+            _instruct(item.role, _text(item.content), turns)
         case Reasoning():
             turn = _assistant(turns, before=("reasoning_content", "content", "tool_calls"))
             parts = item.content or item.summary
@@ -105,6 +107,14 @@ def _add(item: InputItem, turns: list[Turn]) -> None:
         case FunctionCallOutput():
             text = _text(item.output)
             turns.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+
+
+def _instruct(role: str, text: str, turns: list[Turn]) -> None:
+    """Instructions that begin the conversation are one turn: many templates allow no second one."""
+    if len(turns) == 1 and turns[0]["role"] in ("system", "developer"):
+        turns[0]["content"] += f"\n\n{text}"
+    else:
+        turns.append({"role": role, "content": text})
 
 
 def _assistant(turns: list[Turn], before: tuple[str, ...] = ()) -> Turn:

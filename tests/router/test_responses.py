@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,13 @@ import pytest
 from pydantic import BaseModel
 
 from router.access_config import AccessConfig
+from router.place import Place
+from router.responses.sqlite_store import SqliteStore
+from router.responses.store import StoredResponse
+from router.server import open_store
 from tests.router import tiny_tokenizer
 from tests.router.harness import (
+    CONFIG,
     MODEL,
     Answer,
     Harness,
@@ -275,10 +281,10 @@ def test_a_conversation_in_items() -> None:
     ]
 
     async def scenario(harness: Harness, client: openai.AsyncOpenAI) -> None:
-        await create(client, False, input=talk, max_output_tokens=1)
+        await create(client, False, input=talk, max_output_tokens=1, instructions="Be kind.")
         called = '<tool_call>\n{"name": "weather", "arguments": {"city": "B"}}\n</tool_call>'
         assert prompt_of(harness) == (
-            "<|system|>Be brief.</s><|user|>hi</s>"
+            "<|system|>Be kind.\n\nBe brief.</s><|user|>hi</s>"
             f"<|assistant|>I look\n{called}</s><|tool|>rain</s><|assistant|>"
         )
 
@@ -311,6 +317,41 @@ def test_one_goes_on_from_another(stream: bool) -> None:
         assert caught.value.code == "previous_response_not_found"
 
     run(saying("Yes"), scenario)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_is_kept_before_its_end_is_told(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = SqliteStore._put
+
+    def slowly(store: SqliteStore, stored: StoredResponse) -> None:
+        time.sleep(0.3)
+        put(store, stored)
+
+    monkeypatch.setattr(SqliteStore, "_put", slowly)
+
+    async def scenario(harness: Harness, client: openai.AsyncOpenAI) -> None:
+        response = await create(client, stream)
+        database = harness.server._store._database  # not behind what its thread still does
+        found = database.execute("SELECT id FROM responses").fetchall()
+        assert found == [(response.id,)]
+
+    run(saying("Yes"), scenario)
+
+
+def test_workers_share_what_they_keep(tmp_path: Path) -> None:
+    """Without a file of the operator's: the next request may come to another worker."""
+
+    async def scenario() -> None:
+        stores = [
+            open_store(replace(CONFIG, place=Place(index, tmp_path, (1, 2)))) for index in (0, 1)
+        ]
+        stored = StoredResponse("a", "", None, {}, [])
+        await stores[0].put(stored)
+        assert await stores[1].get("a", "") == stored
+        for store in stores:
+            await store.close()
+
+    asyncio.run(scenario())
 
 
 def test_what_is_not_stored_is_not_there() -> None:

@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from router.api import CompletionBody
 from router.api_chat import ChatBody
 from router.api_embeddings import EmbeddingBody
+from router.responses.body import ResponsesBody
 from tests.router.harness import Answer, Harness, endless, router
 from tests.router.test_router_bad_input import check_error
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize")
+PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"),
+    *("/tokenize", "/detokenize"),
+)
 USER = [{"role": "user", "content": "hi"}]
 BOUNDED = settings(
     max_examples=60,
@@ -42,11 +46,17 @@ _JSON = st.recursive(
     max_leaves=8,
 )
 _NAMES = st.sampled_from(
-    sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields})
+    sorted(
+        {
+            *(*CompletionBody.model_fields, *ChatBody.model_fields),
+            *(*EmbeddingBody.model_fields, *ResponsesBody.model_fields),
+        }
+    )
 )
 _VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": USER, "max_tokens": 2},
+    "/v1/responses": {"input": "x", "max_output_tokens": 2},
     "/v1/embeddings": {"input": "x"},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [1]},

@@ -16,7 +16,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # torch goes first and pinned: a bare "torch" would bring several GB of CUDA packages.
-$(VENV)/.run: pyproject.toml constraints.txt kernels/cpu_ops.cpp kernels/cpu_ops.inc
+$(VENV)/.run: pyproject.toml constraints.txt kernels/cpu_ops.cpp kernels/cpu_ops.inc kernels/cpu_linear.inc
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e .

@@ -156,7 +156,7 @@ def kernels_state(cpu_flags: frozenset[str], folder: Path | None = None) -> str:
         compilers = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
         needed = f"{compilers[0]} is here" if compilers else "install a C++ compiler (g++)"
         return f"not built, torch does their work slower and not bit-stable: {needed}, {again}"
-    sources = [folder / "cpu_ops.cpp", folder / "cpu_ops.inc"]
+    sources = [folder / name for name in ("cpu_ops.cpp", "cpu_ops.inc", "cpu_linear.inc")]
     newest = max((source.stat().st_mtime for source in sources if source.is_file()), default=0.0)
     if newest > built[0].stat().st_mtime:
         return f"built, but older than their source: {again}"

@@ -12,6 +12,12 @@
 #include <utility>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
 namespace {
 
 // What one call of attention works on; all sizes count elements. Mirrored in cpu_ops.py.
@@ -60,6 +66,27 @@ struct RotaryArgs {
     float eps;
 };
 
+// y = x W^T + bias, with W as kernels/cpu_linear.py packs it; see cpu_linear.inc.
+struct LinearArgs {
+    const float *x;  // row stride x_stride
+    const void *weights;
+    const float *scales;  // [out, filled up to whole panels], of int8 weights; else null
+    const float *bias;    // likewise, or null
+    float *y;             // [row, out]
+    int64_t num_rows;
+    int64_t x_stride;
+    int64_t in;
+    int64_t out;
+    int64_t storage;
+};
+
+enum Storage { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+
+constexpr int64_t PANEL = 64;      // outputs that lie next to each other
+constexpr int64_t CHUNK = 128;     // inputs per pass: with PANEL outputs they fit the first cache
+constexpr int64_t MAX_ROWS = 240;  // whose inputs and sums fit the second cache
+constexpr int64_t FEW_ROWS = 30;   // up to here nothing needs to be laid out for them
+
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr int64_t KEY_TILE = 64;    // keys whose scores are computed together, on a fixed grid
 constexpr int64_t ROW_BLOCK = 96;   // (row, head) pairs that share one packed tile of keys
@@ -75,6 +102,7 @@ constexpr int64_t PARALLEL_ROWS = 32;  // fewer are not worth waking threads for
 #define VECTORS 4
 namespace avx512 {
 #include "cpu_ops.inc"
+#include "cpu_linear.inc"
 }
 #undef LANES
 #undef VECTORS
@@ -86,6 +114,7 @@ namespace avx512 {
 #define VECTORS 2
 namespace avx2 {
 #include "cpu_ops.inc"
+#include "cpu_linear.inc"
 }
 #undef LANES
 #undef VECTORS
@@ -96,6 +125,7 @@ namespace avx2 {
 #define VECTORS 2
 namespace plain {
 #include "cpu_ops.inc"
+#include "cpu_linear.inc"
 }
 #undef LANES
 #undef VECTORS
@@ -125,6 +155,9 @@ int isa = best();
 
 extern "C" {
 
+// Raised whenever an interface or the bits of any result change; kernels/cpu_ops.py has it too.
+int baton_version() { return 2; }
+
 // 2: AVX-512, 1: AVX2, 0: what every processor of the architecture has.
 int baton_isa() { return isa; }
 
@@ -142,6 +175,8 @@ void baton_attention(const AttentionArgs *args) {
 
 void baton_rotary(const RotaryArgs *args) { DISPATCH(rotary(*args)); }
 
+void baton_linear(const LinearArgs *args) { DISPATCH(linear(*args)); }
+
 // residual += branch (if there is one), then output = RMS norm of the residual.
 void baton_add_norm(float *residual, const float *branch, const float *weight, float *output,
                     int64_t num_rows, int64_t dim, float eps) {
@@ -151,6 +186,11 @@ void baton_add_norm(float *residual, const float *branch, const float *weight, f
 // output[row, i] = silu(input[row, i]) * input[row, dim + i]
 void baton_silu_mul(const float *input, float *output, int64_t num_rows, int64_t dim) {
     DISPATCH(silu_mul(input, output, num_rows, dim));
+}
+
+// The same with GELU, approximated with tanh.
+void baton_gelu_mul(const float *input, float *output, int64_t num_rows, int64_t dim) {
+    DISPATCH(gelu_mul(input, output, num_rows, dim));
 }
 
 // The lowest kept logit of each row; see kernels/sampling.py.

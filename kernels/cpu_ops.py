@@ -8,17 +8,23 @@ tensors are fp32 and contiguous; little is checked here, because a call must cos
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.cpu_linear import LinearArgs, PackedWeight
 from kernels.ops import HeadNorms, LayerSlots, PackedRows, TorchOps
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 96  # query heads per kv head
+LIBRARY_VERSION = 2  # of kernels/cpu_ops.cpp
 ISA_NAMES = ("plain", "avx2", "avx512")
 
 _Pointer = ctypes.c_void_p
@@ -58,10 +64,13 @@ class CpuOps:
         library.baton_attention.restype = None
         library.baton_rotary.argtypes = [ctypes.POINTER(_RotaryArgs)]
         library.baton_rotary.restype = None
+        library.baton_linear.argtypes = [ctypes.POINTER(LinearArgs)]
+        library.baton_linear.restype = None
         library.baton_add_norm.argtypes = [_Pointer] * 4 + [_Size] * 2 + [ctypes.c_float]
         library.baton_add_norm.restype = None
-        library.baton_silu_mul.argtypes = [_Pointer] * 2 + [_Size] * 2
-        library.baton_silu_mul.restype = None
+        for gate in (library.baton_silu_mul, library.baton_gelu_mul):
+            gate.argtypes = [_Pointer] * 2 + [_Size] * 2
+            gate.restype = None
         library.baton_filter_floor.argtypes = [_Pointer] * 5 + [_Size] * 2
         library.baton_filter_floor.restype = None
         library.baton_gumbel_argmax.argtypes = [_Pointer] * 4 + [_Size] * 2
@@ -69,7 +78,7 @@ class CpuOps:
 
     @property
     def name(self) -> str:
-        return f"cpu-{self.isa}"
+        return f"cpu{LIBRARY_VERSION}-{self.isa}"
 
     @property
     def isa(self) -> str:
@@ -179,12 +188,19 @@ class CpuOps:
         )
         return output
 
+    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """x [rows, in] W^T + bias, [rows, out]."""
+        output = torch.empty((x.shape[0], weight.out_features))
+        self._library.baton_linear(weight.args(x, output))
+        return output
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See LayerOps."""
-        num_rows, width = gate_up.shape
-        output = torch.empty((num_rows, width // 2))
-        self._library.baton_silu_mul(gate_up.data_ptr(), output.data_ptr(), num_rows, width // 2)
-        return output
+        return _gated(self._library.baton_silu_mul, gate_up)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """See LayerOps."""
+        return _gated(self._library.baton_gelu_mul, gate_up)
 
     def filter_floor(self, x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         """See LayerOps."""
@@ -229,6 +245,13 @@ class CpuOps:
         self._torch.penalize(x, rows, ids, counts, repetition, frequency, presence)
 
 
+def _gated(kernel: Any, gate_up: Tensor) -> Tensor:
+    num_rows, width = gate_up.shape
+    output = torch.empty((num_rows, width // 2))
+    kernel(gate_up.data_ptr(), output.data_ptr(), num_rows, width // 2)
+    return output
+
+
 def _attends(query: Tensor, keys: Tensor) -> bool:
     """Whether the kernel can attend over such tensors."""
     plain = query.dtype == keys.dtype == torch.float32 and query.device.type == "cpu"
@@ -242,9 +265,22 @@ def _has_kernel(head_dim: int, group: int) -> bool:
 
 @cache
 def load_cpu_ops() -> CpuOps | None:
-    """The compiled kernels; None where they were not built."""
+    """The compiled kernels; None where they were not built, or of another version."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu_ops{suffix}")
         if path.is_file():
-            return CpuOps(ctypes.CDLL(str(path)))
+            return open_library(path)
+    return None
+
+
+def open_library(path: Path) -> CpuOps | None:
+    """The kernels in this file; None, and a warning, where they are not this source's."""
+    library = ctypes.CDLL(str(path))
+    version = library.baton_version() if hasattr(library, "baton_version") else 1
+    if version == LIBRARY_VERSION:
+        return CpuOps(library)
+    log.warning(
+        "%s is version %d of the CPU kernels, %d is needed: torch does their work, slower; "
+        "build them anew with `pip install -e .`", path, version, LIBRARY_VERSION
+    )  # fmt: skip
     return None

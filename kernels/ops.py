@@ -108,6 +108,10 @@ class LayerOps(Protocol):
         """[T, 2 dim] → silu of the first half times the second half, [T, dim] (Shazeer 2020)."""
         ...
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with GELU, by its approximation with tanh (Hendrycks and Gimpel 2016)."""
+        ...
+
     def rotary(
         self,
         qkv: Tensor,  # [T, (Hq + 2 Hkv) * D], contiguous; its queries are rotated in place
@@ -182,6 +186,11 @@ class TorchOps:
         """See LayerOps."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """See LayerOps."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
 
     def rotary(
         self,

@@ -65,6 +65,10 @@ class TritonOps:
         self._tell(f"activation in {gate_up.dtype}")
         return self._torch.silu_mul(gate_up)
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """See LayerOps; there is no kernel."""
+        return self._torch.gelu_mul(gate_up)
+
     def rotary(
         self,
         qkv: Tensor,

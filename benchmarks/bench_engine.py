@@ -34,7 +34,7 @@ from engine.engine import Engine
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
-from engine.packed_linear import linear
+from engine.packed_linear import MklLinear
 from engine.request import Request
 from engine.runner import ModelRunner
 from wire.types import SamplingParams
@@ -138,9 +138,9 @@ class Floor:
             (shape.hidden_size, shape.intermediate_size),
         ]
         self._layers = [
-            linear(torch.randn(size), None) for _ in range(shape.layers) for size in sizes
+            MklLinear(torch.randn(size), None) for _ in range(shape.layers) for size in sizes
         ]
-        self._head = linear(torch.randn(shape.vocab_size, shape.hidden_size), None)
+        self._head = MklLinear(torch.randn(shape.vocab_size, shape.hidden_size), None)
         num_weights = sum(x.out_features * x.in_features for x in [*self._layers, self._head])
         self._weights = torch.ones(num_weights)
         self._kv = torch.ones(MAX_BATCH, CONTEXT * shape.layers * 2 * shape.kv_heads * head_dim)

@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.fused_decoder import FusedAttention, FusedDecoder, FusedLayer, FusedMLP, Norm
 from engine.graphs import CudaCapture, EagerCapture
 from engine.kv_store import KVStore
-from engine.packed_linear import linear
+from engine.packed_linear import PlainLinear
 from engine.request import Request
 from engine.runner import ModelRunner
 from kernels.ops import LayerOps, TorchOps
@@ -124,7 +124,7 @@ def _random_layer(target: Target, index: int, dim: int) -> FusedLayer:
 
 
 def _linear(target: Target, out_features: int, in_features: int) -> Any:
-    return linear(target.noise(out_features, in_features) * in_features**-0.5, None)
+    return PlainLinear(target.noise(out_features, in_features) * in_features**-0.5, None)
 
 
 def _norm(target: Target) -> Norm:

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from engine.fused_decoder import FusedDecoder, Linear
-from engine.packed_linear import PackedLinear
+from engine.fused_decoder import FusedDecoder
+from engine.packed_linear import CompiledLinear, Linear, MklLinear
 from kernels.ops import LayerOps
 
 PROBED_ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 16, 31, 64, 200)
@@ -36,7 +36,7 @@ def why_not_deterministic(
 def _probe_linears(linears: Iterable[Linear]) -> str:
     """One linear of each shape, over row counts."""
     for out_features, in_features, layer in _one_of_each_shape(linears):
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, CompiledLinear | MklLinear):
             return "its linears cannot be packed here"
         x = torch.randn(MOST_ROWS, in_features, generator=torch.Generator().manual_seed(0))
         whole = layer(x)

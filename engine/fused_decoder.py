@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.attention import AttentionBatch
-from engine.packed_linear import PackedLinear, PlainLinear
+from engine.packed_linear import Linear
 from kernels.ops import HeadNorms, LayerOps, LayerSlots
 
-Linear = PackedLinear | PlainLinear
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,15 @@ class FusedAttention:
 
 @dataclass(frozen=True, slots=True)
 class FusedMLP:
-    """down(silu(gate(x)) * up(x))"""
+    """down(activation(gate(x)) * up(x))"""
 
     gate_up: Linear
     down: Linear
+    activation: str = "silu"  # one of ACTIVATIONS
 
     def __call__(self, ops: LayerOps, x: Tensor) -> Tensor:
-        output: Tensor = self.down(ops.silu_mul(self.gate_up(x)))
+        gate = ops.silu_mul if self.activation == "silu" else ops.gelu_mul
+        output: Tensor = self.down(gate(self.gate_up(x)))
         return output
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.huge_pages import use_huge_pages
 from wire.layout import KVLayout
 
 Buffer: TypeAlias = mmap | memoryview | bytearray
@@ -53,6 +54,8 @@ class KVStore:
             if buffer is None
             else torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
         )
+        if buffer is None:
+            use_huge_pages(self.blocks)
 
     @cached_property
     def _bytes(self) -> memoryview:

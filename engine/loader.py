@@ -23,14 +23,18 @@ from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
 from engine.determinism import why_not_deterministic
 from engine.device import check_device, has_bf16, is_gpu
 from engine.final_states import telling_states
-from engine.fusing import PROOF_BLOCK_SIZE, Fusions, fuse
+from engine.fused_modules import Fusions
+from engine.fusing import fuse
+from engine.fusing_proof import PROOF_BLOCK_SIZE
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
 from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
+from engine.packed_linear import Linears
 from engine.probe import OBSERVED, AttentionShape, mask_rule, observing_attention, probe
 from engine.process_memory import MappedFiles, trim
 from engine.rope import fix_frequencies
 from kernels.cpu_ops import load_cpu_ops
 from kernels.ops import LayerOps, TorchOps
+from kernels.weights import STORAGES
 from wire.errors import ConfigError, UnsupportedModelError
 from wire.layout import KVLayout
 
@@ -44,6 +48,7 @@ def load_model(
     path: str | Path,
     *,
     dtype: str = "auto",
+    weight_dtype: str = "auto",
     device: str = "cpu",
     max_model_len: int | None = None,
     fusing: bool = True,
@@ -54,6 +59,7 @@ def load_model(
     """Load the model folder at `path` and prove that it can be served.
 
     Args:
+        weight_dtype: what linears' weights are rounded to in memory; see `kernels.weights`.
         deterministic: refuse a model whose logits may depend on what shares its steps.
         check_size: told the weights' bytes in memory and their dtype before they are read; raises
             where they do not fit.
@@ -65,24 +71,17 @@ def load_model(
     checkpoint = open_checkpoint(path)
     config, architecture = _read_config(checkpoint)
     length = resolve_max_model_len(config, max_model_len)
-    chosen = _choose_dtype(config, dtype, device)
+    chosen = _choose_dtype(config, dtype, weight_dtype, device)
+    storage = _choose_storage(weight_dtype, chosen, device, fusing=fusing)
     check_size(_bytes_in_memory(checkpoint, config, chosen), dtype_name(chosen))
     digest = fingerprint(checkpoint, progress)
     model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
-    model = _to_device(model.eval(), device)  # first: a GPU reads all numbers at once
-    _check_finite(model, progress)
-    model.config.pad_token_id = None  # nothing is padded; some models look for it at every step
-    fix_frequencies(model, length or PROBE_LEN)
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    states: list[Tensor] = []
-    with _quiet(), telling_states(model, states.append):
-        shape = probe(model, architecture, num_layers, length or PROBE_LEN)
+    model, shape, can_embed = _probed(model, architecture, length, device, progress)
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
     num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     ops = _choose_ops(chosen, device, deterministic=deterministic)
-    files = MappedFiles(checkpoint.files)
-    model, fusions = _fuse(model, shape, ops, files, wanted=fusing)
+    model, fusions = _fuse(model, shape, ops, storage, MappedFiles(checkpoint.files), wanted=fusing)
     trim()
     obstacle = why_not_deterministic(
         model, ops, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads
@@ -112,8 +111,23 @@ def load_model(
         not_deterministic=obstacle,
         num_weight_bytes=num_weight_bytes,
         unexpected_tensors=unexpected,
-        can_embed=bool(states),
+        can_embed=can_embed,
     )
+
+
+def _probed(
+    model: Any, architecture: str, length: int | None, device: str, progress: Progress
+) -> tuple[Any, AttentionShape, bool]:
+    """The model on its device, checked and tried; how it attends; whether it shows its states."""
+    model = _to_device(model.eval(), device)  # first: a GPU reads all numbers at once
+    _check_finite(model, progress)
+    model.config.pad_token_id = None  # nothing is padded; some models look for it at every step
+    fix_frequencies(model, length or PROBE_LEN)
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    states: list[Tensor] = []
+    with _quiet(), telling_states(model, states.append):
+        shape = probe(model, architecture, num_layers, length or PROBE_LEN)
+    return model, shape, bool(states)
 
 
 def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
@@ -145,10 +159,25 @@ def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
     return config, architecture
 
 
-def _choose_dtype(config: Any, requested: str, device: str) -> torch.dtype:
+def _choose_dtype(config: Any, requested: str, weight_dtype: str, device: str) -> torch.dtype:
+    if requested == "auto" and weight_dtype != "auto":
+        requested = "float32"  # what narrower weights are widened to
     stored = _stored_dtype(config)
     bf16 = has_bf16(device) if is_gpu(device) else has_bf16_units()
     return resolve_dtype(requested, stored, device=device, has_bf16_units=bf16)
+
+
+def _choose_storage(requested: str, dtype: torch.dtype, device: str, *, fusing: bool) -> str:
+    """What linears' weights are rounded to; refuses what cannot be."""
+    if requested == "auto":
+        return dtype_name(torch.float32)
+    if requested not in STORAGES:
+        raise ConfigError(f"weight dtype {requested!r} is not one of auto, {', '.join(STORAGES)}")
+    if device != "cpu" or dtype is not torch.float32:
+        raise ConfigError(f"--weight-dtype {requested} is for CPUs with --dtype float32")
+    if not fusing and requested != dtype_name(dtype):
+        raise ConfigError(f"--weight-dtype {requested} and --no-fusing exclude each other")
+    return requested
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -243,7 +272,13 @@ def _gpu_ops(*, deterministic: bool) -> LayerOps:
 
 
 def _fuse(
-    model: Any, shape: AttentionShape, ops: LayerOps, files: MappedFiles, *, wanted: bool
+    model: Any,
+    shape: AttentionShape,
+    ops: LayerOps,
+    storage: str,
+    files: MappedFiles,
+    *,
+    wanted: bool,
 ) -> tuple[Any, Fusions]:
     if not wanted:
         return model, Fusions(False, 0, "switched off")
@@ -256,13 +291,17 @@ def _fuse(
         block_size=PROOF_BLOCK_SIZE,
         dtype=dtype_name(model.dtype),
     )
-    return fuse(model, shape.calls, layout, ops, files)
+    try:
+        return fuse(model, shape.calls, layout, ops, Linears(ops, storage), files)
+    except OverflowError as error:
+        raise ConfigError(f"--weight-dtype {storage}: {error}; use bfloat16") from error
 
 
 def _kernels(ops: LayerOps, fusions: Fusions, obstacle: str) -> str:
     """What computes, as the numerics fingerprint names it."""
     fused = "+fused" if fusions.decoder else ""
-    return f"{ops.name}{fused}{'' if obstacle else '+deterministic'}"
+    narrow = "" if fusions.storage == "float32" else f"+{fusions.storage}-weights"
+    return f"{ops.name}{fused}{narrow}{'' if obstacle else '+deterministic'}"
 
 
 def _to_device(model: Any, device: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.fusing import Fusions
+from engine.fused_modules import Fusions
 from engine.numerics import dtype_name
 from kernels.ops import LayerOps
 from wire.errors import ConfigError

@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from engine.packed_linear import PackedLinear, PlainLinear
+from engine.packed_linear import Linear
 from kernels.ops import LayerOps
 
 MAX_SPANS = 1_000_000
@@ -29,6 +29,7 @@ _OPS = {
     "add_norm": "norm",
     "rotary": "rotary, cache write",
     "silu_mul": "activation",
+    "gelu_mul": "activation",
 }
 
 
@@ -121,7 +122,7 @@ class _WatchedOps:
 
 def kind_of(module: nn.Module) -> str | None:
     """The group that a module's time counts to; None for one that is made of others."""
-    if isinstance(module, PackedLinear | PlainLinear | nn.Linear):
+    if isinstance(module, Linear | nn.Linear):
         return "linears"
     if isinstance(module, nn.Embedding):
         return "embedding"

@@ -17,7 +17,7 @@ from engine.engine import Engine
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
-from engine.packed_linear import PackedLinear, can_pack
+from engine.packed_linear import CompiledLinear
 from engine.plan import StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
@@ -32,8 +32,8 @@ MAX_TOKENS = 6
 VOCABULARY = 97
 
 pytestmark = pytest.mark.skipif(
-    load_cpu_ops() is None or not can_pack(torch.zeros(1, 1)),
-    reason="needs the compiled kernels and MKL",
+    load_cpu_ops() is None,
+    reason="needs the compiled kernels",
 )
 
 
@@ -187,12 +187,12 @@ def test_torchs_attention_is_not_deterministic(loaded: LoadedModel) -> None:
 def test_a_linear_that_depends_on_its_rows_is_found(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = PackedLinear.forward
+    original = CompiledLinear.forward
 
-    def forward(self: PackedLinear, x: Tensor) -> Tensor:
+    def forward(self: CompiledLinear, x: Tensor) -> Tensor:
         y = original(self, x)
         return y * (1 + 1e-6) if len(x) == determinism.PROBED_ROWS[-1] else y
 
-    monkeypatch.setattr(PackedLinear, "forward", forward)
+    monkeypatch.setattr(CompiledLinear, "forward", forward)
     heads = {"head_dim": loaded.head_dim, "num_kv_heads": loaded.num_kv_heads}
     assert "differs at 200 rows" in why_not_deterministic(loaded.model, loaded.ops, **heads)

@@ -15,16 +15,19 @@ from engine.fused_decoder import FusedDecoder
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
-from engine.packed_linear import PackedLinear, can_pack, linear
+from engine.packed_linear import CompiledLinear, Linears, MklLinear
+from kernels.cpu_ops import load_cpu_ops
+from kernels.ops import LayerOps, TorchOps
 from kernels.paged_attention import RequestRows
 
 MakeModel = Callable[[str], Path]
 FUSED = ["llama", "llama_tied", "llama_dynamic", "llama_yarn", "qwen2", "qwen3", "mistral", "phi3"]
 NOT_FUSED = ["gemma2", "gpt2", "opt", "mixtral", "gpt_oss"]
 BLOCK_SIZE = 16
+OPS = load_cpu_ops() or TorchOps()
 
 needs_packing = pytest.mark.skipif(
-    not can_pack(torch.zeros(1, 1)), reason="this torch has no MKL to pack weights"
+    not Linears(OPS).can_pack(torch.zeros(1, 1)), reason="nothing here packs weights"
 )
 
 
@@ -41,8 +44,8 @@ def test_other_models_have_their_linears_packed(make_model: MakeModel, name: str
     loaded = load_model(make_model(name), dtype="float32")
     assert not loaded.fusions.decoder
     assert loaded.fusions.reason
-    packed = [m for m in loaded.model.modules() if isinstance(m, PackedLinear)]
-    assert len(packed) == loaded.fusions.packed_linears > 0
+    packed = [m for m in loaded.model.modules() if isinstance(m, CompiledLinear | MklLinear)]
+    assert len(packed) + 2 * loaded.fusions.gated_mlps == loaded.fusions.packed_linears > 0
 
 
 def test_fusing_can_be_switched_off(make_model: MakeModel) -> None:
@@ -86,12 +89,14 @@ def test_a_difference_outside_the_layers_keeps_the_model_around_them(
     torch.testing.assert_close(logits(loaded, [20]), logits(untouched, [20]), rtol=1e-3, atol=1e-4)
 
 
-@needs_packing
-def test_packed_linears_give_each_row_the_same_bits() -> None:
+@pytest.mark.parametrize("ops", [OPS, TorchOps()], ids=lambda ops: ops.name)
+def test_packed_linears_give_each_row_the_same_bits(ops: LayerOps) -> None:
     generator = torch.Generator().manual_seed(0)
+    if not Linears(ops).can_pack(torch.zeros(1, 1)):
+        pytest.skip("nothing here packs weights")
     for size in ((96, 64), (100, 36), (512, 192)):
         weight = torch.randn(size, generator=generator)
-        layer = linear(weight, torch.randn(size[0], generator=generator))
+        layer = Linears(ops).linear(weight, torch.randn(size[0], generator=generator))
         x = torch.randn(300, size[1], generator=generator)
         whole = layer(x)
         for rows in (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 64, 255, 256, 257):

@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured gpu-check bench-gpu validate-simulator clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu validate-simulator clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -90,6 +90,9 @@ bench-engine: $(VENV)/.dev  ## engine steps beside their floor and transformers;
 
 bench-structured: $(VENV)/.dev  ## what grammars cost: a decode step with masks, compiling a schema; the last line is JSON
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_structured $(ARGS)
+
+bench-speculation: $(VENV)/.dev  ## what drafts gain and cost; the last line is JSON (ARGS=--quick)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_speculation $(ARGS)
 
 # The torch of .venv may be built without CUDA: GPU_PYTHON names an interpreter whose torch is not.
 GPU_PYTHON ?= $(BIN)/python

@@ -5,7 +5,7 @@ step (Leviathan et al. 2023, section 3.1). Each costs a row of the target's step
 draft. Both are measured, p per request and the costs per node, and the lengths are those that give
 the batch the most tokens per second; none, where that is most.
 
-    learning    few steps measured: with and without drafts in turn
+    learning    few steps measured: without drafts, with long ones and short ones in turn
     speculating
     off         no length pays; now and then two requests are drafted for a step, in case it would
 
@@ -97,7 +97,7 @@ class Controller:
     _node: _Rate = field(default_factory=lambda: _Rate(FIRST_ACCEPTANCE * 4, 4.0))
     _found: _Rate = field(default_factory=lambda: _Rate(4.0, 4.0))  # drafted of asked
     _requests: dict[str, _Rate] = field(default_factory=dict)
-    _num_steps: int = 0
+    _num_learning: int = 0  # steps in which drafts were possible, up to all of these
     _on: bool = True
     _pause: int = FIRST_PAUSE
     _since_probe: int = 0
@@ -116,8 +116,10 @@ class Controller:
         self._forget_others(batch)
         if not self.adaptive:
             return [request.most for request in batch]
-        if self._num_steps < LEARNING_STEPS:
-            return [request.most * (self._num_steps % 2) for request in batch]
+        if self._num_learning < LEARNING_STEPS:
+            halves = (2, 0, 1, 0)[self._num_learning % 4]
+            self._num_learning += 1
+            return [(request.most * halves + 1) // 2 for request in batch]
         lengths, gain = self._best(batch, most)
         self._on = gain >= (OFF_MARGIN if self._on else ON_MARGIN)
         if self._on:
@@ -198,7 +200,6 @@ class Controller:
 
     def observe(self, step: Observed) -> None:
         """A step of nothing but decoding is over."""
-        self._num_steps += 1
         self._step_costs.observe(
             step.num_rows, (step.context / 1000, float(step.num_rows)), step.step_s
         )

@@ -99,8 +99,8 @@ def test_it_comes_near_the_best_length(
     rate = machine.rate([share] * num_requests)
     best = ideal_rate(num_requests, row_s, draft_s, share, 6)
     slower = 1 + noise / 9  # the noise's mean
-    assert rate * slower > 0.9 * best
-    assert rate * slower > 0.95 * plain_rate(num_requests, row_s)
+    assert rate * slower > (0.85 if noise else 0.9) * best
+    assert rate * slower > (0.9 if noise else 0.96) * plain_rate(num_requests, row_s)
 
 
 def test_lengths_are_each_requests_own() -> None:
@@ -121,6 +121,14 @@ def test_where_nothing_pays_probes_become_rare_and_find_the_change() -> None:
     assert not machine.controller.speculating
     machine.rate([0.95], 4 * LONGEST_PAUSE)
     assert machine.controller.speculating
+
+
+def test_steps_that_could_not_be_drafted_teach_nothing_about_drafts() -> None:
+    machine = Machine(Controller(0), row_s=1e-5)
+    machine.rate([0.9], 100)
+    machine.controller.num_speculative_tokens = 4
+    machine.rate([0.9], 20)
+    assert any(machine.lengths)
 
 
 def test_what_may_not_be_drafted_is_not() -> None:

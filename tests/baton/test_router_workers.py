@@ -173,8 +173,21 @@ def test_streams_spread_and_are_told_as_one_router_s() -> None:
                 assert told["baton_router_streams"] == 0
             await _debug_pages_know_all(g)
             assert await g.json("/load") == {"server_load": 0}
+            await _a_response_is_found_by_all(g)
 
     asyncio.run(scenario())
+
+
+async def _a_response_is_found_by_all(g: Group) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(
+            g.url + "/v1/responses", json={"input": "hi", "max_output_tokens": 4}
+        ) as answer,
+    ):
+        id = (await answer.json())["id"]
+    found = [(await g.get(f"/v1/responses/{id}"))[0] for _ in range(16)]
+    assert set(found) == {200}, "one of two workers is not asked with odds of 2^-15"
 
 
 async def _debug_pages_know_all(g: Group) -> None:

@@ -15,6 +15,7 @@ from baton.simulation.names import PrefixNames
 from baton.simulation.node import FINGERPRINT
 from baton.simulation.roles import DecodeNode, NodeMessage, PrefillNode
 from baton.simulation.setup import Setup
+from baton.simulation.tuned import SimulatedTuner
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchLimits
 from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
@@ -81,27 +82,51 @@ class FleetRun:
         self._left = len(trace.requests)
         self.decode_nodes: dict[NodeId, DecodeNode] = {}
         self.prefill_nodes: dict[NodeId, PrefillNode] = {}
-        self._make_nodes()
-        self._events_sent = dict.fromkeys(self.nodes, 0)
+        self._machine = setup.machine(self.clock)
+        self._events_sent: dict[NodeId, int] = {}
+        for number in range(setup.split.decode):
+            self._make_node(NodeId(f"decode-{number}", 1), Role.DECODE)
+        for number in range(setup.split.prefill):
+            self._make_node(NodeId(f"prefill-{number}", 1), Role.PREFILL)
+        self.tuner = self._make_tuner()
 
     @property
     def nodes(self) -> dict[NodeId, DecodeNode | PrefillNode]:
         return {**self.prefill_nodes, **self.decode_nodes}
 
-    def _make_nodes(self) -> None:
+    def _make_node(self, id: NodeId, role: Role) -> None:
         setup, clock = self._setup, self.clock
-        machine = setup.machine(clock)
-        for number in range(setup.split.decode):
-            id = NodeId(f"decode-{number}", 1)
+        machine = self._machine
+        if role is Role.DECODE:
             node = DecodeNode(id, setup, clock, machine, self._hashes, self._tell)
             self.decode_nodes[id] = node
-            self._fleet.register(id, register_message(Role.DECODE, setup), 0.0)
-        for number in range(setup.split.prefill):
-            id = NodeId(f"prefill-{number}", 1)
+        else:
             self.prefill_nodes[id] = PrefillNode(
                 id, setup, clock, machine, self._hashes, self._tell, self.decode_nodes
             )
-            self._fleet.register(id, register_message(Role.PREFILL, setup), 0.0)
+        self._events_sent[id] = 0
+        self._fleet.register(id, register_message(role, setup), clock.now)
+
+    def _make_tuner(self) -> SimulatedTuner | None:
+        setup = self._setup
+        if setup.tuning is None:
+            return None
+        return SimulatedTuner(
+            setup.tuning,
+            setup.step_model,
+            self._fleet,
+            self.clock,
+            is_idle=lambda node: self.nodes[node].is_idle,
+            change=self._change_role,
+        )
+
+    def _change_role(self, node: NodeId, role: Role) -> None:
+        """It comes back as a new incarnation; the old one answers nobody."""
+        self.nodes[node].engine.stop()
+        successor = NodeId(node.name, node.incarnation + 1)
+        self._make_node(successor, role)
+        self.clock.after(self._setup.heartbeat_s, partial(self._beat, successor))
+        self._pump()
 
     def _hashes(self, request: str) -> list[bytes]:
         """A new list each time: engines append to theirs."""
@@ -175,6 +200,8 @@ class FleetRun:
         now = self.clock.now
         names = self._names.of(index, traced)
         work = request_work(index, traced, names, self._setup.engine.block_size)
+        if self.tuner is not None:
+            self.tuner.arrived(work.num_tokens)
         dispatch = Dispatch(work, self._fleet, DispatchLimits(silence_s=float("inf")), now)
         choice = Choice(index, traced.at, traced, work, dispatch)
         try:
@@ -272,6 +299,8 @@ class FleetRun:
         if self._choices.pop(choice.work.request, None) is not None:
             self._unassign(choice)
             self._admission.leave(choice.work.request)
+        if self.tuner is not None and error is None:
+            self.tuner.ended(choice.traced.input_len, choice.traced.output_len)
         self.records.append(record_of(choice, self.clock.now, error))
         self._left -= 1
         self._pump()

@@ -78,6 +78,11 @@ class DecodeNode:
         self._held: dict[str, _Held] = {}
         self._running: dict[str, tuple[AttemptId, Request]] = {}
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is held, and nothing runs."""
+        return not self._held and not self._running
+
     def handle(self, message: Message) -> None:
         match message:
             case Reserve():
@@ -197,6 +202,11 @@ class PrefillNode:
         self._tell = tell
         self._decode_nodes = decode_nodes
         self._work: dict[str, _Work] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no prompt is computed or handed over."""
+        return not self._work
 
     def handle(self, message: Message) -> None:
         match message:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from baton.simulation.colocated_run import ColocatedRun
 from baton.simulation.fleet_run import FleetRun
 from baton.simulation.setup import Setup
+from baton.simulation.tuned import Move
 from tuner.record import RequestRecord
 from tuner.trace import Trace
 
@@ -18,20 +19,27 @@ class Simulated:
     records: list[RequestRecord]
     duration_s: float  # of virtual time
     busy: dict[str, float]  # by node: the share of time in which it computed
+    moves: tuple[Move, ...] = ()  # of the tuner, where there is one
 
 
 def simulate(setup: Setup, trace: Trace) -> Simulated:
     """Raises ValueError where failures are asked of a colocated fleet, which has no retries."""
     if setup.split.mixed:
-        if setup.failures:
-            raise ValueError("failures are simulated with prefill and decode nodes only")
+        if setup.failures or setup.tuning is not None:
+            raise ValueError("failures and tuning are simulated with prefill and decode nodes only")
         together = ColocatedRun(setup, trace)
         records = together.run()
-        busy = {id.name: engine.busy_s for id, engine in together.nodes.items()}
+        engines = together.nodes
         now = together.clock.now
+        moves: tuple[Move, ...] = ()
     else:
         apart = FleetRun(setup, trace)
         records = apart.run()
-        busy = {id.name: node.engine.busy_s for id, node in apart.nodes.items()}
+        engines = {id: node.engine for id, node in apart.nodes.items()}
         now = apart.clock.now
-    return Simulated(records, now, {name: s / now if now else 0.0 for name, s in busy.items()})
+        moves = () if apart.tuner is None else tuple(apart.tuner.moves)
+    busy: dict[str, float] = {}
+    for id, engine in engines.items():  # all lives of a node together
+        busy[id.name] = busy.get(id.name, 0.0) + engine.busy_s
+    shares = {name: s / now if now else 0.0 for name, s in busy.items()}
+    return Simulated(records, now, shares, moves)

@@ -180,7 +180,7 @@ def test_a_death_costs_time_and_no_request(dies: str) -> None:
 
 def test_colocated_fleets_have_no_failures() -> None:
     setup = replace(SETUP, split=Split(mixed=2), failures=(Failure("mixed-0", 1.0),))
-    with pytest.raises(ValueError, match="failures are simulated"):
+    with pytest.raises(ValueError, match="are simulated with"):
         simulate(setup, steady(2, 1.0))
 
 

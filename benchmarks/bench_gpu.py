@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_bench_model import LLAMA_8B, TINY, Node, Target, num_weights
 from kernels.block_copy import Part, gather_units, scatter_units
@@ -164,7 +165,8 @@ class Bench:
     def gather_scatter(self) -> float:
         """Share of the copy's bandwidth, of blocks gathered into units and scattered again."""
         target, pool = self._target, self._node.store.blocks
-        gather, scatter = gather_units, scatter_units
+        gather: Callable[[Tensor, Tensor, Part, torch.dtype], Tensor] = gather_units
+        scatter: Callable[[Tensor, Tensor, Tensor, Part], None] = scatter_units
         if target.device.type == "cuda":
             from kernels.triton_blocks import gather_units_triton, scatter_units_triton
 

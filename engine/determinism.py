@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.fused_decoder import FusedDecoder
-from engine.packed_linear import CompiledLinear, Linear, MklLinear
+from engine.packed_linear import CompiledLinear, Linear, MklLinear, PlainLinear
 from kernels.ops import LayerOps
 
 PROBED_ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 16, 31, 64, 200)
@@ -36,13 +36,15 @@ def why_not_deterministic(
 def _probe_linears(linears: Iterable[Linear]) -> str:
     """One linear of each shape, over row counts."""
     for out_features, in_features, layer in _one_of_each_shape(linears):
-        if not isinstance(layer, CompiledLinear | MklLinear):
-            return "its linears cannot be packed here"
         x = torch.randn(MOST_ROWS, in_features, generator=torch.Generator().manual_seed(0))
+        if isinstance(layer, PlainLinear) and layer.is_invariant:
+            x = x.to(layer.weight)
+        elif not isinstance(layer, CompiledLinear | MklLinear):
+            return "its linears cannot be packed here"
         whole = layer(x)
         for rows in PROBED_ROWS:
             if not torch.equal(layer(x[:rows]), whole[:rows]):
-                return f"a packed linear of {in_features} to {out_features} differs at {rows} rows"
+                return f"a linear of {in_features} to {out_features} differs at {rows} rows"
     return ""
 
 

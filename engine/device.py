@@ -37,6 +37,12 @@ def has_bf16(device: str) -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def use_device(device: str) -> None:
+    """Make it this thread's own: events and kernels without a tensor's device go there."""
+    if is_gpu(device):
+        torch.cuda.set_device(device)
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryNow:
     """A device's memory at one moment, in bytes."""

@@ -21,14 +21,15 @@ from torch import Tensor
 from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
 from engine.determinism import why_not_deterministic
-from engine.device import check_device, has_bf16, is_gpu
+from engine.device import check_device, has_bf16, is_gpu, use_device
 from engine.final_states import telling_states
+from engine.fused_decoder import FusedDecoder
 from engine.fused_modules import Fusions
 from engine.fusing import fuse
 from engine.fusing_proof import PROOF_BLOCK_SIZE
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
 from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
-from engine.packed_linear import Linears
+from engine.packed_linear import Linears, PlainLinear
 from engine.probe import OBSERVED, AttentionShape, mask_rule, observing_attention, probe
 from engine.process_memory import MappedFiles, trim
 from engine.rope import fix_frequencies
@@ -68,6 +69,7 @@ def load_model(
     architecture cannot be served; both in one line that says what to do.
     """
     check_device(device)
+    use_device(device)
     checkpoint = open_checkpoint(path)
     config, architecture = _read_config(checkpoint)
     length = resolve_max_model_len(config, max_model_len)
@@ -83,6 +85,8 @@ def load_model(
     ops = _choose_ops(chosen, device, deterministic=deterministic)
     model, fusions = _fuse(model, shape, ops, storage, MappedFiles(checkpoint.files), wanted=fusing)
     trim()
+    if deterministic and is_gpu(device) and isinstance(model, FusedDecoder):
+        _make_invariant(model)
     obstacle = why_not_deterministic(
         model, ops, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads
     )
@@ -295,6 +299,15 @@ def _fuse(
         return fuse(model, shape.calls, layout, ops, Linears(ops, storage), files)
     except OverflowError as error:
         raise ConfigError(f"--weight-dtype {storage}: {error}; use bfloat16") from error
+
+
+def _make_invariant(model: FusedDecoder) -> None:
+    """The vendor's products choose another order of additions for other numbers of rows."""
+    from kernels.triton_matmul import linear_invariant_triton
+
+    for layer in model.linears():
+        if isinstance(layer, PlainLinear):
+            layer.make_invariant(linear_invariant_triton)
 
 
 def _kernels(ops: LayerOps, fusions: Fusions, obstacle: str) -> str:

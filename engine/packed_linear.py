@@ -7,6 +7,8 @@ compiled library packs best; MKL does without it, and where neither is, `F.linea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from kernels.ops import LayerOps
 from kernels.weights import StoredWeight, store
 
 PACKED_FOR = 256  # rows that MKL's layout is made for; it serves any number
+
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x, weight and bias, as `F.linear` takes them."""
 
 
 class CompiledLinear(nn.Module):
@@ -78,10 +83,20 @@ class PlainLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._weight, self._bias = weight, bias
+        self._multiply: Multiply = F.linear
+        self.is_invariant = False  # a row has the same bits among any other rows
+
+    def make_invariant(self, multiply: Multiply) -> None:
+        """Multiply so from now on."""
+        self._multiply, self.is_invariant = multiply, True
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
-        return F.linear(x, self._weight, self._bias)
+        return self._multiply(x, self._weight, self._bias)
 
 
 Linear = CompiledLinear | MklLinear | NarrowLinear | PlainLinear

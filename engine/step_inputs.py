@@ -106,16 +106,17 @@ class StepInputs:
     token_ids: Tensor  # int32 [T], as the next one
     positions: Tensor
     slots: tuple[Tensor, Tensor]  # block and offset of each row, int64 [T]
-    needed_rows: Tensor  # int32 [N]
+    needed_rows: Tensor  # int64 [N]
     rows: DeviceRows
 
     @classmethod
     def of(cls, buffer: Tensor, sizes: Sizes, *, max_rows: int, max_context: int) -> StepInputs:
-        """Views of a buffer that `fill` has filled; slots are copied from it."""
+        """Views of a buffer that `fill` has filled; what is int64 is a copy."""
         views = sizes.views(buffer)
         token_ids, positions, blocks, offsets, needed, first_row, context, start, tables = views
         rows = DeviceRows(first_row, context, tables, start, max_rows, max_context)
-        return cls(token_ids, positions, (blocks.long(), offsets.long()), needed, rows)
+        slots = (blocks.long(), offsets.long())
+        return cls(token_ids, positions, slots, needed.long(), rows)
 
 
 class HostRequests(Sequence[RequestRows]):

@@ -116,7 +116,7 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     """Load the model and make the engine. Raises ConfigError with what to do."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    gpu = Gpu(config) if is_gpu(config.device) else None
+    gpu = Gpu(config, decodes=role is Role.DECODE) if is_gpu(config.device) else None
     model = load_model(
         config.model,
         dtype=config.dtype,

@@ -29,6 +29,7 @@ class EngineThread:
     """Owns the engine's step loop.
 
     Args:
+        on_start: called in the thread, before its first step.
         on_result: called in the event loop after every step.
         on_layers: called in the event loop in the middle of a step (see Engine.step).
         on_failure: called in the event loop when a step raised, with the error and the ids of the
@@ -44,12 +45,14 @@ class EngineThread:
         on_layers: OnLayers,
         on_failure: Callable[[Exception, tuple[str, ...]], None],
         on_death: Callable[[str], None],
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._on_result = on_result
         self._on_layers = on_layers
         self._on_failure = on_failure
         self._on_death = on_death
+        self._on_start = on_start
         self._loop = asyncio.get_running_loop()
         self._wakeup = threading.Condition()
         self._woken = False
@@ -89,6 +92,7 @@ class EngineThread:
         return max(0.0, time.monotonic() - self._last_progress)
 
     def _run(self) -> None:
+        self._on_start()
         failures = 0
         while failures < _MAX_FAILURES and self._wait_for_work():
             began = time.monotonic()

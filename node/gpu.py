@@ -8,7 +8,7 @@ from queue import Queue
 
 import torch
 
-from engine.device import check_device, memory_now
+from engine.device import check_device, memory_now, use_device
 from engine.gpu_memory import check_weights, pool_bytes
 from engine.gpu_profile import LargestStep, measure
 from engine.graphs import CudaCapture, ladder
@@ -24,13 +24,18 @@ _MAX_WAITING = 4096  # layers: many steps' worth
 
 
 class Gpu:
-    """One node's GPU, from before the model is loaded on. Raises ConfigError with what to do."""
+    """One node's GPU, from before the model is loaded on. Raises ConfigError with what to do.
 
-    def __init__(self, config: NodeConfig) -> None:
+    Args:
+        decodes: the node's steps decode, so graphs are of use.
+    """
+
+    def __init__(self, config: NodeConfig, *, decodes: bool) -> None:
         check_device(config.device)
+        use_device(config.device)
         self._config = config
         self._at_start = memory_now(config.device)
-        self._rungs = ladder(config.max_num_seqs) if config.cuda_graphs else ()
+        self._rungs = ladder(config.max_num_seqs) if config.cuda_graphs and decodes else ()
 
     def check_size(self, weight_bytes: int, dtype: str) -> None:
         """Refuse weights that cannot fit, before they are read."""

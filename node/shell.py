@@ -13,9 +13,11 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import zmq
 
+from engine.device import use_device
 from engine.plan import StepResult
 from node.build import BuiltEngine
 from node.config import NodeConfig
@@ -134,6 +136,7 @@ class NodeShell:
             on_layers=self._role.on_layers,
             on_failure=self._step_failed,
             on_death=self._die,
+            on_start=partial(use_device, self.config.device),
         )
         self._thread.start()
         closing.push_async_callback(asyncio.to_thread, self._thread.stop)

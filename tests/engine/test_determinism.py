@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine import determinism
@@ -17,7 +19,7 @@ from engine.engine import Engine
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
-from engine.packed_linear import CompiledLinear
+from engine.packed_linear import CompiledLinear, Linears
 from engine.plan import StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
@@ -196,3 +198,32 @@ def test_a_linear_that_depends_on_its_rows_is_found(
     monkeypatch.setattr(CompiledLinear, "forward", forward)
     heads = {"head_dim": loaded.head_dim, "num_kv_heads": loaded.num_kv_heads}
     assert "differs at 200 rows" in why_not_deterministic(loaded.model, loaded.ops, **heads)
+
+
+def test_linears_that_multiply_row_by_row_need_no_packing(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a kernel of its own multiplies."""
+    monkeypatch.setattr(Linears, "can_pack", lambda self, weight: False)
+    loaded = load_model(make_model("llama"), dtype="float32")
+    assert loaded.fusions.decoder
+    judge = partial(
+        why_not_deterministic,
+        loaded.model,
+        loaded.ops,
+        head_dim=loaded.head_dim,
+        num_kv_heads=loaded.num_kv_heads,
+    )
+    assert judge() == "its linears cannot be packed here"
+
+    def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.stack([F.linear(row, weight, bias) for row in x])
+
+    def by_count(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias) * (1 + 1e-6 * len(x))
+
+    for multiply, why in ((row_by_row, ""), (by_count, "a linear of ")):
+        for layer in loaded.model.linears():
+            layer.make_invariant(multiply)
+        assert judge().startswith(why)
+        assert bool(judge()) == bool(why)

@@ -42,17 +42,27 @@ def add_norm_triton(residual: Tensor, branch: Tensor | None, weight: Tensor, eps
     return output
 
 
-@on_its_device
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """See LayerOps.silu_mul."""
+    return _gated(gate_up, gelu=False)
+
+
+def gelu_mul_triton(gate_up: Tensor) -> Tensor:
+    """See LayerOps.gelu_mul."""
+    return _gated(gate_up, gelu=True)
+
+
+@on_its_device
+def _gated(gate_up: Tensor, *, gelu: bool) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     output = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(num_rows, triton.cdiv(width, ACTIVATION_TILE))](
+    _activation_mul[(num_rows, triton.cdiv(width, ACTIVATION_TILE))](
         gate_up,
         output,
         gate_up.stride(0),
         WIDTH=width,
         TILE=ACTIVATION_TILE,
+        GELU=gelu,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -142,14 +152,20 @@ def _inverse_rms(x, eps, WIDTH: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul(gate_up, output, stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
+def _activation_mul(
+    gate_up, output, stride, WIDTH: tl.constexpr, TILE: tl.constexpr, GELU: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < WIDTH
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype).to(tl.float32)
-    result = silu * up.to(tl.float32)
+    logit = gate
+    if GELU:  # x (1 + tanh(y)) / 2 is x times the logistic function of 2 y
+        logit = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 sqrt(2 / pi)
+    logistic = 1.0 + tl.exp(-tl.maximum(logit, -80.0))  # beyond, nothing is left of the number
+    active = (gate / logistic).to(up.dtype).to(tl.float32)
+    result = active * up.to(tl.float32)
     tl.store(output + row * WIDTH + column, result.to(up.dtype), mask=inside)
 
 

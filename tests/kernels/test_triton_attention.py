@@ -123,6 +123,7 @@ def test_padding_of_a_graph_changes_nothing(max_rows: int, device: torch.device)
     assert (found[2] == 0).all()
 
 
+@pytest.mark.usefixtures("splitting")  # which would change bits, were anything split
 def test_a_row_has_the_same_bits_in_every_company(device: torch.device) -> None:
     """Alone, among others, in one chunk or in several."""
     length = 80

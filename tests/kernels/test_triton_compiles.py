@@ -11,7 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
-    *("_attend", "_join", "_add_norm", "_silu_mul", "_rotary", "_filter_floor", "_gumbel_argmax"),
+    *(
+        "_attend",
+        "_join",
+        "_add_norm",
+        "_activation_mul",
+        "_rotary",
+        "_filter_floor",
+        "_gumbel_argmax",
+    ),
     *("_penalize", "_copy", "_block_sums", "_in_order", "_linear", "_add_parts"),
 }
 

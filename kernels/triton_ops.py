@@ -66,7 +66,10 @@ class TritonOps:
         return self._torch.silu_mul(gate_up)
 
     def gelu_mul(self, gate_up: Tensor) -> Tensor:
-        """See LayerOps; there is no kernel."""
+        """See LayerOps."""
+        if _plain(gate_up):
+            return triton_layers.gelu_mul_triton(gate_up)
+        self._tell(f"activation in {gate_up.dtype}")
         return self._torch.gelu_mul(gate_up)
 
     def rotary(

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_store import KVStore
 from engine.loader import load_model
+from engine.model_info import LoadedModel
 from engine.request import Request
 from engine.runner import ModelRunner
 from tests.engine.test_beam_search import EARLY, PAD
@@ -29,9 +30,10 @@ CASES = [
 ]
 
 
-def searched(folder: Path, eos: int, cases: list[BeamParams]) -> list[tuple[Hypothesis, ...]]:
-    """All at once, in small chunks and beside a request that is sampled."""
-    loaded = load_model(folder)
+def searched(
+    loaded: LoadedModel, eos: int, cases: list[BeamParams], beside: bool = True
+) -> list[tuple[Hypothesis, ...]]:
+    """All at once, in small chunks; `beside` a request that is sampled."""
     store = KVStore(loaded.kv_layout(4), NUM_BLOCKS)
     store.blocks.fill_(float("nan"))  # an unwritten slot that is read shows at once
     engine = Engine(
@@ -44,7 +46,8 @@ def searched(folder: Path, eos: int, cases: list[BeamParams]) -> list[tuple[Hypo
         eos_token_ids=frozenset([eos]),
         ops=loaded.ops,
     )
-    engine.add(Request("plain", [9, 9, 4], 3, SamplingParams(max_tokens=30), 64))
+    if beside:
+        engine.add(Request("plain", [9, 9, 4], 3, SamplingParams(max_tokens=30), 64))
     for number, params in enumerate(cases):
         sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, beam=params)
         engine.add(Request(str(number), list(PROMPT), len(PROMPT), sampling, 64))
@@ -82,10 +85,20 @@ def test_sequences_and_scores(name: str, make_model: Callable[[str], Path]) -> N
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():  # a token that beams run into
         eos = int(model(torch.tensor([[*PROMPT, 50]])).logits[0, -1].topk(3).indices[2])
-    for params, found in zip(CASES, searched(folder, eos, CASES), strict=True):
+    for params, found in zip(CASES, searched(load_model(folder), eos, CASES), strict=True):
         theirs = reference(model, eos, params)
         for hypothesis, tokens, score in zip(
             found, theirs.sequences.tolist(), theirs.sequences_scores.tolist(), strict=True
         ):
             assert tokens[len(PROMPT) :][: len(hypothesis.tokens)] == list(hypothesis.tokens)
             assert hypothesis.score == pytest.approx(score, abs=2e-4)
+
+
+def test_what_shares_its_steps_changes_no_bit_of_a_search(
+    make_model: Callable[[str], Path],
+) -> None:
+    loaded = load_model(make_model("llama"))
+    if loaded.not_deterministic:
+        pytest.skip(loaded.not_deterministic)
+    together = searched(loaded, 2, CASES)
+    assert [searched(loaded, 2, [params], beside=False)[0] for params in CASES] == together

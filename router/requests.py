@@ -291,6 +291,8 @@ class Requests:
         choice.trace.output(0, now)
         self._forget(choice, found.hypotheses[0].finish.value, now)
         choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
+        others = sum(each.text.num_tokens for each in choice.beams)
+        choice.metrics.count(names.GENERATION_TOKENS, others)
         for (each, hypothesis), text in zip(answered, texts, strict=True):
             each.trace.num_output_tokens = each.text.num_tokens
             each.trace.ended(hypothesis.finish.value, now)

@@ -108,7 +108,7 @@ def test_a_search_finds_what_it_finds_alone(length: int, width: int) -> None:
 
 def test_searches_share_steps_with_requests_and_chunks() -> None:
     for seed in range(6):
-        engine, _ = make_engine(num_blocks=96, max_num_seqs=9)
+        engine, _ = make_engine(num_blocks=96, max_num_seqs=6)
         requests = [
             beam_request("a", prompt(seed, 9), 3, ignore_eos=True),
             plain_request("b", prompt(seed + 50, 7)),
@@ -280,3 +280,74 @@ def test_a_prefill_node_passes_the_search_on_or_ends_it() -> None:
     for name in ("a", "b"):
         engine.release_held(name)
     check_all_free(engine)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_walk(seed: int) -> None:
+    """Searches and requests come, are aborted, adopted and preempted, and steps fail, at random."""
+    chance = random.Random(seed)
+    engine, runner = make_engine(num_blocks=40, kv_overcommit=3.0, max_num_seqs=8)
+    requests: dict[str, Request] = {}
+    found: dict[str, tuple[Hypothesis, ...]] = {}
+    reserved: list[tuple[int, Request]] = []
+
+    def act() -> None:
+        name, tokens = f"r{len(requests)}", prompt(chance.randrange(9), chance.randint(1, 14))
+        match chance.randrange(6):
+            case 0:
+                requests[name] = plain_request(name, tokens)
+                engine.add(requests[name])
+            case 1 | 2:
+                requests[name] = beam_request(name, tokens, chance.randint(1, 5))
+                engine.add(requests[name])
+            case 3 if requests:
+                engine.abort(chance.choice(list(requests)))
+            case 4:
+                reserve(beam_request(name, tokens, chance.randint(2, 4), ignore_eos=True))
+            case 5 if reserved:
+                reservation, request = reserved.pop()
+                if chance.random() < 0.3:
+                    engine.cancel_reservation(reservation)
+                else:
+                    engine.adopt(reservation, request, first_row(request))
+                    requests[request.request_id] = request
+
+    def reserve(request: Request) -> None:
+        most = request.num_prompt_tokens + request.sampling.max_tokens
+        try:
+            reservation = engine.reserve(request.tokens, most, width=request.width)
+        except CapacityError:
+            return
+        cached = reservation.num_cached_tokens
+        runner.write([h.block_id for h in reservation.handles], chain(request.tokens), cached)
+        request.request_id = f"s{reservation.id}"
+        reserved.append((reservation.id, request))
+
+    def during_run() -> None:
+        if chance.random() < 0.3:
+            act()
+        if chance.random() < 0.1:
+            raise RuntimeError("broken")
+
+    runner.during_run = during_run
+    for number in range(400):
+        if number < 60:
+            act()
+        elif reserved:
+            engine.cancel_reservation(reserved.pop()[0])
+        try:
+            result = engine.step()
+        except RuntimeError:
+            result = None
+        engine.check_integrity()
+        for progress in result.progress if result is not None else ():
+            if progress.hypotheses:
+                found[progress.request_id] = progress.hypotheses
+        if number > 60:
+            runner.during_run = lambda: None
+            if not engine.has_work() and not reserved:
+                break
+    check_all_free(engine)
+    assert len(found) > 2
+    for name, hypotheses in found.items():
+        check_found(requests[name], hypotheses)

@@ -106,6 +106,8 @@ def test_one_search_answers_all_choices(path: str) -> None:
             (reserve,) = harness.sent(Reserve)
             assert reserve.sampling.beam == BeamParams(3, 0.5, EarlyStopping.NEVER)
             assert len(harness.sent(Ack)) == 1
+            metrics = (await harness.get("/metrics")).body.decode()
+            assert 'vllm:generation_tokens_total{model_name="stub"} 15.0' in metrics
 
     asyncio.run(scenario())
 

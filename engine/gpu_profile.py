@@ -107,7 +107,11 @@ def _try_graph(runner: ModelRunner, largest: LargestStep, rung: int) -> None:
 
 
 def _taken(device: str, act: Callable[[], None]) -> int:
-    """By how much less the device has free afterwards."""
+    """By how much less the device has free afterwards.
+
+    A capture gives kept memory back itself; were that not done before, it would hide what it takes.
+    """
+    give_back_memory()
     before = memory_now(device)
     act()
     return max(0, before.free - memory_now(device).free)

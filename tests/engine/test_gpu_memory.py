@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.device import check_device, is_broken, is_out_of_memory
+from engine import gpu_profile
+from engine.device import MemoryNow, check_device, is_broken, is_out_of_memory
 from engine.gpu_memory import MARGIN, GpuUse, check_weights, pool_bytes
 from engine.gpu_profile import SCRATCH_BLOCKS, LargestStep, try_largest_step
 from engine.loader import load_model
@@ -87,6 +88,27 @@ def test_the_largest_step_fills_the_budget(tokens: int, seats: int, longest: int
 def test_the_largest_step_can_be_tried(make_model: Callable[[str], Path]) -> None:
     loaded = load_model(make_model("llama"), max_model_len=40)
     try_largest_step(loaded, LargestStep(50, 4, 40, 4))
+
+
+def test_what_graphs_take_is_not_hidden_by_memory_that_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept, taken = 5 * GIB, 0
+
+    def give_back() -> None:
+        nonlocal kept
+        kept = 0
+
+    def capture() -> None:
+        nonlocal taken
+        give_back()  # as torch does when a capture begins
+        taken = GIB
+
+    monkeypatch.setattr(gpu_profile, "give_back_memory", give_back)
+    monkeypatch.setattr(
+        gpu_profile, "memory_now", lambda device: MemoryNow(80 * GIB, 40 * GIB - kept - taken, 0)
+    )
+    assert gpu_profile._taken("cuda:0", capture) == GIB
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

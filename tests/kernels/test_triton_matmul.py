@@ -20,8 +20,11 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "has_bias"),
+    [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)],
+    ids=str,
+)
 def test_any_number_of_rows_has_the_same_bits(
     dtype: torch.dtype, has_bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

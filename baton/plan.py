@@ -10,12 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from baton.device_names import device_like
+from baton.plan_report import plan_html
 from baton.simulation.planner import Candidate, Plan, Planner
 from baton.simulation.setup import Setup, Split
+from engine.checkpoint import fingerprint as fingerprint_of
+from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from node.config import parse_bytes
 from tuner.arrivals import Arrival, arrival_offsets
 from tuner.goodput import Slo
+from tuner.plots import require_matplotlib
 from tuner.profile import Profile, load_profile
 from tuner.trace import Trace, TracedRequest, first_requests, limit_lengths, scale_lengths
 from tuner.trace_files import read_trace
@@ -54,7 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kv-memory", type=parse_bytes, default=1 << 30, metavar="SIZE", help="per node (1g)")
     add("--max-num-seqs", type=_count, default=64, metavar="N", help="per node (%(default)s)")
+    add("--model", type=Path, metavar="DIR", help="refuse a profile of any other model than this")
+    add(
+        "--device",
+        metavar="TEXT",
+        help="what the nodes run on, as the profile names it, if that is not this machine",
+    )
     add("--json", type=Path, metavar="FILE", help="write the plan as JSON, with every rate tried")
+    add(
+        "--html", type=Path, metavar="FILE", help="write the plan with its plots (needs matplotlib)"
+    )
     _add_workload_arguments(parser.add_argument_group("workload"))
 
 
@@ -90,6 +104,9 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 even if it says that the limits cannot be kept."""
     profile = load_profile(args.profile)
+    _check(profile, args.model, args.device)
+    if args.html is not None:
+        require_matplotlib()
     if not 0 < args.attainment <= 1:
         raise ConfigError(f"--attainment must be above 0, up to 1, not {args.attainment:g}")
     try:
@@ -99,10 +116,23 @@ def run(args: argparse.Namespace) -> int:
     trace = _trace(args, profile.max_model_len)
     planner = Planner(_setup(args, profile), trace, slo, args.attainment, _progress)
     plan = planner.plan(args.nodes, args.tokens_per_step or [512])
-    print("\n".join(plan_lines(plan)))
+    words = "\n".join(plan_lines(plan))
+    print(words)
     if args.json is not None:
-        _write(args.json, plan)
+        _write(args.json, json.dumps(to_json(plan), indent=2) + "\n")
+    if args.html is not None:
+        _write(args.html, plan_html(plan, words))
     return 0
+
+
+def _check(profile: Profile, model: Path | None, device: str | None) -> None:
+    """Raise ConfigError for a profile of another model, or of what this machine has not."""
+    fingerprint = profile.model_fingerprint
+    if model is not None:
+        fingerprint = fingerprint_of(open_checkpoint(model), lambda *_: None)
+    if device is None:
+        device = device_like(profile.device)
+    profile.check(model_fingerprint=fingerprint, device=device)
 
 
 def _progress(line: str) -> None:
@@ -119,7 +149,7 @@ def _setup(args: argparse.Namespace, profile: Profile) -> Setup:
         max_model_len=profile.max_model_len,
         max_num_seqs=args.max_num_seqs,
     )
-    return Setup(Split(mixed=1), engine, profile.layout, profile.latency)
+    return Setup(Split(mixed=1), engine, profile.layout, profile.latency, profile.overheads)
 
 
 def _trace(args: argparse.Namespace, max_model_len: int) -> Trace:
@@ -223,8 +253,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, plan: Plan) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(to_json(plan), indent=2) + "\n")
+        path.write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

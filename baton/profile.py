@@ -21,6 +21,7 @@ from random import Random
 import torch
 
 from baton.bundled_model import DEFAULT_MODEL
+from baton.device_names import device_text
 from baton.simulation.setup import HOP_S, HOPS_TO_FIRST_TOKEN
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -122,7 +123,7 @@ def fleet_line(found: Overheads) -> str:
 def device_name(loaded: LoadedModel, threads: int) -> str:
     """What decides the speed, in words."""
     device = look().cpu_model if loaded.device == "cpu" else torch.cuda.get_device_name()
-    return f"{device}, {threads} threads, {dtype_name(loaded.dtype)}"
+    return device_text(device, threads, dtype_name(loaded.dtype))
 
 
 def fitted(

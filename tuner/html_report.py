@@ -40,21 +40,45 @@ def html_report(groups: Mapping[str, Named], title: str = "baton bench") -> str:
         ("Where the time to first token went", _phases(runs)),
         ("The nodes while it ran", _timelines(runs)),
     ]
-    environment = Environment(
-        loader=PackageLoader("tuner"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        slo=slo,
+    return page(
+        title,
         columns=[*_COLUMNS, *(["attainment", "goodput/s"] if slo else [])],
         rows=[_row(name, run, slo is not None) for name, run in runs],
         sections=[(heading, drawn) for heading, drawn in sections if drawn],
+        slo=slo,
         errors=[
             f"{name}: {count} x {kind}: {run['error_examples'][kind]}"
             for name, run in runs
             for kind, count in run["errors"].items()
         ],
         settings=[(name, json.dumps(run["settings"], indent=2)) for name, run in runs],
+    )
+
+
+def page(
+    title: str,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    sections: Sequence[tuple[str, Plots]],
+    slo: Json | None,
+    words: str = "",
+    errors: Sequence[str] = (),
+    settings: Sequence[tuple[str, str]] = (),
+) -> str:
+    """One file: words, a table, pictures, and what was asked for."""
+    environment = Environment(
+        loader=PackageLoader("tuner"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        slo=slo,
+        words=words,
+        columns=columns,
+        rows=rows,
+        sections=sections,
+        errors=errors,
+        settings=settings,
     )
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from baton.bundled_model import DEFAULT_MODEL
 from baton.cli import main
+from baton.device_names import device_text
 from baton.plan import plan_lines
 from baton.simulation.planner import Planner, larger, splits_of
 from baton.simulation.setup import Setup, Split
 from engine.config import EngineConfig
+from node.machine import look
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel
-from tuner.profile import FitError, Profile, save_profile
+from tuner.profile import FitError, Profile, load_profile, save_profile
 from tuner.trace import Trace, TracedRequest
 from wire.layout import KVLayout
 
@@ -72,7 +75,8 @@ def test_limits_that_nothing_keeps() -> None:
 
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
-    made = Profile("m", "abc", "cpu", 4096, LAYOUT, MODEL, {"prefill": FitError(1, 0.0, 0.0)})
+    device = device_text(look().cpu_model, 1, "float32")
+    made = Profile("m", "abc", device, 4096, LAYOUT, MODEL, {"prefill": FitError(1, 0.0, 0.0)})
     save_profile(made, tmp_path / "profile.json")
     return tmp_path / "profile.json"
 
@@ -115,6 +119,8 @@ def test_the_command_reads_traces(profile: Path, capsys: pytest.CaptureFixture[s
         (["--kv-memory", "1"], "holds no block"),
         (["--input-len", "9000"], "no request fits"),
         (["--ttft", "0"], "must be above 0"),
+        (["--device", "another"], "the profile was made on"),
+        (["--model", str(DEFAULT_MODEL)], "the profile is of model m"),
     ],
 )
 def test_the_command_refuses(
@@ -122,6 +128,28 @@ def test_the_command_refuses(
 ) -> None:
     assert plan_command(profile, *flags) == 1
     assert message in capsys.readouterr().err
+
+
+def test_another_machines_profile_is_refused_unless_it_is_meant(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The profile's own text is what `--device` takes."""
+    save_profile(replace(load_profile(profile), device="a GPU, 1 threads, float16"), profile)
+    assert plan_command(profile) == 1
+    assert "the profile was made on 'a GPU, 1 threads, float16'" in capsys.readouterr().err
+    assert plan_command(profile, "--device", "a GPU, 1 threads, float16") == 0
+
+
+@pytest.mark.parametrize("ttft", ["900", "0.1"])
+def test_the_command_draws(profile: Path, capsys: pytest.CaptureFixture[str], ttft: str) -> None:
+    """Possible or not."""
+    out = profile.with_name("plan.html")
+    assert plan_command(profile, "--ttft", ttft, "--html", str(out)) == 0
+    page = out.read_text()
+    assert page.count("<svg") == 4
+    assert capsys.readouterr().out.splitlines()[0] in page
+    assert "1 prefill + 1 decode" in page
+    assert "prefill-0" in page or "mixed-0" in page  # who is busy
 
 
 def test_prompt_files_tell_no_times(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,9 @@ class _Pages:
         waiting = requests.num_waiting
         running, now = len(requests) - waiting, self._control.now
         switches = self._control.switches.all()
-        return web.json_response(fleet_json(self._control.fleet, switches, running, waiting, now))
+        tuner = self._control.describe_tuner()
+        body = fleet_json(self._control.fleet, switches, running, waiting, now, tuner)
+        return web.json_response(body)
 
     async def ready(self, request: web.Request) -> web.Response:
         """A request could be served now."""

@@ -56,6 +56,10 @@ class RouterConfig:
     hold_headers_s: float = 10.0
     debug_requests: int = 1000
     console: bool = True
+    tune: str = "off"
+    tune_profile: Path | None = None
+    slo_ttft_ms: float = 0.0
+    slo_tpot_ms: float = 0.0
     shutdown_timeout_s: float = 5.0
     response_store: Path | None = None
     response_ttl_s: float = 2_592_000.0
@@ -80,6 +84,10 @@ class RouterConfig:
         for limit in ("hold_headers_s", "debug_requests"):
             if getattr(self, limit) < 0:
                 raise ConfigError(f"--{limit.replace('_', '-')} must not be negative")
+        if self.tune != "off" and not (
+            self.tune_profile and self.slo_ttft_ms > 0 and self.slo_tpot_ms > 0
+        ):
+            raise ConfigError("--tune needs --tune-profile, --slo-ttft-ms and --slo-tpot-ms")
         if not 1 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"--workers must be between 1 and {MAX_WORKERS}")
         if self.node_timeout_s <= self.heartbeat_s:
@@ -239,12 +247,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="allow addresses that other machines reach, without keys",
     )
+    _add_tuner_arguments(parser)
     add_access_arguments(parser)
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default=defaults["log_level"],
         help="what to log on stderr (default: %(default)s)",
+    )
+
+
+def _add_tuner_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tune",
+        choices=("off", "dry-run", "on"),
+        default="off",
+        help="move nodes between prefill and decode as the work changes; dry-run only says what it "
+        "would do (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tune-profile",
+        type=Path,
+        metavar="FILE",
+        help="what the nodes' steps take, as `baton profile` measured it",
+    )
+    parser.add_argument(
+        "--slo-ttft-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="the tuner's limit of the time to first token",
+    )
+    parser.add_argument(
+        "--slo-tpot-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="its limit of the time per further token",
     )
 
 

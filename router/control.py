@@ -79,6 +79,7 @@ class Control:
     ) -> None:
         self.fleet = fleet
         self._on_switch = on_switch
+        self.describe_tuner: Callable[[], dict[str, Any] | None] = lambda: None
         self.switches = RoleSwitches(fleet, self._send, self._switch_over)
         self.tokenizer = tokenizer
         self.requests = make_requests(fleet, self._send)

@@ -16,8 +16,9 @@ def fleet_json(
     num_running: int,
     num_waiting: int,
     now: float,
+    tuner: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All nodes by role and name, their last changes of role, and the router's own queue."""
+    """All nodes by role and name, their last changes of role, the router's queue and tuner."""
     model = fleet.model
     nodes = sorted(fleet, key=lambda node: (node.info.role.value, node.id.name))
     return {
@@ -28,6 +29,7 @@ def fleet_json(
         "open_pairs": fleet.breaker.num_open,
         "nodes": [_node(node, now) for node in nodes],
         "role_switches": [switch_json(switch, now) for switch in switches],
+        "tuner": tuner,
     }
 
 

@@ -8,6 +8,7 @@ from router.trace import ChoiceTrace
 from router.work import Work
 from telemetry import metrics as names
 from telemetry.metrics import Metric
+from tuner.online import Decision
 
 
 class RouterMetrics:
@@ -22,6 +23,8 @@ class RouterMetrics:
         self.rebinds = names.ROUTER_REBINDS.counter(registry)
         self.role_switches = names.ROUTER_ROLE_SWITCHES.counter(registry)
         self.role_switch_seconds = names.ROUTER_ROLE_SWITCH_SECONDS.histogram(registry)
+        self.tuner_decisions = names.ROUTER_TUNER_DECISIONS.counter(registry)
+        self.tuner_pressure = names.ROUTER_TUNER_PRESSURE.gauge(registry)
         self.open_pairs = names.ROUTER_OPEN_PAIRS.gauge(registry)
         self.reserve_refusals = names.ROUTER_RESERVE_REFUSALS.counter(registry)
         self.grant_wait = names.ROUTER_GRANT_WAIT.histogram(registry)
@@ -48,6 +51,13 @@ class RouterMetrics:
         self.role_switches.labels(outcome).inc()
         if outcome == "done":
             self.role_switch_seconds.observe(seconds)
+
+    def tuned(self, decision: Decision) -> None:
+        """The tuner has looked."""
+        self.tuner_decisions.labels(decision.grow or "stay").inc()
+        if decision.pressure is not None:
+            self.tuner_pressure.labels("prefill").set(decision.pressure.prefill)
+            self.tuner_pressure.labels("decode").set(decision.pressure.decode)
 
     def for_model(self, name: str) -> ModelMetrics:
         """Metrics of one model (a fleet serves one, so there are few)."""

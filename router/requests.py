@@ -32,6 +32,7 @@ from router.phase import Phase
 from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
+from tuner.observed import Observed
 from wire.errors import WireError
 from wire.messages import (
     Abort,
@@ -78,6 +79,7 @@ class Requests:
         self._send = send
         self._clock = clock
         self._choices: dict[str, Choice] = {}
+        self.observed: Observed | None = None  # where a tuner looks
 
     def __len__(self) -> int:
         return len(self._choices)
@@ -96,6 +98,8 @@ class Requests:
         """Start a choice, or queue it."""
         self._choices[choice.work.request] = choice
         choice.dispatch.enter_queue(self._clock())
+        if self.observed is not None:
+            self.observed.arrived(self._clock(), choice.work.num_tokens)
         if choice.followers:
             choice.arrival = self._admission.new_arrival()
         if self._admission.enter(choice, choice.priority, choice.arrival):
@@ -271,9 +275,15 @@ class Requests:
             self._perform(choice, choice.dispatch.cancel())  # a stop string ends it before its node
             self._forget(choice, finish.value, now)
             choice.metrics.finished(choice.work, choice.trace, choice.num_cached_tokens)
+            self._observe_end(choice, now)
         choice.listener.produced(choice, text)
         if finish is not None:
             self._start_followers(choice)
+
+    def _observe_end(self, choice: Choice, now: float) -> None:
+        if self.observed is not None:
+            num_output, num_cached = choice.trace.num_output_tokens, choice.num_cached_tokens
+            self.observed.ended(now, choice.work.num_tokens, num_output, num_cached)
 
     def _embedded(self, choice: Choice, embedded: Embedded) -> None:
         now = self._clock()

@@ -25,7 +25,10 @@ from router.requests import Requests
 from router.responses.sqlite_store import SqliteStore, StoreLimits
 from router.serving import Serving
 from router.tokenizer import load_tokenizer
+from router.tuning import FleetTuner
 from router.worker_sites import WorkerSites
+from tuner.goodput import Slo
+from tuner.profile import load_profile
 from wire.errors import ConfigError
 from wire.fleet_key import load_key
 from wire.messages import Message
@@ -67,16 +70,39 @@ class RouterServer:
             config, self.control, self._metrics, self._log, self._access.charge, clock
         )
         self._store = open_store(config)
+        self._tuner = self._make_tuner()
         self.http_url = ""
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
         admission: Admission[Choice] = Admission(self._config.max_streams, self._config.max_queue)
         return Requests(fleet, admission, self._metrics, self._log, send, self._clock)
 
+    def _make_tuner(self) -> FleetTuner | None:
+        """Of several workers the first one tunes. Raises ConfigError."""
+        config = self._config
+        if config.tune == "off" or config.tune_profile is None:
+            return None
+        if config.place is not None and config.place.index:
+            return None
+        tuner = FleetTuner(
+            load_profile(config.tune_profile),
+            Slo(config.slo_ttft_ms / 1e3, config.slo_tpot_ms / 1e3),
+            self.control,
+            self._metrics,
+            self._clock,
+            dry_run=config.tune == "dry-run",
+            num_workers=1 if config.place is None else len(config.place.control_ports),
+        )
+        self.control.requests.observed = tuner.observed
+        self.control.describe_tuner = tuner.as_json
+        return tuner
+
     async def start(self) -> None:
         """Begin to serve, and bind HTTP. Raises ConfigError."""
         config = self._config
         self.control.start()
+        if self._tuner is not None:
+            self._tuner.start()
         if config.place is not None and config.place.returns:
             await self._until_ready()
         app = make_app(
@@ -137,6 +163,8 @@ class RouterServer:
         if self.serving.closing:
             return
         self.serving.closing = True
+        if self._tuner is not None:
+            await self._tuner.close()
         if self._site is not None and self.http_url:
             await self._site.stop()
         await self._drain()

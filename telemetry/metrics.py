@@ -144,6 +144,17 @@ ROUTER_ROLE_SWITCH_SECONDS = Metric(
     (),
     SECONDS,
 )
+ROUTER_TUNER_DECISIONS = Metric(
+    "baton_router_tuner_decisions",
+    "Looks of the tuner: `prefill` and `decode` gave that role a node, `stay` left all as it was",
+    ("decision",),
+)
+ROUTER_TUNER_PRESSURE = Metric(
+    "baton_router_tuner_pressure",
+    "Nodes that a role's work needs to keep the limits, per node that it has",
+    ("role",),
+    of_workers="max",
+)
 ROUTER_OPEN_PAIRS = Metric(
     "baton_router_open_pairs",
     "Pairs of nodes whose handoffs fail: chosen only for a trial, or where there is no other",

@@ -21,6 +21,7 @@ class _End:
     at: float
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int
 
 
 class Observed:
@@ -37,12 +38,14 @@ class Observed:
         self._ends: deque[_End] = deque(maxlen=MAX_REQUESTS)
 
     def arrived(self, now: float, prompt_tokens: int) -> None:
-        """A request with so many prompt tokens to compute."""
+        """A request with so many prompt tokens; what a cache has of them is known at its end."""
         self._arrivals.append(_Arrival(now, prompt_tokens))
 
-    def ended(self, now: float, prompt_tokens: int, output_tokens: int) -> None:
+    def ended(
+        self, now: float, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0
+    ) -> None:
         """One that got its answer; those that failed say nothing about lengths."""
-        self._ends.append(_End(now, prompt_tokens, output_tokens))
+        self._ends.append(_End(now, prompt_tokens, output_tokens, cached_tokens))
 
     def look(self, now: float, num_prefill: int, num_decode: int) -> Observation:
         """The window that ends now."""
@@ -52,11 +55,13 @@ class Observed:
         prompts = [one.prompt_tokens for one in self._arrivals]
         outputs = [one.output_tokens for one in self._ends]
         contexts = [one.prompt_tokens + one.output_tokens / 2 for one in self._ends]
+        known = sum(one.prompt_tokens for one in self._ends)
+        computed = 1 - sum(one.cached_tokens for one in self._ends) / max(1, known)
         since = self._arrivals[0].at if len(self._arrivals) == MAX_REQUESTS else begin
         return Observation(
             requests_per_s=len(prompts) / max(now - since, 1e-3),
-            prompt_tokens=_mean(prompts),
-            prompt_squares=_mean([tokens * tokens for tokens in prompts]),
+            prompt_tokens=_mean(prompts) * computed,
+            prompt_squares=_mean([tokens * tokens for tokens in prompts]) * computed,
             output_tokens=_mean(outputs),
             context_tokens=_mean(contexts) or _mean(prompts),
             num_requests=len(prompts),

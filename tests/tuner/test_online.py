@@ -151,3 +151,12 @@ def test_the_rate_of_a_young_window_is_over_its_age() -> None:
         observed.arrived(102, 10)
     assert observed.look(103, 1, 1).requests_per_s == 2.0
     assert observed.look(103, 1, 1).context_tokens == 10  # nothing ended: the prompt is known
+
+
+def test_what_a_cache_has_is_taken_off() -> None:
+    observed = Observed(window_s=60, began=0)
+    observed.arrived(1, 400)
+    observed.ended(2, prompt_tokens=400, output_tokens=8, cached_tokens=300)
+    seen = observed.look(3, 1, 1)
+    assert (seen.prompt_tokens, seen.context_tokens) == (100, 404)
+    assert seen.prompt_squares == 40_000

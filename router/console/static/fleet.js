@@ -18,6 +18,7 @@ export async function refreshFleet() {
 function summary(told) {
   const facts = [`${told.running} requests on nodes`, `${told.waiting} waiting`];
   if (told.model) facts.unshift(told.model, `context ${told.max_model_len}`);
+  if (told.tuner?.decision) facts.push(`tuner (${told.tuner.mode}): ${told.tuner.decision}`);
   if (told.open_pairs) facts.push(`${told.open_pairs} pairs avoided after failed handoffs`);
   return facts;
 }

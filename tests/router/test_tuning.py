@@ -1,0 +1,134 @@
+"""The tuner in a router: what it sees of requests, what it asks of nodes, when it keeps still."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from router.config import RouterConfig
+from router.tuning import FleetTuner
+from tests.router.harness import MODEL, Harness, endless, eventually, router
+from tuner.goodput import Slo
+from tuner.latency import LatencyModel
+from tuner.online import Limits
+from tuner.profile import Profile, save_profile
+from wire.errors import ConfigError
+from wire.layout import KVLayout
+from wire.messages import SwitchRole
+
+# Prompts of these nodes take so long that any of them presses.
+MODEL_S = LatencyModel((0.4, 0.05, 0.0), (0.001, 0.0, 0.0), (0.001, 1e-9))
+EAGER = Limits(hold_s=0, pause_s=0, min_requests=1)
+
+
+def profile(fingerprint: str = MODEL.fingerprint) -> Profile:
+    layout = KVLayout(2, 2, 16, 16, "float32")
+    return Profile("stub", fingerprint, "made up", 512, layout, MODEL_S, {})
+
+
+def tuner(harness: Harness, *, dry_run: bool = False, fingerprint: str = "") -> FleetTuner:
+    made = FleetTuner(
+        profile(fingerprint or MODEL.fingerprint),
+        Slo(2.0, 0.1),
+        harness.server.control,
+        harness.server._metrics,
+        harness.server._clock,
+        dry_run=dry_run,
+        limits=EAGER,
+    )
+    harness.server.control.requests.observed = made.observed
+    return made
+
+
+def with_pressed_fleet(act: Callable[[Harness], None]) -> None:
+    """Two pairs of stub nodes that have served a few prompts; then `act`."""
+
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            await harness.add_pair(endless)
+            made = tuner(harness)
+            for _ in range(4):
+                assert (await harness.complete(max_tokens=3)).status == 200
+            seen = made.observed.look(harness.server._clock(), 2, 2)
+            assert (seen.num_requests, seen.output_tokens) == (4, 3)
+            act(harness)
+
+    asyncio.run(scenario())
+
+
+def used(harness: Harness, *, dry_run: bool = False) -> FleetTuner:
+    """A tuner that has seen what the router's requests were."""
+    seen = harness.server.control.requests.observed
+    made = tuner(harness, dry_run=dry_run)
+    assert seen is not None
+    made.observed = seen
+    made.look()
+    return made
+
+
+def test_it_asks_one_node_and_then_waits_for_it() -> None:
+    def act(harness: Harness) -> None:
+        made = used(harness)
+        assert [(m.role, m.outcome) for m in made.moved] == [("prefill", "asked")]
+        made.look()
+        made.look()
+        assert len(made.moved) == 1
+        (switch,) = harness.server.control.switches.all()
+        assert switch.node.name == made.moved[0].node
+        told = made.as_json()
+        assert told["mode"] == "on"
+        assert "prefill needs a node" in told["moves"][0]["reason"]
+
+    with_pressed_fleet(act)
+
+
+def test_a_dry_run_asks_nobody() -> None:
+    def act(harness: Harness) -> None:
+        made = used(harness, dry_run=True)
+        assert [m.outcome for m in made.moved] == ["dry-run"]
+        assert harness.server.control.switches.all() == []
+        assert harness.sent(SwitchRole) == []
+
+    with_pressed_fleet(act)
+
+
+def test_a_profile_of_another_model_tunes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def act(harness: Harness) -> None:
+        made = tuner(harness, fingerprint="other")
+        made.look()
+        made.look()
+        assert not made.moved
+        assert caplog.text.count("the tuner does nothing") == 1
+
+    with_pressed_fleet(act)
+
+
+def test_a_router_started_with_it_shows_and_counts_it(tmp_path: Path) -> None:
+    save_profile(profile(), tmp_path / "profile.json")
+
+    async def scenario() -> None:
+        options = {"tune": "dry-run", "slo_ttft_ms": 2000.0, "slo_tpot_ms": 100.0}
+        path = tmp_path / "profile.json"
+        async with router(endless, tune_profile=path, **options) as harness:
+            await harness.complete(max_tokens=2)
+            tuner = harness.server._tuner
+            assert tuner is not None
+            await eventually(lambda: tuner.as_json()["decision"] != "")
+            told = (await harness.get("/debug/fleet")).json["tuner"]
+            assert told["mode"] == "dry-run"
+            assert told["observed"]["num_requests"] == 1
+            metrics = (await harness.get("/metrics")).body.decode()
+            assert 'baton_router_tuner_decisions_total{decision="stay"}' in metrics
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("missing", ["tune_profile", "slo_ttft_ms", "slo_tpot_ms"])
+def test_what_it_needs_is_asked_for(missing: str) -> None:
+    given = {"tune_profile": Path("p.json"), "slo_ttft_ms": 1.0, "slo_tpot_ms": 1.0}
+    del given[missing]
+    with pytest.raises(ConfigError, match="--tune needs"):
+        RouterConfig(tune="on", **given)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""What the lookup finds, against a search without arrays."""
+"""What the lookup finds, against a search token by token."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,11 +22,15 @@ def searched(text: Sequence[int], min_tokens: int, max_tokens: int) -> int | Non
     return None
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 4), st.integers(0, 4))
+@given(
+    st.lists(st.sampled_from([0, 1, 1 << 8, 257 << 8]), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.integers(0, 4),
+)
 def test_the_last_occurrence_of_the_longest_suffix(
     text: list[int], min_tokens: int, more: int
 ) -> None:
-    found = continuation(np.array(text, np.int32), min_tokens, min_tokens + more)
+    found = continuation(bytearray(array("i", text).tobytes()), min_tokens, min_tokens + more)
     assert found == searched(text, min_tokens, min_tokens + more)
 
 

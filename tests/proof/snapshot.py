@@ -54,6 +54,8 @@ def freeze(root: object) -> Frozen:
             return x
         if kind is tuple:
             return (tuple, *[walk(item) for item in x])
+        if kind is slice:
+            return (slice, x.start, x.stop)
         if kind is count:
             return (count, x.__reduce__()[1][0])
         if kind is MethodType:
@@ -109,6 +111,8 @@ def thaw(frozen: Frozen) -> Any:
         kind = f[0]
         if kind is tuple:
             return tuple([walk(item) for item in f[1:]])
+        if kind is slice:
+            return slice(f[1], f[2])
         if kind is count:
             return count(f[1])
         if kind is MethodType:

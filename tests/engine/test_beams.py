@@ -15,6 +15,7 @@ from engine.logprobs import pack_rows
 from engine.plan import RequestProgress
 from engine.request import Request
 from engine.stops import end_tokens
+from tests.engine.drafters import Oracle, always
 from tests.engine.hash_runner import (
     VOCAB_SIZE,
     HashRunner,
@@ -130,6 +131,22 @@ def test_searches_share_steps_with_requests_and_chunks() -> None:
                     )[0]
                 )
         check_all_free(engine)
+
+
+def test_drafts_for_others_leave_a_search_alone() -> None:
+    """Its prompt comes to be one token behind too, and is not drafted either."""
+    sampling = SamplingParams(seed=1, max_tokens=24, ignore_eos=True)
+    plain = Request("a", prompt(1, 7), 7, sampling, MAX_MODEL_LEN)
+    whole = [*plain.tokens, *expected_output(plain, EOS)[0]]
+    oracle = Oracle(lambda request: whole, 0.7, vocab_size=VOCAB_SIZE)
+    engine, _ = make_engine(num_blocks=64, speculation=always(oracle, 4, VOCAB_SIZE))
+    search = beam_request("b", prompt(2, 17), 3, ignore_eos=True)
+    engine.add(plain)
+    engine.add(search)
+    seen = steps(engine)
+    assert plain.tokens == whole
+    check_found(search, seen["b"][-1].hypotheses)
+    assert oracle.num_accepted > 0
 
 
 def test_only_the_blocks_that_differ_are_the_beams_own() -> None:

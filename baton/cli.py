@@ -16,17 +16,18 @@ Main = Callable[[Sequence[str]], int]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: `module` has `main(argv)`, or `add_arguments(parser)` and `run(args)`."""
+    """A subcommand: `module` has `entry(argv)`, or `add_arguments(parser)` and `run(args)`."""
 
     module: str
     help: str
+    entry: str = "main"
 
 
 COMMANDS = {
     "serve": Command("baton.serve", "start router and nodes on this machine with one command"),
     "router": Command("baton.router", "start a router: the HTTP API, in front of the nodes"),
-    "prefill": Command("prefill_node.__main__", "start a prefill node"),
-    "decode": Command("decode_node.__main__", "start a decode node"),
+    "prefill": Command("baton.node", "start a prefill node", entry="prefill"),
+    "decode": Command("baton.node", "start a decode node", entry="decode"),
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
     "run-batch": Command("baton.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": Command("baton.bench", "measure any OpenAI-compatible server, or the engine alone"),
@@ -74,8 +75,8 @@ usage: baton COMMAND [flags]
 
 def _entry(name: str, command: Command) -> Main:
     module = import_module(command.module)
-    if hasattr(module, "main"):
-        entry: Main = module.main
+    if hasattr(module, command.entry):
+        entry: Main = getattr(module, command.entry)
         return entry
 
     def run(argv: Sequence[str]) -> int:

@@ -298,14 +298,13 @@ class Launcher:
     async def _start_node(self, spec: NodeSpec, control: str) -> None:
         number = self._specs.index(spec)
         argv = [
-            *(sys.executable, "-m", f"{spec.role}_node", self._args.model),
+            *(sys.executable, "-m", "baton.node", spec.role, self._args.model),
             *("--router", control, "--name", spec.name, "--log-level", "warning"),
             *given_flags(add_engine_arguments, on_its_device(self._args, number, num_gpus())),
         ]
         if self._args.key_file is not None:
             argv += ["--key-file", str(self._args.key_file)]
-        if spec.role == "decode":
-            argv += given_flags(add_decode_arguments, self._args)
+        argv += given_flags(add_decode_arguments, self._args)
         child = self._nodes[spec.name] = Child(spec.name, argv, self._env)
         await child.start()
 

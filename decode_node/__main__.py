@@ -1,4 +1,4 @@
-"""`python -m decode_node` and `baton decode`."""
+"""`python -m decode_node`: a decode node for good; that of `baton decode` can change roles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a decode node; returns the exit code."""
-    return node_main.main(Role.DECODE, make_role, argv)
+    return node_main.main(Role.DECODE, {Role.DECODE: make_role}, argv)
 
 
 def make_role(shell: NodeShell) -> DecodeRole:

@@ -50,7 +50,7 @@ class DecodeRole:
     name = Role.DECODE
 
     def __init__(self, shell: NodeShell) -> None:
-        self.stats = TransferStats()
+        self.stats: TransferStats = shell.transfers
         self._shell = shell
         self._engine = shell.engine
         self._outbox = TokenOutbox()

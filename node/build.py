@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,8 +112,11 @@ class BuiltEngine:
         )
 
 
-def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEngine:
-    """Load the model and make the engine. Raises ConfigError with what to do."""
+def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress) -> BuiltEngine:
+    """Load the model and make the engine of a node that can have `roles`.
+
+    Raises ConfigError with what to do.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     gpu = Gpu(config, decodes=role is Role.DECODE) if is_gpu(config.device) else None
@@ -143,7 +146,7 @@ def build_engine(role: Role, config: NodeConfig, progress: Progress) -> BuiltEng
     else:
         num_blocks = _num_blocks(config, layout, drafts)
     pool = None
-    if role is Role.PREFILL:  # on a GPU not of the blocks, but of what copies them
+    if Role.PREFILL in roles:  # on a GPU not of the blocks, but of what copies them
         num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
         pool = shared_pool(config, num_bytes)
     store = _store(config, layout, num_blocks, pool)

@@ -367,7 +367,7 @@ def add_step_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of decode nodes alone; `baton serve` passes them on to these."""
+    """What holds while a node decodes; `baton serve` passes it on to all, as each may come to."""
     group = parser.add_argument_group("decode")
     group.add_argument(
         "--transfer-dtype",

@@ -34,7 +34,7 @@ class NodeCollector(Collector):
         model_name: str,
         engine: Engine,
         stats: NodeStats,
-        role: Role,
+        role: Callable[[], Role],
         num_malformed: Callable[[], int],
         num_refused: Callable[[], int],
     ) -> None:
@@ -93,10 +93,10 @@ class NodeCollector(Collector):
         yield _counter(metrics.SPEC_FAILURES, {(): stats.drafter_failures})
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
-        stats = self._role.stats
-        is_decode = self._role.name is RoleName.DECODE
+        role = self._role()
+        stats, is_decode = role.stats, role.name is RoleName.DECODE
         states = metrics.LEASES if is_decode else metrics.HANDOFFS_OPEN
-        yield _gauge(states, _by_label(self._role.open_transfers))
+        yield _gauge(states, _by_label(role.open_transfers))
         for metric, by_transport in stats.histograms.items():
             yield _histogram(metric, {(name,): it for name, it in by_transport.items()})
         yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})

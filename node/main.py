@@ -1,4 +1,4 @@
-"""What `python -m prefill_node` and `python -m decode_node` do."""
+"""What `baton prefill` and `baton decode` do, and `python -m prefill_node` for one role alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KNOCK_S = 1.0
-MakeRole: TypeAlias = "Callable[[NodeShell], Role]"
+MakeRoles: TypeAlias = "Mapping[RoleName, Callable[[NodeShell], Role]]"
 
 
-def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int:
-    """Parse flags and run a node of this role; returns the exit code."""
+def main(role: RoleName, make_role: MakeRoles, argv: Sequence[str] | None) -> int:
+    """Parse flags and run a node that begins with `role`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"baton {role}",
         description=_DESCRIPTIONS[role],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    if role is RoleName.DECODE:
+    if RoleName.DECODE in make_role:
         add_decode_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -59,7 +59,7 @@ def main(role: RoleName, make_role: MakeRole, argv: Sequence[str] | None) -> int
         return 130
 
 
-def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
+def run_node(role: RoleName, make_role: MakeRoles, config: NodeConfig) -> int:
     """Wait for a router, load the model, serve. Raises ConfigError with what to do."""
     from node.build import build_engine, read_tokenizer
     from node.shell import NodeShell
@@ -69,7 +69,7 @@ def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
     tokenizer = read_tokenizer(config.model)
     wait_for_routers(config.routers, load_key(config.key_file), config.router_timeout_s)
     with ProgressLine(f"{config.name}: loading {config.model.name}") as progress:
-        built = build_engine(role, config, progress.update)
+        built = build_engine(make_role, config, progress.update)
 
     def tell_ready(http_url: str) -> None:
         with suppress(BrokenPipeError):  # nobody has to read it
@@ -77,7 +77,7 @@ def run_node(role: RoleName, make_role: MakeRole, config: NodeConfig) -> int:
 
     async def run() -> int:
         me = new_node_id(config.name)
-        return await NodeShell(config, built, tokenizer, make_role, me, tell_ready).run()
+        return await NodeShell(config, built, tokenizer, role, make_role, me, tell_ready).run()
 
     return asyncio.run(run())
 

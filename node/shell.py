@@ -2,6 +2,8 @@
 
 start     peer socket, role, engine thread, HTTP, router links
 serve     the beat (heartbeats, expiry) runs off the step loop: a long step stops nothing
+switch    on a router's word: drain, then begin a new life with another role; model, blocks and
+          prefix cache stay, peer socket, role and router links are new
 drain     on SIGTERM: take nothing new, finish what is here, hand back the rest
 shutdown  in the reverse order of start
 """
@@ -11,19 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 
 import zmq
 
 from engine.device import use_device
-from engine.plan import StepResult
+from engine.plan import LayerProgress, StepResult
+from kvtransfer.transport import TransferStats
 from node.build import BuiltEngine
 from node.config import NodeConfig
 from node.engine_thread import EngineThread
 from node.http import NodeCollector, serve_http
 from node.role import Role
+from node.role_change import RoleChange
 from node.router_link import RouterLink
 from node.router_links import RouterLinks
 from node.stats import NodeStats
@@ -39,22 +43,27 @@ from wire.messages import (
     Heartbeat,
     Message,
     Register,
+    SwitchRole,
     TokenizerFiles,
 )
 from wire.sockets import Hub
-from wire.types import NodeId, NodeLoad
+from wire.types import NodeId, NodeLoad, new_node_id
+from wire.types import Role as RoleName
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.02
 _LINGER_MS = 300  # how long last words may take to leave
+_SHUTTING_DOWN = "the node is shutting down"
+_OTHER_ROLE = "the node changes its role"
 
 
 class NodeShell:
     """One node: the engine, one role, and what connects them to the fleet.
 
     Args:
-        make_role: builds the role once sockets exist; it gets this shell.
+        role: the first one.
+        make_role: builds each role that this node can have; it gets this shell, with sockets.
         on_ready: called with the node's HTTP address when every router has welcomed it.
     """
 
@@ -63,7 +72,8 @@ class NodeShell:
         config: NodeConfig,
         built: BuiltEngine,
         tokenizer: TokenizerFiles,
-        make_role: Callable[[NodeShell], Role],
+        role: RoleName,
+        make_role: Mapping[RoleName, Callable[[NodeShell], Role]],
         me: NodeId,
         on_ready: Callable[[str], None],
     ) -> None:
@@ -73,12 +83,23 @@ class NodeShell:
         self.me = me
         self.context = FleetContext(load_key(config.key_file))
         self.context.setsockopt(zmq.IPV6, config.ipv6)
+        self.transfers = TransferStats()  # of all roles that it has had
         self.stats = NodeStats(graph_failures=built.num_failed_graphs)
         self._tokenizer = tokenizer
+        self._first_role = role
         self._make_role = make_role
+        self._life = ExitStack()  # ends what belongs to one incarnation
+        self._change = RoleChange(
+            built.engine,
+            make_role,
+            drain=lambda drain_s: self._drain(drain_s, _OTHER_ROLE),
+            next_life=self._next_life,
+            on_failure=self._die,
+        )
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._links = RouterLinks(self._router_lost)
+        self._num_malformed_before = 0  # in earlier incarnations
         self._events_sent = 0
         self._ready_told = False
         self._draining = False
@@ -89,29 +110,28 @@ class NodeShell:
         """Serve until told to stop; returns the process's exit code."""
         async with AsyncExitStack() as closing:
             await self._start(closing)
-            timers = [
-                asyncio.create_task(self._every(self._beat_s, self._beat), name="beat"),
-                asyncio.create_task(self._every(lambda: _TICK_S, self._tick), name="tick"),
-            ]
+            self._begin_to_beat()
+            tick = asyncio.create_task(self._every(lambda: _TICK_S, self._tick), name="tick")
             try:
                 await self._stop.wait()
-                await self._drain()
+                await self._change.stop()
+                await self._drain(self.config.drain_timeout_s, _SHUTTING_DOWN)
             finally:
+                timers = (self._beating, tick)
                 for timer in timers:
                     timer.cancel()
                 await asyncio.gather(*timers, return_exceptions=True)
         return self._exit_code
 
+    def _begin_to_beat(self) -> None:
+        self._beating = asyncio.create_task(self._every(self._beat_s, self._beat), name="beat")
+
     def stop(self, exit_code: int = 0) -> None:
         """Begin to drain; a second call ends at once."""
         if self._stop.is_set():
-            self._hand_back()
+            self._role.fail_all("drained", _SHUTTING_DOWN)
         self._exit_code = max(self._exit_code, exit_code)
         self._stop.set()
-
-    def _hand_back(self) -> None:
-        """Give what is still here to other nodes instead of finishing it."""
-        self._role.fail_all("drained", "the node is shutting down")
 
     def wake(self) -> None:
         """The engine may have work."""
@@ -126,14 +146,12 @@ class NodeShell:
     async def _start(self, closing: AsyncExitStack) -> None:
         """What is begun here goes to `closing`, which ends it in the reverse order."""
         closing.callback(self.context.destroy, linger=_LINGER_MS)
-        self._peers = Hub(self.me, self.config.bind_url, self._from_peer, self.context)
-        closing.callback(self._peers.close)
-        self._role = self._make_role(self)
-        closing.callback(self._role.close)
+        closing.callback(self._life.close)
+        self._begin_life(self._first_role)
         self._thread = EngineThread(
             self.engine,
             on_result=self._on_step,
-            on_layers=self._role.on_layers,
+            on_layers=self._on_layers,
             on_failure=self._step_failed,
             on_death=self._die,
             on_start=partial(use_device, self.config.device),
@@ -146,6 +164,15 @@ class NodeShell:
         closing.push_async_callback(runner.cleanup)
         self._install_signals()
         closing.callback(self._leave)
+        self._join()
+
+    def _begin_life(self, role: RoleName) -> None:
+        self._peers = Hub(self.me, self.config.bind_url, self._from_peer, self.context)
+        self._life.callback(self._peers.close)
+        self._role = self._make_role[role](self)
+        self._life.callback(self._role.close)
+
+    def _join(self) -> None:
         register = self._register_message()
         self._links.open(self.config.routers, lambda url: self._connect(url, register))
 
@@ -155,13 +182,14 @@ class NodeShell:
             name,
             self.engine,
             self.stats,
-            self._role,
+            lambda: self._role,
             num_malformed=self._num_malformed,
             num_refused=lambda: self.context.num_refused,
         )
 
     def _num_malformed(self) -> int:
-        return self._peers.num_malformed + self._links.num_malformed
+        now = self._peers.num_malformed + self._links.num_malformed
+        return self._num_malformed_before + now
 
     def _register_message(self) -> Register:
         return Register(
@@ -222,6 +250,8 @@ class NodeShell:
             link.send(self._tokenizer)
         elif isinstance(message, FetchCacheSnapshot):
             self._send_snapshot(link)
+        elif isinstance(message, SwitchRole):
+            self._change.asked(link, message, self._role.name)
         else:
             self._role.handle(link, message)
             self.wake()
@@ -239,6 +269,9 @@ class NodeShell:
         if result.speculation is not None and result.speculation.failure:
             log.error("%s", result.speculation.failure)
         self._publish_cache_events()
+
+    def _on_layers(self, progress: LayerProgress) -> None:
+        self._role.on_layers(progress)
 
     def _step_failed(self, error: Exception, request_ids: tuple[str, ...]) -> None:
         self._role.fail(request_ids, "internal", f"a step failed: {error}")
@@ -301,16 +334,32 @@ class NodeShell:
 
     # ------------------------------------------------------------ end
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout_s: float, reason: str) -> None:
+        """Take nothing new, let what is here finish for a while, give the rest to other nodes."""
         self._draining = True
         self._role.drain()
         for link in self._links:
             link.send(Draining())
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.config.drain_timeout_s
+        deadline = loop.time() + timeout_s
         while self._role.num_attempts and loop.time() < deadline and not self._exit_code:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)  # attempts end in many places; nobody waits for this
-        self._hand_back()
+        self._role.fail_all("drained", reason)
+
+    def _next_life(self, role: RoleName) -> None:
+        """Everything that bears this life's name ends; the routers meet another node."""
+        self._num_malformed_before = self._num_malformed()
+        self._leave()
+        self._life.close()
+        self.engine.layer_marks = frozenset()
+        self.me = new_node_id(self.me.name)
+        self._links = RouterLinks(self._router_lost)
+        self._begin_life(role)
+        self._join()
+        self._draining = False
+        self._beating.cancel()  # it sleeps until the old life's next heartbeat
+        self._begin_to_beat()
+        log.info("serving as a %s node from now on, as %s", role, self.me)
 
     def _leave(self) -> None:
         for link in self._links:

@@ -1,4 +1,4 @@
-"""`python -m prefill_node` and `baton prefill`."""
+"""`python -m prefill_node`: a prefill node for good; that of `baton prefill` can change roles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a prefill node; returns the exit code."""
-    return node_main.main(Role.PREFILL, make_role, argv)
+    return node_main.main(Role.PREFILL, {Role.PREFILL: make_role}, argv)
 
 
 def make_role(shell: NodeShell) -> PrefillRole:

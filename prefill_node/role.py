@@ -63,7 +63,7 @@ class PrefillRole:
     transports: tuple[TransportAddress, ...] = ()  # receives nothing
 
     def __init__(self, shell: NodeShell) -> None:
-        self.stats = TransferStats()
+        self.stats: TransferStats = shell.transfers
         self._shell = shell
         self._engine = shell.engine
         self._outbox = TokenOutbox()

@@ -183,10 +183,10 @@ def test_what_is_started(
         await w.until(lambda: len(w.children) == 4)
         assert [c.name for c in w.children] == ["router", "prefill-0", "decode-0", "decode-1"]
         node = w.latest("decode-1").argv
-        assert node[1:4] == ["-m", "decode_node", str(model)]
+        assert node[1:4] == ["-m", "baton.node", "decode"]
         assert node[node.index("--router") + 1] == "tcp://c:1"
         assert node[-4:] == ["--block-size", "8", "--transfer-dtype", "int8"]
-        assert "--transfer-dtype" not in w.latest("prefill-0").argv
+        assert "--transfer-dtype" in w.latest("prefill-0").argv, "it may become a decode node"
         assert "--max-queue" in w.latest("router").argv
         assert "--max-queue" not in node
         for child in w.children:

@@ -174,7 +174,7 @@ class Fleet:
         assert self.router is not None, "start the router first"
         argv = [str(model or self.model), "--router", self.router.fields["control"]]
         argv += ["--name", name, "--kv-memory", "64M", "--drain-timeout-s", "10", "--threads", "1"]
-        return self._start(name, f"{role}_node.__main__", [*argv, *flags], orders)
+        return self._start(name, "baton.node", [role, *argv, *flags], orders)
 
     def restart_node(self, name: str) -> Process:
         """Start a node that has ended once more, as it was, without waiting for it."""

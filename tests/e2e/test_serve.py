@@ -90,7 +90,7 @@ def test_one_command_serves_survives_a_dead_node_and_stops(folder: Path) -> None
         url = serve.wait_ready()
         first = complete(url, "import os\n\ndef ")
         assert first
-        node = next(p for p in serve.children() if "decode_node" in " ".join(p.cmdline()))
+        node = next(p for p in serve.children() if "baton.node decode" in " ".join(p.cmdline()))
         node.kill()
         deadline = time.monotonic() + 60
         while "starting it again" not in serve.err.read_text():

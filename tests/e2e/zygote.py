@@ -3,7 +3,7 @@
 Starting a node costs seconds of imports; a fork of this process is there in a moment. It reads one
 JSON command per line on stdin and answers with one JSON line on stdout:
 
-    {"module": "prefill_node.__main__", "argv": [...], "log": "/path", "orders": [...]}
+    {"module": "baton.node", "argv": [...], "log": "/path", "orders": [...]}
                                                                →  {"pid": 123}
     {"wait": 123, "timeout_s": 10}                             →  {"code": 0}, or null if it runs
 
@@ -27,6 +27,7 @@ def warm_up() -> None:
     for module in (
         "node.build",
         "node.shell",
+        "baton.node",
         "prefill_node.role",
         "decode_node.role",
         "router.__main__",

@@ -156,7 +156,7 @@ def test_a_node_is_built_on_a_gpu() -> None:
         config = NodeConfig(
             Path(DEFAULT_MODEL), "n", device=DEVICE, gpu_memory_utilization=0.2, max_num_seqs=16
         )
-        built = build_engine(role, config, lambda stage, done, total: None)
+        built = build_engine({role}, config, lambda stage, done, total: None)
         assert built.num_blocks > 100
         assert built.num_failed_graphs == 0
         assert built.max_sending_bytes > 0

@@ -27,6 +27,7 @@ from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.staging import Staging
 from kvtransfer.shared_memory import SharedMemory
+from kvtransfer.transport import TransferStats
 from node.build import BuiltEngine
 from node.config import NodeConfig
 from node.memory import NodeMemory, StagedMemory
@@ -143,6 +144,7 @@ class FakeShell:
         self.config = built.config
         self.engine = built.engine
         self.stats = NodeStats()
+        self.transfers = TransferStats()
         self.role: Role | None = None
         self.hub = Hub(self.me, self.config.bind_url, self._from_peer, context)
 

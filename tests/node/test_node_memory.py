@@ -18,7 +18,7 @@ MIB = 1 << 20
 def start(monkeypatch: pytest.MonkeyPatch, *, available: int, kv_memory: int = 0) -> None:
     monkeypatch.setattr(build, "available_memory", lambda: available)
     config = NodeConfig(Path(DEFAULT_MODEL), "n", kv_memory=kv_memory, dtype="float32")
-    build.build_engine(Role.DECODE, config, lambda stage, done, total: None)
+    build.build_engine({Role.DECODE}, config, lambda stage, done, total: None)
 
 
 def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,10 @@ TOKENIZER = TokenizerFiles(b"{}", b"{}")
 class ScriptedRole:
     """See node.role.Role."""
 
-    name = Role.DECODE
     transports: tuple[TransportAddress, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, name: Role = Role.DECODE) -> None:
+        self.name = name
         self.stats = TransferStats()
         self.open_transfers = {"granted": 2, "receiving": 1}
         self.num_attempts = 0
@@ -129,6 +129,7 @@ class World:
     def __init__(self, router: Router, **settings: Any) -> None:
         self.router = router
         self.role = ScriptedRole()
+        self.other: ScriptedRole | None = ScriptedRole(Role.PREFILL)
         self.ready: list[str] = []
         config = NodeConfig(
             Path(),
@@ -141,11 +142,17 @@ class World:
             config,
             build(config, num_blocks=8, max_model_len=32),
             TOKENIZER,
-            lambda shell: self.role,
+            Role.DECODE,
+            {Role.DECODE: lambda shell: self.role, Role.PREFILL: self._other_role},
             NodeId("decode-0", 3),
             self.ready.append,
         )
         self.running = asyncio.create_task(self.shell.run())
+
+    def _other_role(self, shell: NodeShell) -> ScriptedRole:
+        if self.other is None:
+            raise ConfigError("no such role")
+        return self.other
 
     async def until_ready(self) -> None:
         await self.until(lambda: self.ready)

@@ -6,6 +6,7 @@ python -m tests.telemetry.metrics_table    # writes it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +48,10 @@ def _one_block() -> BlockCounts:
     return BlockCounts(free=1, cached=0, leased=0, running=0, quarantined=0, total=1)
 
 
+def _the(standing: object) -> Any:
+    return standing
+
+
 def _families() -> Iterable[tuple[str, Iterable[Family]]]:
     yield "router", RouterMetrics().registry.collect()
     yield "router (workers)", WorkerMetrics().registry.collect()
@@ -57,7 +62,12 @@ def _families() -> Iterable[tuple[str, Iterable[Family]]]:
         standing = SimpleNamespace(name=role, stats=stats, open_transfers={})
         engine = SimpleNamespace(load=NodeLoad, block_counts=_one_block)
         collector = NodeCollector(
-            "m", cast(Any, engine), NodeStats(), cast(Any, standing), int, int
+            "m",
+            cast(Any, engine),
+            NodeStats(),
+            partial(_the, standing),
+            int,
+            int,
         )
         yield role.value, collector.collect()
 

@@ -65,7 +65,8 @@ Serve a model on this machine: one router, prefill nodes and decode nodes, each 
 Without MODEL it serves the small Python-writing model that ships with Baton.
 
   baton serve
-  baton serve ./my-model --prefill 1 --decode 2 --port 9000""",
+  baton serve ./my-model --prefill 1 --decode 2 --port 9000
+  baton serve ./my-model --flex 2""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_fleet_arguments(parser)
@@ -86,6 +87,14 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     fleet = parser.add_argument_group("fleet")
     fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
     fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
+    fleet.add_argument(
+        "--flex",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="nodes that begin as decode, prefill, decode, … and take the role that "
+        "POST /admin/role gives them (0)",
+    )
     add_engine_arguments(parser)
     add_decode_arguments(parser)
 
@@ -99,7 +108,7 @@ def _kv_memory(args: argparse.Namespace) -> int:
     bf16 = found.has_bf16_units if args.dtype == "auto" else args.dtype != "float32"
     report = report_on(Path(args.model), has_bf16_units=bf16)
     available = found.available_bytes or machine.UNKNOWN_MEMORY
-    num_nodes, weight_bytes = args.prefill + args.decode, report["weight_bytes_in_memory"]
+    num_nodes, weight_bytes = len(node_specs(args)), report["weight_bytes_in_memory"]
     needed = num_nodes * (weight_bytes + machine.WORK_BYTES)
     if report["dtype"] == "float32" and needed > available:
         raise ConfigError(
@@ -115,7 +124,7 @@ def on_its_device(args: argparse.Namespace, number: int, num_devices: int) -> ar
     """The flags of the `number`-th node: on GPUs it has one, and its share of that one's memory."""
     if not is_gpu(args.device):
         return args
-    devices = [spread(args.device, n, num_devices) for n in range(args.prefill + args.decode)]
+    devices = [spread(args.device, n, num_devices) for n in range(len(node_specs(args)))]
     device = devices[number]
     share = args.gpu_memory_utilization / devices.count(device)
     return argparse.Namespace(
@@ -181,6 +190,16 @@ class NodeSpec:
     role: str
 
 
+def node_specs(args: argparse.Namespace) -> list[NodeSpec]:
+    """The nodes that the flags ask for; `role` is the one that a node begins with."""
+    roles = ("decode", "prefill")
+    return [
+        *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
+        *(NodeSpec(f"decode-{i}", "decode") for i in range(args.decode)),
+        *(NodeSpec(f"flex-{i}", roles[i % 2]) for i in range(args.flex)),
+    ]
+
+
 def print_ready(url: str, what: str) -> None:
     """The ready line of `baton serve`."""
     with suppress(BrokenPipeError):  # nobody has to read it
@@ -200,10 +219,7 @@ class Launcher:
         self._args = args
         self._on_ready = on_ready
         self._model_name = Path(args.model).resolve().name
-        self._specs = [
-            *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
-            *(NodeSpec(f"decode-{i}", "decode") for i in range(args.decode)),
-        ]
+        self._specs = node_specs(args)
         self._env = node_environment(
             args.threads or max(1, machine.usable_cores() // len(self._specs))
         )
@@ -231,7 +247,8 @@ class Launcher:
         return await self._supervise(control)
 
     def _describe(self) -> str:
-        return f"({self._args.prefill} prefill, {self._args.decode} decode)"
+        flex = f", {self._args.flex} flex" if self._args.flex else ""
+        return f"({self._args.prefill} prefill, {self._args.decode} decode{flex})"
 
     async def _all_ready(self) -> bool:
         """Wait for all nodes; False as soon as any process has ended, which is then said."""
@@ -333,6 +350,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("at least 0")
     return number
 
 

@@ -285,3 +285,13 @@ def test_the_routers_end_is_everybodys(
 
     in_world(monkeypatch, scenario)
     assert "router ended with 1" in capsys.readouterr().err
+
+
+def test_flex_nodes_begin_as_one_and_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(w: World) -> None:
+        await w.until(lambda: len(w.children) == 6)
+        begins = {child.name: child.argv[3] for child in w.children[1:]}
+        assert begins["flex-0"] == begins["decode-0"] == begins["flex-2"] == "decode"
+        assert begins["flex-1"] == begins["prefill-0"] == "prefill"
+
+    in_world(monkeypatch, scenario, "--flex", "3")

@@ -119,7 +119,7 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    gpu = Gpu(config, decodes=role is Role.DECODE) if is_gpu(config.device) else None
+    gpu = Gpu(config, decodes=Role.DECODE in roles) if is_gpu(config.device) else None
     model = load_model(
         config.model,
         dtype=config.dtype,

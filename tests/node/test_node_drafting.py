@@ -68,7 +68,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
 def test_too_little_memory_for_both() -> None:
     config = config_of(DRAFT, kv_memory=70_000)
     with pytest.raises(ConfigError, match="of the draft model; give more"):
-        build_engine(Role.DECODE, config, lambda stage, done, total: None)
+        build_engine({Role.DECODE}, config, lambda stage, done, total: None)
 
 
 def test_the_drafters_blocks_come_out_of_the_pools_memory() -> None:

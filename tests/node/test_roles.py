@@ -415,7 +415,7 @@ def test_an_engine_that_does_not_adopt(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(p: Pair) -> None:
         p.start(p.grant())
 
-        def refuse(reservation: int, request: Any) -> None:
+        def refuse(reservation: int, request: Any, row: bytes) -> None:
             raise ValueError("something does not fit")
 
         monkeypatch.setattr(p.decode.engine, "adopt", refuse)

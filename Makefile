@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu validate-simulator clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -102,6 +102,9 @@ gpu-check:  ## every GPU test and benchmark within 8 minutes, results into DIR (
 
 bench-gpu:  ## decode, prefill, attention and copies beside what the GPU can do; the last line is JSON
 	$(GPU_PYTHON) -m benchmarks.bench_gpu $(ARGS)
+
+bench-goodput: $(VENV)/.dev  ## what planning, tuning and switching roles bring; the last line is JSON (ARGS=--quick)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_goodput $(ARGS)
 
 validate-simulator: $(VENV)/.dev  ## the simulator beside real nodes on three workloads; the last line is JSON (ARGS=--quick)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.validate_simulator $(ARGS)

@@ -81,8 +81,8 @@ def setup_of(profile: Profile, split: Split, chunk: int = CHUNK) -> Setup:
     return Setup(split, engine, profile.layout, profile.latency, profile.overheads)
 
 
-def replay(url: str, trace: Trace, seed: int) -> list[RequestRecord]:
-    """The trace on real nodes. A seed's prompts are like no other's: no cache knows them."""
+def bench_run(url: str, trace: Trace, seed: int) -> Run:
+    """A run of the load generator. A seed's prompts are like no other's: no cache knows them."""
     settings = BenchSettings(
         target=Target(url, None, ignore_eos=True),
         workload=Workload(Span(1, 1), Span(1, 1), seed=seed),
@@ -93,7 +93,12 @@ def replay(url: str, trace: Trace, seed: int) -> list[RequestRecord]:
         warmup=0,
         trace=trace,
     )
-    run = Run(settings)
+    return Run(settings)
+
+
+def replay(url: str, trace: Trace, seed: int) -> list[RequestRecord]:
+    """The trace on real nodes; raises ConfigError where a request fails."""
+    run = bench_run(url, trace, seed)
     asyncio.run(measure(run))
     failed = next((record for record in run.records if record.error is not None), None)
     if failed is not None:

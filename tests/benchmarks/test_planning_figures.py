@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.planning.figures import compare, figures_of, table, worst
+from benchmarks.planning.tuning import Shares, ratios, shares
 from tuner.goodput import Slo
 from tuner.record import RequestRecord
 
@@ -56,3 +57,17 @@ def test_nothing_against_something_is_no_small_error() -> None:
 def test_the_tail_has_no_goal() -> None:
     (row,) = compare("a", [{"ttft_p99": 10.0}], {"ttft_p99": 100.0})
     assert row.within
+
+
+def test_the_tuner_is_held_against_the_best_split_of_each_phase() -> None:
+    static = [Shares((0.9, 0.3), 0.6), Shares((0.4, 0.8), 0.65)]
+    worst, overall = ratios(Shares((0.85, 0.78), 0.81), static)
+    assert worst == pytest.approx(0.85 / 0.9)
+    assert overall == pytest.approx(0.81 / 0.65)
+
+
+def test_requests_belong_to_the_phase_in_which_they_were_due() -> None:
+    records = [record(1.0, 0.1, 0.5, 5), record(9.0, 9.0, 9.5, 5), record(11.0, 0.1, 0.5, 5)]
+    found = shares(records, Slo(1.0, 1.0), phase_s=10.0)
+    assert found.phases == (0.5, 1.0)
+    assert found.overall == pytest.approx(2 / 3)

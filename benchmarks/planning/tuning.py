@@ -1,0 +1,96 @@
+"""The online tuner beside every static split, simulated with a measured profile.
+
+Two phases, the first of long prompts and short answers, the second of the reverse; each comes at
+nearly the rate that the split made for it carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from baton.simulation.planner import Planner
+from baton.simulation.setup import Setup, Split
+from baton.simulation.simulate import simulate
+from baton.simulation.tuned import Tuning
+from benchmarks.planning.real import CHUNK, drawn, merged, unloaded
+from tuner.goodput import Slo, attainment
+from tuner.online import Limits
+from tuner.record import RequestRecord
+from tuner.trace import Trace, scale_rate
+from tuner.workload import Span
+
+NUM_NODES = 6
+SHARE = 0.9
+LOAD = 0.95  # of what the phase's own split carries
+SHAPES = ((Span(500, 1000), Span(8, 24)), (Span(32, 96), Span(100, 300)))
+MADE_FOR = (Split(prefill=4, decode=2), Split(prefill=2, decode=4))
+STATIC = tuple(Split(prefill=n, decode=NUM_NODES - n) for n in range(1, NUM_NODES))
+START = Split(prefill=3, decode=3)
+TUNING = Limits(hold_s=4, pause_s=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of good requests: per phase, and of all."""
+
+    phases: tuple[float, ...]
+    overall: float
+
+
+def shares(records: Sequence[RequestRecord], slo: Slo, phase_s: float) -> Shares:
+    split: list[list[RequestRecord]] = [[], []]
+    for record in records:
+        split[min(1, int(record.due // phase_s))].append(record)
+    return Shares(
+        tuple(attainment(part, slo).good for part in split), attainment(records, slo).good
+    )
+
+
+def ratios(tuned: Shares, static: Sequence[Shares]) -> tuple[float, float]:
+    """Tuned beside the best static split: in the phase where that is worst, and over all."""
+    best = [max(one.phases[phase] for one in static) for phase in range(len(tuned.phases))]
+    phases = [
+        mine / other if other else 1.0 for mine, other in zip(tuned.phases, best, strict=True)
+    ]
+    overall = max(one.overall for one in static)
+    return min(phases), tuned.overall / overall if overall else 1.0
+
+
+def tuned_beside_static(
+    setup: Setup, num_sampled: int, phase_s: float, tell: Callable[[str], None]
+) -> tuple[float, float]:
+    """The two ratios. Overheads of nodes that shared one machine are left out: six would not."""
+    over = replace(setup.overheads, prefill_slowdown=1.0, decode_slowdown=1.0)
+    setup = replace(setup, overheads=over)
+    kinds = [drawn("phase", num_sampled, *shape, seed=i) for i, shape in enumerate(SHAPES)]
+    limits = [unloaded(setup, kind) for kind in kinds]
+    slo = Slo(max(one.ttft_s for one in limits), max(one.tpot_s for one in limits))
+    phases = []
+    for number, (kind, split) in enumerate(zip(kinds, MADE_FOR, strict=True)):
+        carried = Planner(setup, kind, slo, SHARE).candidate(split, CHUNK).rate
+        tell(f"phase {number + 1}: {split} carries {carried:.3g} requests per second")
+        phases.append(_phase(number, LOAD * carried, phase_s))
+    trace = merged("phases", phases)
+    found = {
+        split: shares(simulate(replace(setup, split=split), trace).records, slo, phase_s)
+        for split in STATIC
+    }
+    tuning = Tuning(slo, TUNING, window_s=15)
+    run = simulate(replace(setup, split=START, tuning=tuning), trace)
+    tuned = shares(run.records, slo, phase_s)
+    told_of = {**{str(split): one for split, one in found.items()}, "tuned": tuned}
+    for name, one in told_of.items():
+        told = ", ".join(f"{share:.1%}" for share in one.phases)
+        tell(f"  {name}: {told} of the phases' requests good, {one.overall:.1%} of all")
+    for move in run.moves:
+        tell(f"  at {move.at:.0f} s {move.node} becomes {move.role.value}: {move.reason}")
+    return ratios(tuned, list(found.values()))
+
+
+def _phase(number: int, rate: float, phase_s: float) -> Trace:
+    """Requests of one kind for as long as the phase lasts."""
+    whole = drawn("phase", max(2, int(rate * phase_s)), *SHAPES[number], seed=10 + number)
+    fitted = scale_rate(whole, whole.duration_s / (phase_s * 0.999))
+    later = [replace(r, at=r.at + number * phase_s) for r in fitted.requests]
+    return Trace("phase", tuple(later))

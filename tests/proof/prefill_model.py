@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from engine.block_pool import BlockPool, BlockState, Owner
 from kvtransfer.handoff import Handoff, HandoffState
@@ -203,6 +204,8 @@ class PrefillModel(InPlace):
     ) -> None:
         if type(payload.obj) is not bytearray:  # a partial unit was gathered: a copy of its own
             payload = memoryview(bytearray(payload))
+            assert isinstance(on_done, partial)
+            on_done = partial(on_done.func, on_done.args[0], payload)  # what it holds until then
         self.sends.append(Send(header, to, payload, on_done, bytes(payload)))
 
     def close(self) -> None:

@@ -151,7 +151,7 @@ def _observed(
 ) -> Observed | None:
     """The step as the control sees it; None where prompts were computed too."""
     items = plan.scheduled
-    if any(item.num_new_tokens > 1 + len(item.draft_tokens) or not item.samples for item in items):
+    if any(item.num_new_tokens != 1 + len(item.draft_tokens) for item in items):
         return None
     return Observed(
         context=sum(item.start for item in items),

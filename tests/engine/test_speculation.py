@@ -150,6 +150,21 @@ def test_a_drafter_that_stalls_is_not_asked_again() -> None:
     assert request.tokens == comes_to(request)
 
 
+def test_the_control_hears_of_every_decoding_step() -> None:
+    """Of what they took and how much was right: else it would go on for ever."""
+    controller = Controller(4)
+    ticks = count()
+    drafter = Oracle(comes_to, 0.0, vocab_size=VOCAB_SIZE)
+    speculation = Speculation(
+        drafter, controller, vocab_size=VOCAB_SIZE, clock=lambda: float(next(ticks))
+    )
+    engine = make_engine(speculation)
+    for number in range(3):
+        engine.add(make_request(f"r{number}", 4 + number, max_tokens=40))
+    run_all(engine)
+    assert controller.plain_seconds(30, 3) > 0
+
+
 def test_who_opts_out_is_not_drafted() -> None:
     drafter = Oracle(comes_to, 1.0, vocab_size=VOCAB_SIZE)
     engine = make_engine(always(drafter, 4, VOCAB_SIZE))

@@ -29,6 +29,7 @@ from engine.model_info import LoadedModel
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.spans import Recorder, Span, Spans, no_spans
+from node.config import STORAGES
 from node.devices import parse_device, resolve_device
 from telemetry.progress import ProgressLine
 from wire.errors import ConfigError
@@ -55,6 +56,7 @@ prompt lengths. Other work on the machine makes the figures worthless.
     add("--top-p", type=float, default=1.0, help="where the temperature is above 0 (1)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--weight-dtype", default="auto", choices=["auto", *STORAGES], help="as the nodes' (auto)")
     add("--threads", type=_count, default=None, metavar="N", help="compute threads (torch's own)")
     add("--no-fusing", action="store_true", help="the model as transformers wrote it")
     add("--profile", action="store_true", help="show the parts of a step; costs some time itself")
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = load_model(
             args.model,
             dtype=args.dtype,
+            weight_dtype=args.weight_dtype,
             device=resolve_device(args.device),
             fusing=not args.no_fusing,
             progress=progress.update,

@@ -1,8 +1,9 @@
 """The engine alone, without a network: whole steps beside their floor and beside transformers.
 
 The floor of a step is the larger of reading all weights once and the model's linears through MKL's
-packed matmul, plus reading the KV cache once. Engine, floor and transformers take turns, so that a
-busy machine slows all of them; ratios are medians over the turns. The last line is one JSON object.
+packed matmul (whatever the engine's own linears are), plus reading the KV cache once. Engine,
+floor and transformers take turns, so that a busy machine slows all of them; ratios are medians
+over the turns. The last line is one JSON object.
 
     overhead   what a step takes besides the model's forward pass
     peak_mb    of a process of its own, which loads the model and runs a few steps
@@ -165,7 +166,7 @@ class Floor:
 
 
 class Transformers:
-    """The same model as transformers runs it, with its own cache."""
+    """The same model as transformers runs it: its `generate`, its cache, its default attention."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, DynamicCache
@@ -174,8 +175,8 @@ class Transformers:
         self._new_cache = DynamicCache
 
     @torch.inference_mode()
-    def decoding(self, batch: int) -> Run:
-        """Seconds of one decode step, each call one step further."""
+    def forwards(self, batch: int) -> Run:
+        """Seconds of one decode step as a bare forward pass, each call one step further."""
         cache = self._new_cache(config=self._model.config)
         self._model(torch.randint(1000, (batch, CONTEXT)), past_key_values=cache, logits_to_keep=1)
         token = torch.zeros(batch, 1, dtype=torch.int64)
@@ -190,10 +191,34 @@ class Transformers:
         return step
 
     @torch.inference_mode()
+    def decoding(self, batch: int) -> Run:
+        """Seconds per decode step of greedy `generate`, over a few tokens from the same context."""
+        tokens = torch.randint(1000, (batch, CONTEXT + 1))
+        cache = self._new_cache(config=self._model.config)
+        self._model(tokens[:, :-1], past_key_values=cache, logits_to_keep=1)
+
+        @torch.inference_mode()
+        def steps() -> float:
+            if surplus := cache.get_seq_length() - CONTEXT:
+                cache.crop(-surplus)
+            return timed(lambda: self._generate(tokens, STEPS, past_key_values=cache)) / STEPS
+
+        return steps
+
+    @torch.inference_mode()
     def prefill(self) -> float:
+        """Seconds until `generate` has the first token."""
         tokens = torch.randint(1000, (1, PROMPT))
-        return timed(
-            lambda: self._model(tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        return timed(lambda: self._generate(tokens, 1))
+
+    def _generate(self, tokens: Tensor, count: int, **kwargs: Any) -> None:
+        self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+            **kwargs,
         )
 
 
@@ -254,15 +279,17 @@ def overhead_ms(bench: Bench, turns: int, *, sampled: bool) -> float:
     return 1e3 * statistics.median(found)
 
 
-def peak_mb(folder: Path) -> float:
+def peak_mb(folder: Path, storage: str) -> float:
     """Of a process that loads the model, prefills and decodes."""
     command = [sys.executable, "-m", "benchmarks.bench_engine", "--only-run", str(folder)]
+    command += ["--weight-dtype", storage]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def only_run(folder: Path) -> None:
+def only_run(folder: Path, storage: str) -> None:
     """Be the process whose memory is measured."""
-    engine = Bench(load_model(folder, dtype="float32")).decoding(MAX_BATCH)
+    loaded = load_model(folder, dtype="float32", weight_dtype=storage)
+    engine = Bench(loaded).decoding(MAX_BATCH)
     for _ in range(STEPS):
         engine.step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -270,20 +297,20 @@ def only_run(folder: Path) -> None:
 
 def measure(folder: Path, turns: int) -> dict[str, float]:
     """A line per case; the figures of the last line."""
-    peak = peak_mb(folder)
+    peaks = {storage: peak_mb(folder, storage) for storage in ("float32", "int8")}
     bench, floor = Bench(load_model(folder, dtype="float32")), Floor(Shape())
     theirs = Transformers(folder)
     print("step           engine ms  floor ms  transformers ms  vs floor  vs transformers")
     found = {}
     for batch in (1, 8, MAX_BATCH):
-        engine = bench.decoding(batch)
-        found[batch] = take_turns(
-            turns,
-            lambda engine=engine: timed(engine.step),  # type: ignore[misc]
-            lambda batch=batch: floor.step(batch, batch, batch),  # type: ignore[misc]
-            theirs.decoding(batch),
+        found[batch] = _against(
+            turns, bench, batch, _floor_of(floor, batch), theirs.decoding(batch)
         )
         print(found[batch].line(f"decode {batch}"), flush=True)
+    bare = _against(
+        turns, bench, MAX_BATCH, _floor_of(floor, MAX_BATCH), theirs.forwards(MAX_BATCH)
+    )
+    print(bare.line(f"bare {MAX_BATCH}"), flush=True)
     prefill = take_turns(turns, bench.prefill, lambda: floor.step(PROMPT, 1, 0), theirs.prefill)
     print(prefill.line(f"prefill {PROMPT}"), flush=True)
     figures = {
@@ -292,13 +319,46 @@ def measure(folder: Path, turns: int) -> dict[str, float]:
         "decode_b8_vs_floor": found[8].vs_floor,
         "decode_b16_vs_floor": found[MAX_BATCH].vs_floor,
         "decode_b16_vs_transformers": found[MAX_BATCH].vs_transformers,
+        "decode_b16_vs_bare_forward": bare.vs_transformers,
+        "floor_b16_vs_transformers": _ratio(found[MAX_BATCH].floor, found[MAX_BATCH].transformers),
         "prefill256_vs_floor": prefill.vs_floor,
         "prefill256_vs_transformers": prefill.vs_transformers,
+        "floor_prefill256_vs_transformers": _ratio(prefill.floor, prefill.transformers),
         "overhead_ms_b16": overhead_ms(bench, turns, sampled=False),
         "overhead_sampled_ms_b16": overhead_ms(bench, turns, sampled=True),
-        "peak_mb": peak,
+        "peak_mb": peaks["float32"],
+        "peak_mb_int8": peaks["int8"],
     }
+    figures |= narrow_figures(folder, bench, turns)
     return {name: round(value, 3) for name, value in figures.items()}
+
+
+def narrow_figures(folder: Path, bench: Bench, turns: int) -> dict[str, float]:
+    """Steps with narrower weights next to those of fp32."""
+    found = {}
+    for storage in ("bfloat16", "int8"):
+        narrow = Bench(load_model(folder, dtype="float32", weight_dtype=storage))
+        for batch in (1, MAX_BATCH):
+            ours, theirs = narrow.decoding(batch), bench.decoding(batch)
+            figures = take_turns(turns, _stepping(ours), _stepping(theirs), _stepping(theirs))
+            found[f"decode_b{batch}_{storage}_vs_float32"] = figures.vs_floor
+        figures = take_turns(turns, narrow.prefill, bench.prefill, bench.prefill)
+        found[f"prefill256_{storage}_vs_float32"] = figures.vs_floor
+    for name, value in found.items():
+        print(f"{name:36} {value:.2f}", flush=True)
+    return found
+
+
+def _against(turns: int, bench: Bench, batch: int, floor: Run, theirs: Run) -> Figures:
+    return take_turns(turns, _stepping(bench.decoding(batch)), floor, theirs)
+
+
+def _stepping(engine: Engine) -> Run:
+    return lambda: timed(engine.step)
+
+
+def _floor_of(floor: Floor, batch: int) -> Run:
+    return lambda: floor.step(batch, batch, batch)
 
 
 def main() -> None:
@@ -308,10 +368,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9, help="of engine, floor and transformers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only-run", type=Path, metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--weight-dtype", default="float32", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only_run:
-        only_run(args.only_run)
+        only_run(args.only_run, args.weight_dtype)
         return
     quiet_before = is_quiet()
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:

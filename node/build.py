@@ -123,6 +123,7 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     model = load_model(
         config.model,
         dtype=config.dtype,
+        weight_dtype=config.weight_dtype,
         device=config.device,
         max_model_len=config.max_model_len,
         fusing=config.fusing,

@@ -15,6 +15,7 @@ from node.performance import DEFAULT_MODE, GPU_MODES, MODES, step_limits
 from wire.errors import ConfigError
 from wire.geometry import SCALED_DTYPES
 
+STORAGES = ("float32", "bfloat16", "float16", "int8")  # of weights, as kernels/weights.py
 TRANSPORTS = ("shm", "zmq", "ucx")  # auto chooses among them, see node/transports.py
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
 _MAX_NAME = 256  # no message carries a longer one
@@ -50,6 +51,7 @@ class NodeConfig:
     long_prefill_token_threshold: int = 0
     kv_overcommit: float = 1.0
     enable_prefix_caching: bool = True
+    weight_dtype: str = "auto"
     fusing: bool = True
     deterministic: bool = False
     lease_ttl_s: float = 10.0
@@ -246,9 +248,15 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the engine; `baton serve` passes them on to its nodes."""
-    default = NodeConfig(Path(), "node")
     group = parser.add_argument_group("engine")
     add_device_arguments(group)
+    add_model_arguments(group)
+    add_kv_arguments(group)
+    add_step_arguments(group)
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags that say how the model runs."""
     group.add_argument(
         "--dtype",
         default="auto",
@@ -257,11 +265,32 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "float32, but bfloat16 for such checkpoints",
     )
     group.add_argument(
-        "--threads", type=int, default=0, help="compute threads (0: all cores of this process)"
+        "--weight-dtype",
+        default="auto",
+        choices=["auto", *STORAGES],
+        help="how linears' weights are stored on CPUs, while float32 computes: 16 bits lose "
+        "nothing of a checkpoint that has them, int8 changes outputs a little; both decode faster "
+        "and take less memory (auto: as --dtype)",
     )
     group.add_argument(
         "--max-model-len", type=int, default=None, help="longest prompt plus output (the model's)"
     )
+    group.add_argument(
+        "--no-fusing",
+        action="store_true",
+        help="run the model as transformers wrote it: slower, to compare or to find a fault",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="refuse to start unless every request gets the same bits whatever shares its steps; "
+        "on CPUs in float32 with compiled kernels that holds without the flag",
+    )
+
+
+def add_kv_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags of the KV blocks: their memory, their way between nodes, who may hold them."""
+    default = NodeConfig(Path(), "node")
     group.add_argument(
         "--block-size", type=int, default=default.block_size, help="tokens per KV block"
     )
@@ -284,7 +313,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "(RDMA or TCP, not encrypted, needs baton-serve[ucx]); later ones stand in for earlier "
         "ones (auto: shm, then ucx where UCX has RDMA, then zmq)",
     )
-    add_step_arguments(group)
     group.add_argument(
         "--kv-overcommit",
         type=float,
@@ -294,17 +322,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--no-prefix-caching", action="store_true", help="compute every prompt from its start"
-    )
-    group.add_argument(
-        "--no-fusing",
-        action="store_true",
-        help="run the model as transformers wrote it: slower, to compare or to find a fault",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="refuse to start unless every request gets the same bits whatever shares its steps; "
-        "on CPUs in float32 with compiled kernels that holds without the flag",
     )
     group.add_argument(
         "--lease-ttl-s",
@@ -337,6 +354,9 @@ def add_device_arguments(group: argparse._ArgumentGroup) -> None:
         "--enforce-eager",
         action="store_true",
         help="capture no CUDA graphs: decoding waits for each kernel's launch",
+    )
+    group.add_argument(
+        "--threads", type=int, default=0, help="compute threads (0: all cores of this process)"
     )
 
 
@@ -420,6 +440,7 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         long_prefill_token_threshold=limits.long_prefill_token_threshold,
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
+        weight_dtype=args.weight_dtype,
         fusing=not args.no_fusing,
         deterministic=args.deterministic,
         lease_ttl_s=args.lease_ttl_s,

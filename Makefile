@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-weight-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -75,6 +75,9 @@ bench-kv-layout: $(VENV)/.dev  ## block-major against layer-major KV pools
 
 bench-transfer: $(VENV)/.dev  ## KV blocks between two processes, by each transport; the last line is JSON
 	$(BIN)/python -m benchmarks.bench_transfer $(ARGS)
+
+bench-weight-dtype: $(VENV)/.dev  ## what narrow weights do to logits; the last line is JSON
+	$(BIN)/python -m benchmarks.bench_weight_dtype $(ARGS)
 
 bench-transfer-dtype: $(VENV)/.dev  ## what 8-bit transfers do to logits; the last line is JSON
 	$(BIN)/python -m benchmarks.bench_transfer_dtype $(ARGS)

@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-weight-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-weight-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator bench-simulator clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -108,6 +108,9 @@ bench-gpu:  ## decode, prefill, attention and copies beside what the GPU can do;
 
 bench-goodput: $(VENV)/.dev  ## what planning, tuning and switching roles bring; the last line is JSON (ARGS=--quick)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.bench_goodput $(ARGS)
+
+bench-simulator: $(VENV)/.dev  ## simulated requests per minute of one core; the last line is JSON (ARGS="--nodes 100")
+	$(BIN)/python -m benchmarks.bench_simulator $(ARGS)
 
 validate-simulator: $(VENV)/.dev  ## the simulator beside real nodes on three workloads; the last line is JSON (ARGS=--quick)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.validate_simulator $(ARGS)

@@ -47,6 +47,7 @@ from tuner.latency import (
 from tuner.overheads import Overheads, overheads_of
 from tuner.probe import probe
 from tuner.profile import Profile, fit_error, save_profile
+from wire.errors import ConfigError
 from wire.geometry import geometry_for
 from wire.layout import KVLayout
 from wire.types import AttemptId, SamplingParams
@@ -105,10 +106,12 @@ def with_fleet(profile: Profile, url: str, chunk: int) -> Profile:
     typical = told.alone[len(told.alone) // 2].prompt_tokens
     size = profile.layout.num_blocks(typical) * profile.layout.block_bytes
     last_slice = profile.latency.transfer_s(size) / geometry_for(profile.layout).num_layer_groups
-    overheads = overheads_of(
-        told, profile.latency, chunk, HOPS_TO_FIRST_TOKEN * HOP_S, HOP_S + last_slice
-    )
-    return replace(profile, overheads=overheads)
+    hops_s, handoff_hop_s = HOPS_TO_FIRST_TOKEN * HOP_S, HOP_S + last_slice
+    try:
+        found = overheads_of(told, profile.latency, chunk, hops_s, handoff_hop_s)
+    except ValueError as error:
+        raise ConfigError(f"{url} was not idle: {error}") from error
+    return replace(profile, overheads=found)
 
 
 def fleet_line(found: Overheads) -> str:

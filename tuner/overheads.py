@@ -104,7 +104,8 @@ def overheads_of(
     """
     step_s, stream_s = _stream_costs(probes.streams, model)
     in_a_row = prefill_s(model, probes.in_a_row_tokens, chunk)
-    factor = median(probes.in_a_row_s) / in_a_row if probes.in_a_row_s else 1.0
+    gaps = [gap for gap in probes.in_a_row_s if gap > 0]
+    factor = median(gaps) / in_a_row if gaps else 1.0
     fronts = [
         one.ttft_s - factor * prefill_s(model, one.prompt_tokens, chunk) for one in probes.alone
     ]

@@ -60,6 +60,8 @@ class Prober:
         tried = [await self._streams(batch) for batch in BATCHES]
         streams = [found for found in tried if found is not None]
         tell("prompts while streams decode")
+        if not streams:
+            raise ConfigError(f"{self.target.url}: no stream was seen to decode; is it busy?")
         near = min(streams, key=lambda found: abs(found.batch - TOGETHER_BATCH))
         slower = await self._both(near.step_s)
         return Probes(alone, gaps, self.chunk, streams, *slower)
@@ -97,10 +99,10 @@ class Prober:
         records = await self._together(SHORT, STREAM_OUTPUT, batch)
         begin = max(record.chunk_times[1] for record in records)
         end = min(record.chunk_times[-1] for record in records)
-        steps = gaps_between(records, [(begin, end)])
-        if not steps:
+        step_s = step_between(records, [(begin, end)])
+        if not step_s:
             return None
-        return Streams(batch, batch * (SHORT + STREAM_OUTPUT // 2), median(steps))
+        return Streams(batch, batch * (SHORT + STREAM_OUTPUT // 2), step_s)
 
     async def _both(self, step_s: float) -> tuple[float, float]:
         """How many times as long prefills and decode steps take while both happen."""
@@ -113,11 +115,11 @@ class Prober:
         prompts = [await self._ask(self.chunk, 1) for _ in range(REPEATS)]
         records = await streams
         busy = [(prompt.start, prompt.chunk_times[0]) for prompt in prompts]
-        steps = gaps_between(records, busy)
+        busy_s = step_between(records, busy)
         still_on = min(record.chunk_times[-1] for record in records)
         ttfts = [p.ttft for p in prompts if p.ttft and p.chunk_times[0] <= still_on]
         prefill = median(ttfts) / alone if ttfts else 1.0
-        decode = median(steps) / step_s if steps and step_s else 1.0
+        decode = busy_s / step_s if busy_s else 1.0
         return prefill, decode
 
 
@@ -131,6 +133,18 @@ def gaps_between(
         for before, after in pairwise(record.chunk_times)
         if any(begin <= before and after <= end for begin, end in spans)
     ]
+
+
+def step_between(records: Sequence[RequestRecord], spans: Sequence[tuple[float, float]]) -> float:
+    """Mean seconds per token in these spans; 0 where there is none.
+
+    Not the median gap: a client that has been away reads several chunks at once. Tokens without a
+    text of their own come with the next one; of those there are as many in a span as anywhere.
+    """
+    gaps = gaps_between(records, spans)
+    chunks = sum(len(record.chunk_times) - 1 for record in records)
+    tokens = sum(record.output_tokens - 1 for record in records)
+    return sum(gaps) / len(gaps) * min(1.0, chunks / tokens) if gaps and tokens else 0.0
 
 
 async def probe(url: str, model: str, chunk: int, max_model_len: int, tell: Tell) -> Probes:

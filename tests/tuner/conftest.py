@@ -21,6 +21,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fault: str | None = None
+        self.pause_s = 0.0  # before each chunk
         self.interrupt_at: int | None = None  # Ctrl-C comes with this request, which gets no answer
         self.phases = ""  # the Server-Timing header of streams
         self.fleets: list[dict[str, Any]] = []  # what /debug/fleet says, one after the other
@@ -61,6 +62,8 @@ class FakeServer:
     async def stream(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
         number = body.get("max_tokens") or body["max_completion_tokens"]
         for index in range(number):
+            if self.pause_s:
+                await asyncio.sleep(self.pause_s)
             finish = "length" if index == number - 1 else None
             choice = {"index": 0, "text": "x", "finish_reason": finish}
             data = b"data: " + json.dumps({"choices": [choice]}).encode() + b"\r\n\r\n"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests.tuner.conftest import FakeServer
 from tuner.latency import LatencyModel, StepWork
 from tuner.overheads import Alone, Overheads, Probes, Streams, overheads_of, prefill_s
-from tuner.probe import BATCHES, LENGTHS, REPEATS, gaps_between, probe
+from tuner.probe import BATCHES, LENGTHS, REPEATS, gaps_between, probe, step_between
 from tuner.record import RequestRecord
 from wire.errors import ConfigError
 
@@ -44,6 +44,8 @@ def test_noise_below_nothing_is_nothing() -> None:
     quick = probes_of(Overheads())
     found = overheads_of(quick, MODEL, CHUNK, 2 * HOP_S, 2 * HANDOFF_HOP_S)
     assert (found.front_s, found.handoff_s) == (0.0, 0.0)
+    at_once = replace(quick, in_a_row_s=[0.0])  # read together: nobody knows
+    assert overheads_of(at_once, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S).prefill_factor == 1.0
     faster = Probes(quick.alone, quick.in_a_row_s, CHUNK, quick.streams, 0.9, 0.97)
     found = overheads_of(faster, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
     assert not found.shares_machine
@@ -85,16 +87,25 @@ def test_only_gaps_within_the_spans_count() -> None:
     assert gaps_between([record], [(0.0, 2.5), (3.5, 5.0)]) == [1.0, 1.0]
 
 
+def test_a_step_is_told_by_tokens_though_chunks_come_in_clumps() -> None:
+    clumps = RequestRecord(0, 0.0, 0.0, 9.0, (1.0, 1.0, 3.0, 3.0, 5.0), 1, 5)
+    assert step_between([clumps], [(0.0, 9.0)]) == pytest.approx(1.0)
+    silent = RequestRecord(0, 0.0, 0.0, 9.0, (1.0, 2.0, 4.0, 5.0), 1, 5)  # one without a text
+    assert step_between([silent], [(0.0, 9.0)]) == pytest.approx(1.0)
+    assert step_between([silent], [(6.0, 9.0)]) == 0.0
+
+
 def test_a_fleet_is_asked_for_everything(server: FakeServer) -> None:
     told: list[str] = []
+    server.pause_s = 0.001
     found = asyncio.run(probe(server.url, "first", 64, 256, told.append))
     fitting = [n for n in LENGTHS if n < 256 - 8]
     assert [one.prompt_tokens for one in found.alone] == [
         n for n in fitting for _ in range(REPEATS)
     ]
-    batches = [one.batch for one in found.streams]
-    assert batches[0] == 1  # a server this quick may end one stream before the next begins
-    assert set(batches) <= set(BATCHES)
+    batches = {one.batch for one in found.streams}
+    assert batches <= set(BATCHES)  # a server this quick may end one stream before the next begins
+    assert batches
     assert found.in_a_row_tokens == 64
     assert len(told) == 4
 

@@ -220,7 +220,7 @@ def test_unknown_model_route_and_method() -> None:
             error = check_error(await harness.complete(model="gpt-9"), 404, "model")
             assert error["code"] == "model_not_found"
             check_error(await harness.post("/v1/nothing", {}), 404)
-            check_error(await harness.get("/"), 404)
+            check_error(await harness.get("/nothing"), 404)
             answer = await harness.get(COMPLETIONS)
             check_error(answer, 405)
             assert "POST" in answer.headers["Allow"]

@@ -25,12 +25,13 @@ from baton.simulation.planner import Planner
 from baton.simulation.setup import Setup, Split
 from benchmarks.planning.real import CHUNK, Bench, bench_run, drawn, merged, setup_of, unloaded
 from benchmarks.planning.switching import switch_under_load
-from benchmarks.planning.tuning import SHARE, tuned_beside_static
+from benchmarks.planning.tuning import tuned_beside_static
 from benchmarks.quiet import is_quiet
 from tuner.trace import Trace
 from tuner.workload import Span
 
 BUDGETS = (128, 256, CHUNK, 1024)
+SHARE = 0.9
 LONG_SHARE = 0.1
 Value = float | int | bool | str | None
 

@@ -1,28 +1,29 @@
 """The online tuner beside every static split, simulated with a measured profile.
 
 Two phases, the first of long prompts and short answers, the second of the reverse; each comes at
-nearly the rate that the split made for it carries.
+nearly the rate that the split made for it carries, by the formulas of `tuner.online`: a search by
+simulation over a few hundred requests would end before a queue builds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 
-from baton.simulation.planner import Planner
 from baton.simulation.setup import Setup, Split
 from baton.simulation.simulate import simulate
 from baton.simulation.tuned import Tuning
-from benchmarks.planning.real import CHUNK, drawn, merged, unloaded
+from benchmarks.planning.real import drawn, merged, unloaded
 from tuner.goodput import Slo, attainment
-from tuner.online import Limits
+from tuner.latency import LatencyModel
+from tuner.online import Limits, Observation, pressure
 from tuner.record import RequestRecord
 from tuner.trace import Trace, scale_rate
 from tuner.workload import Span
 
 NUM_NODES = 6
-SHARE = 0.9
-LOAD = 0.95  # of what the phase's own split carries
+LOAD = 0.85  # of what the phase's own split carries
 SHAPES = ((Span(500, 1000), Span(8, 24)), (Span(32, 96), Span(100, 300)))
 MADE_FOR = (Split(prefill=4, decode=2), Split(prefill=2, decode=4))
 STATIC = tuple(Split(prefill=n, decode=NUM_NODES - n) for n in range(1, NUM_NODES))
@@ -68,7 +69,7 @@ def tuned_beside_static(
     slo = Slo(max(one.ttft_s for one in limits), max(one.tpot_s for one in limits))
     phases = []
     for number, (kind, split) in enumerate(zip(kinds, MADE_FOR, strict=True)):
-        carried = Planner(setup, kind, slo, SHARE).candidate(split, CHUNK).rate
+        carried = carried_rate(kind, split, setup.step_model, slo)
         tell(f"phase {number + 1}: {split} carries {carried:.3g} requests per second")
         phases.append(_phase(number, LOAD * carried, phase_s))
     trace = merged("phases", phases)
@@ -86,6 +87,23 @@ def tuned_beside_static(
     for move in run.moves:
         tell(f"  at {move.at:.0f} s {move.node} becomes {move.role.value}: {move.reason}")
     return ratios(tuned, list(found.values()))
+
+
+def carried_rate(kind: Trace, split: Split, model: LatencyModel, slo: Slo) -> float:
+    """Requests of this kind per second at which the split's pressure is 1."""
+    prompts = [request.input_len for request in kind.requests]
+    outputs = mean(request.output_len for request in kind.requests)
+    one_per_s = Observation(
+        requests_per_s=1.0,
+        prompt_tokens=mean(prompts),
+        prompt_squares=mean(tokens * tokens for tokens in prompts),
+        output_tokens=outputs,
+        context_tokens=mean(prompts) + outputs / 2,
+        num_requests=len(prompts),
+        num_prefill=split.prefill,
+        num_decode=split.decode,
+    )
+    return 1 / pressure(one_per_s, model, slo).worst
 
 
 def _phase(number: int, rate: float, phase_s: float) -> Trace:

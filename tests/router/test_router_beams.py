@@ -10,7 +10,7 @@ import pytest
 from router.dispatch import Dispatch
 from router.effects import AttemptEnded, Found, HandedOver, Send
 from router.phase import Phase
-from tests.router.harness import alphabet, endless, router, saying
+from tests.router.harness import alphabet, endless, eventually, router, saying
 from tests.router.scripted_nodes import D1, P1, P2, Nodes, grant, start
 from wire.messages import Ack, BeamsFound, Granted, Prefill, Resend, Reserve, TokenUpdate
 from wire.types import BeamParams, EarlyStopping, FinishReason, Hypothesis
@@ -105,7 +105,7 @@ def test_one_search_answers_all_choices(path: str) -> None:
             assert answer.json["usage"]["completion_tokens"] == 15
             (reserve,) = harness.sent(Reserve)
             assert reserve.sampling.beam == BeamParams(3, 0.5, EarlyStopping.NEVER)
-            assert len(harness.sent(Ack)) == 1
+            await eventually(lambda: len(harness.sent(Ack)) == 1)
             metrics = (await harness.get("/metrics")).body.decode()
             assert 'vllm:generation_tokens_total{model_name="stub"} 15.0' in metrics
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from engine.drafting.costs import LinearCosts
 
-ON_MARGIN = 1.04  # the gain that begins speculation
-OFF_MARGIN = 1.01  # the gain that keeps it
+ON_MARGIN = 1.05  # the gain that begins speculation
+OFF_MARGIN = 1.02  # the gain that keeps it
 PRIOR_TRIES = 3.0  # how many tries the node's acceptance counts for in a new request
 DECAY = 0.93  # of what was tried, per step of a request
 NODE_DECAY = 0.998
@@ -33,6 +33,8 @@ FIRST_ACCEPTANCE = 0.6
 LEARNING_STEPS = 12
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # steps between probes
 PROBED = 2  # requests that a probe drafts for, and its tokens
+PLAIN_EVERY = 48  # steps, while on: what drafts are compared with must not be what it once was
+LOOK_EVERY = 16  # steps, while off: costs change slowly, and looking costs a tenth of a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,9 @@ class Controller:
     _on: bool = True
     _pause: int = FIRST_PAUSE
     _since_probe: int = 0
-    _probing: bool = False
+    _since_plain: int = 0
+    _since_look: int = 0
+    _looked_at: int = 0  # requests in the batch when it was last decided that nothing pays
 
     @property
     def speculating(self) -> bool:
@@ -109,7 +113,6 @@ class Controller:
 
     def lengths(self, batch: Sequence[Decoding]) -> list[int]:
         """Tokens to draft for each request of the batch."""
-        self._probing = False
         most = np.array([request.most for request in batch])
         if not batch or not most.any():
             return [0] * len(batch)
@@ -120,11 +123,22 @@ class Controller:
             halves = (2, 0, 1, 0)[self._num_learning % 4]
             self._num_learning += 1
             return [(request.most * halves + 1) // 2 for request in batch]
+        if self._rests(len(batch)):
+            return self._probe(batch)
         lengths, gain = self._best(batch, most)
         self._on = gain >= (OFF_MARGIN if self._on else ON_MARGIN)
         if self._on:
-            return lengths
+            self._pause = FIRST_PAUSE
+            self._since_plain = (self._since_plain + 1) % PLAIN_EVERY
+            return lengths if self._since_plain else [0] * len(batch)
+        self._since_look, self._looked_at = 0, len(batch)
         return self._probe(batch)
+
+    def _rests(self, num_requests: int) -> bool:
+        """Whether it is off, and nothing has happened that would change that."""
+        self._since_look += 1
+        same = self._looked_at == num_requests
+        return not self._on and same and self._since_look < LOOK_EVERY
 
     def _forget_others(self, batch: Sequence[Decoding]) -> None:
         known = self._requests
@@ -140,7 +154,7 @@ class Controller:
         lengths = [0] * len(batch)
         if self._since_probe < self._pause:
             return lengths
-        self._since_probe, self._probing = 0, True
+        self._since_probe = 0
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         order = sorted(range(len(batch)), key=lambda i: batch[i].num_tokens)
         for index in order[:PROBED]:
@@ -222,8 +236,6 @@ class Controller:
         rate = self._requests.get(drafted.request_id)
         if rate is not None:
             rate.observe(drafted.num_accepted, drafted.num_tried, DECAY)
-        if self._probing and drafted.num_accepted:
-            self._pause = FIRST_PAUSE
 
     def plain_seconds(self, context: int, num_requests: int) -> float:
         """What a step without drafts would take; 0 as long as nothing was measured."""

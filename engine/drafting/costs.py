@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 KEPT = 9  # measurements of one kind of step
 MAX_KINDS = 32
-REFIT_EVERY = 8
+REFIT_EVERY = 32  # measurements; a fit takes half a millisecond
 STALE_AFTER = 300  # measurements of other kinds
 
 

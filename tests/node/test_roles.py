@@ -139,6 +139,7 @@ def test_a_step_that_fails_after_its_first_layers_ends_the_handoff() -> None:
         p.prefill.role.fail(p.prefill.engine.step_request_ids, "internal", "the step failed")
         assert handoff.cause == "internal"
         cast(Any, p.prefill.engine._runner).during_run = lambda: None
+        p.decode.tell(Abort(ID))  # as the router does
         await p.until(lambda: p.decode.role.num_attempts == 0)
         p.start(p.grant(LATER, LONG), LATER, LONG)
         assert await p.finish(LATER) == expected(LONG)
@@ -498,6 +499,7 @@ def test_too_many_wait() -> None:
         p.start(p.grant(other), other)
         (failure,) = p.prefill.link.failures(other)
         assert (failure.cause, failure.retryable) == ("capacity", True)
+        p.decode.tell(Abort(other))  # as the router does
         assert await p.finish() == expected()
 
     run(scenario)
@@ -667,6 +669,7 @@ def test_an_error_with_one_request_leaves_the_others(monkeypatch: pytest.MonkeyP
         assert await p.finish(other) == expected()
         (failure,) = p.prefill.link.failures()
         assert (failure.cause, failure.retryable) == ("internal", True)
+        p.decode.tell(Abort(ID))  # as the router does
 
     run(scenario)
 

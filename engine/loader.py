@@ -3,26 +3,24 @@
     headers → fingerprint → from_pretrained → nothing missing → finite → fix RoPE → probe → fuse
             → deterministic?
 
-transformers fills a missing tensor with random numbers and only warns; here that is an error.
-Importing transformers costs seconds, so it happens inside the functions that need it.
+What is asked of transformers itself is in `from_transformers`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.attention import PAGED, paged_attention_forward
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
 from engine.determinism import why_not_deterministic
 from engine.device import check_device, has_bf16, is_gpu, use_device
 from engine.final_states import telling_states
+from engine.from_transformers import check_finite, first_line, load, quiet, read_config
 from engine.fused_decoder import FusedDecoder
 from engine.fused_modules import Fusions
 from engine.fusing import fuse
@@ -30,19 +28,18 @@ from engine.fusing_proof import PROOF_BLOCK_SIZE
 from engine.model_info import LoadedModel, eos_token_ids, resolve_max_model_len
 from engine.numerics import dtype_name, has_bf16_units, numerics_fingerprint, resolve_dtype
 from engine.packed_linear import Linears, PlainLinear
-from engine.probe import OBSERVED, AttentionShape, mask_rule, observing_attention, probe
+from engine.probe import AttentionShape, probe
 from engine.process_memory import MappedFiles, trim
 from engine.rope import fix_frequencies
 from kernels.cpu_ops import load_cpu_ops
 from kernels.ops import LayerOps, TorchOps
 from kernels.weights import STORAGES
-from wire.errors import ConfigError, UnsupportedModelError
+from wire.errors import ConfigError
 from wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
 
 PROBE_LEN = 2048  # for a model that names no maximal length
-FINITE_CHUNK = 1 << 22  # elements checked at once
 
 
 def load_model(
@@ -71,13 +68,13 @@ def load_model(
     check_device(device)
     use_device(device)
     checkpoint = open_checkpoint(path)
-    config, architecture = _read_config(checkpoint)
+    config, architecture = read_config(checkpoint)
     length = resolve_max_model_len(config, max_model_len)
     chosen = _choose_dtype(config, dtype, weight_dtype, device)
     storage = _choose_storage(weight_dtype, chosen, device, fusing=fusing)
     check_size(_bytes_in_memory(checkpoint, config, chosen), dtype_name(chosen))
     digest = fingerprint(checkpoint, progress)
-    model, unexpected = _load(checkpoint, config, chosen, architecture, progress)
+    model, unexpected = load(checkpoint, config, chosen, architecture, progress)
     model, shape, can_embed = _probed(model, architecture, length, device, progress)
     if length is None:
         raise ConfigError(f"{architecture}: its config has no maximal length; give --max-model-len")
@@ -87,12 +84,7 @@ def load_model(
     trim()
     if deterministic and is_gpu(device) and isinstance(model, FusedDecoder):
         _make_invariant(model)
-    obstacle = why_not_deterministic(
-        model, ops, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads
-    )
-    if deterministic and obstacle:
-        why = ": ".join(filter(None, (obstacle, fusions.reason)))
-        raise ConfigError(f"--deterministic: {architecture} cannot be served so here: {why}")
+    obstacle = _obstacle(model, ops, shape, fusions, architecture, deterministic=deterministic)
     return LoadedModel(
         model=model,
         config=config,
@@ -119,48 +111,38 @@ def load_model(
     )
 
 
+def _obstacle(
+    model: Any,
+    ops: LayerOps,
+    shape: AttentionShape,
+    fusions: Fusions,
+    architecture: str,
+    *,
+    deterministic: bool,
+) -> str:
+    """Why logits may depend on what shares a step; empty if they cannot. One that counts raises."""
+    obstacle = why_not_deterministic(
+        model, ops, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads
+    )
+    if deterministic and obstacle:
+        why = ": ".join(filter(None, (obstacle, fusions.reason)))
+        raise ConfigError(f"--deterministic: {architecture} cannot be served so here: {why}")
+    return obstacle
+
+
 def _probed(
     model: Any, architecture: str, length: int | None, device: str, progress: Progress
 ) -> tuple[Any, AttentionShape, bool]:
     """The model on its device, checked and tried; how it attends; whether it shows its states."""
     model = _to_device(model.eval(), device)  # first: a GPU reads all numbers at once
-    _check_finite(model, progress)
+    check_finite(model, progress)
     model.config.pad_token_id = None  # nothing is padded; some models look for it at every step
     fix_frequencies(model, length or PROBE_LEN)
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     states: list[Tensor] = []
-    with _quiet(), telling_states(model, states.append):
+    with quiet(), telling_states(model, states.append):
         shape = probe(model, architecture, num_layers, length or PROBE_LEN)
     return model, shape, bool(states)
-
-
-def _read_config(checkpoint: Checkpoint) -> tuple[Any, str]:
-    """The config and the architecture's name; refuses what the config alone rules out."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    listed = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")]
-    architecture = str(listed[0])
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(
-                checkpoint.folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # whatever transformers thinks of a foreign file
-        raise UnsupportedModelError(
-            f"{architecture}: transformers cannot read its config: {_first_line(error)}"
-        ) from error
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{architecture} is an encoder-decoder; only decoders are served"
-        )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"{architecture} is no causal language model")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{architecture}: quantized checkpoints are not supported; use the 16-bit one"
-        )
-    return config, architecture
 
 
 def _choose_dtype(config: Any, requested: str, weight_dtype: str, device: str) -> torch.dtype:
@@ -192,68 +174,6 @@ def _stored_dtype(config: Any) -> torch.dtype:
 def _bytes_in_memory(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> int:
     """What the weights will take, if all are stored in the config's dtype."""
     return checkpoint.num_bytes * dtype.itemsize // _stored_dtype(config).itemsize
-
-
-def _load(
-    checkpoint: Checkpoint, config: Any, dtype: torch.dtype, architecture: str, progress: Progress
-) -> tuple[Any, tuple[str, ...]]:
-    """The model with all its tensors from the files, and names of tensors that it did not take."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(PAGED, paged_attention_forward)
-    AttentionInterface.register(OBSERVED, observing_attention)
-    AttentionMaskInterface.register(OBSERVED, mask_rule)
-    try:
-        with _quiet(), _bars_to(progress):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=PAGED,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with names and shapes
-                output_loading_info=True,
-            )
-    except KeyError as error:
-        if error.args != (PAGED,):
-            raise
-        raise UnsupportedModelError(
-            f"{architecture} cannot be served: it bypasses transformers' attention interface"
-        ) from error
-    except Exception as error:  # whatever transformers thinks of a foreign checkpoint
-        raise ConfigError(f"{architecture} cannot be loaded: {_first_line(error)}") from error
-    _check_complete(checkpoint.folder, info)
-    return model, tuple(sorted(info["unexpected_keys"]))
-
-
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """Refuse a model that would run on tensors that transformers made up."""
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise ConfigError(
-            f"{folder}: tensor {name} has shape {list(stored)}, the config wants {list(wanted)} "
-            f"({len(mismatched)} such tensors); config and weights do not belong together"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; "
-            "the checkpoint is incomplete"
-        )
-    if info["error_msgs"]:
-        raise ConfigError(f"{folder}: {info['error_msgs'][0]}")
-
-
-def _check_finite(model: Any, progress: Progress) -> None:
-    """Refuse NaN and infinity in weights; the sum of a chunk is finite only if all of it is."""
-    named = list(model.named_parameters())
-    for done, (name, tensor) in enumerate(named):
-        progress("checking weights", done, len(named))
-        for chunk in tensor.detach().flatten().split(FINITE_CHUNK):
-            if not chunk.sum().isfinite() and not chunk.isfinite().all():
-                raise ConfigError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
-    progress("checking weights", len(named), len(named))
 
 
 def _choose_ops(dtype: torch.dtype, device: str, *, deterministic: bool) -> LayerOps:
@@ -322,42 +242,8 @@ def _to_device(model: Any, device: str) -> Any:
         return model.to(device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the weights do not fit on {device}: {_first_line(error)}; end what else runs there, "
+            f"the weights do not fit on {device}: {first_line(error)}; end what else runs there, "
             "take a smaller model, or --device cpu"
         ) from error
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device} cannot be used: {_first_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers warns of what is raised here as an error; it keeps quiet meanwhile."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _bars_to(progress: Progress) -> Iterator[None]:
-    """transformers' progress bar over tensors becomes calls of `progress`; nothing is drawn."""
-    from transformers.utils.logging import set_tqdm_hook
-
-    def watch(items: Collection[Any]) -> Iterator[Any]:
-        for done, item in enumerate(items):
-            progress("loading weights", done, len(items))
-            yield item
-        progress("loading weights", len(items), len(items))
-
-    previous = set_tqdm_hook(lambda factory, args, options: watch(args[0]))
-    try:
-        yield
-    finally:
-        set_tqdm_hook(previous)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"device {device} cannot be used: {first_line(error)}") from error

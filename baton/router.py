@@ -25,7 +25,8 @@ from baton.children import Child
 from baton.config import child_environment
 from baton.ports import reserve_consecutive, reserve_shared
 from baton.worker_pages import Life, WorkerPages
-from router.config import RouterConfig, from_args
+from router.config import RouterConfig
+from router.flags import from_args
 from router.place import Place
 
 _BACKOFF_S = 0.5  # before the first restart; doubled for each death within the window

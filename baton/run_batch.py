@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from baton.serve import Launcher, add_fleet_arguments, check_model
-from router.config import add_arguments as add_router_arguments
+from router.flags import add_arguments as add_router_arguments
 from tuner.batch import BatchFiles, BatchSettings, Tally, run_batch
 from tuner.client import Target
 from wire.errors import ConfigError

@@ -26,7 +26,7 @@ from engine.drafting.config import parse_speculative_config
 from node import machine
 from node.config import add_decode_arguments, add_engine_arguments
 from node.devices import is_gpu, num_gpus, resolve_device, spread
-from router.config import add_arguments as add_router_arguments
+from router.flags import add_arguments as add_router_arguments
 from wire.errors import ConfigError
 
 _MAX_RESTARTS = 3  # of one node within the window; more is a fault that restarting does not cure

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from router.config import add_arguments, from_args
+from router.flags import add_arguments, from_args
 from router.place import add_place_argument
 from router.server import RouterServer, run
 from telemetry.logs import set_up_logging

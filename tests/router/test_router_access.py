@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.access_config import AccessConfig
-from router.config import RouterConfig, add_arguments, from_args
+from router.config import RouterConfig
 from router.cors import Cors
+from router.flags import add_arguments, from_args
 from router.rate_limit import RateLimits
 from tests.router.harness import Harness, alphabet, endless, eventually, router
 from wire.errors import ConfigError

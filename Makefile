@@ -49,8 +49,10 @@ clients: $(CLIENTS)/.done $(CLIENTS_JS)/node_modules/.done  ## install the clien
 serve: $(VENV)/.run  ## serve the bundled model: router, prefill node and decode node (ARGS="--port 9000")
 	$(BIN)/baton serve $(ARGS)
 
-test: $(VENV)/.dev clients browser  ## run every test (ARGS="tests/engine -k parity")
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+# Two processes: more would starve the nodes that end-to-end tests start, on two cores.
+JOBS ?= 2
+test: $(VENV)/.dev clients browser  ## run every test (ARGS="tests/engine -k parity", JOBS=0: in one process)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 SOAKED := faults stalls strikes same_name damage late_network confused_peers many_aborts \
   hostile both_stopped two_routers bad_pair

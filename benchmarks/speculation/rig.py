@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -27,7 +27,7 @@ from wire.types import SamplingParams
 
 BLOCK_SIZE = 16
 MAX_LEN = 2048
-NUM_BLOCKS = 16 * 1024 // BLOCK_SIZE
+NUM_BLOCKS = 16 * 1280 // BLOCK_SIZE  # all of 16 requests run, whatever they come to
 _IDS = count()  # no drafter meets a request twice
 
 
@@ -41,20 +41,43 @@ class Job:
 
     def requests(self) -> list[Request]:
         return [
-            Request(
-                request_id=f"{next(_IDS)}/{number}",
-                tokens=list(prompt),
-                num_prompt_tokens=len(prompt),
-                sampling=SamplingParams(
-                    seed=number,
-                    max_tokens=self.max_tokens,
-                    temperature=self.temperature,
-                    ignore_eos=True,
-                ),
-                max_num_tokens=len(prompt) + self.max_tokens,
-            )
+            new_request(number, prompt, self.max_tokens, self.temperature)
             for number, prompt in enumerate(self.prompts)
         ]
+
+
+def new_request(number: int, prompt: Sequence[int], max_tokens: int, temperature: float) -> Request:
+    return Request(
+        request_id=f"{next(_IDS)}/{number}",
+        tokens=list(prompt),
+        num_prompt_tokens=len(prompt),
+        sampling=SamplingParams(
+            seed=number, max_tokens=max_tokens, temperature=temperature, ignore_eos=True
+        ),
+        max_num_tokens=len(prompt) + max_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Requests without end: always `num_seats` of them run, each that ends makes room for the next.
+
+    What counts is the time of `num_tokens` tokens after the first `num_warm`. Lengths differ, so
+    that ends and beginnings are spread over it as they are on a node.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int  # of the longest; the shortest has a third
+    temperature: float
+    num_seats: int
+    num_warm: int
+    num_tokens: int
+
+    def requests(self) -> Iterator[Request]:
+        rng = random.Random(0)
+        for number, prompt in enumerate(cycle(self.prompts)):
+            length = rng.randint(self.max_tokens // 3, self.max_tokens)
+            yield new_request(number, [*prompt, 10 + number % 100], length, self.temperature)
 
 
 @dataclass(slots=True)
@@ -101,8 +124,10 @@ class Rig:
             max_model_len=draft.max_model_len,
         )
 
-    def run(self, job: Job, speculation: Speculation | None = None) -> Run:
-        """Prompts first, unmeasured; then decode steps to the end."""
+    def run(self, job: Job | Stream, speculation: Speculation | None = None) -> Run:
+        """A batch from its first decode step to its end, or a stream in its middle."""
+        if isinstance(job, Stream):
+            return self._run_stream(job, speculation)
         engine = self._engine(speculation)
         requests = job.requests()
         for request in requests:
@@ -117,7 +142,27 @@ class Rig:
         run.outputs = [request.output_tokens for request in requests]
         return run
 
-    def _step(self, engine: Engine, run: Run) -> None:
+    def _run_stream(self, stream: Stream, speculation: Speculation | None) -> Run:
+        engine, coming = self._engine(speculation), stream.requests()
+        begun: list[Request] = []
+
+        def run_until(num_tokens: int) -> Run:
+            run = Run()
+            while run.num_tokens < num_tokens:
+                over = sum(request.finish_reason is not None for request in begun)
+                for request in islice(coming, stream.num_seats + over - len(begun)):
+                    begun.append(request)
+                    engine.add(request)
+                run.num_tokens += self._step(engine, run)
+            return run
+
+        run_until(stream.num_warm)
+        run = run_until(stream.num_tokens)
+        run.outputs = [r.output_tokens for r in begun]
+        return run
+
+    def _step(self, engine: Engine, run: Run) -> int:
+        """How many tokens came of it."""
         start = time.perf_counter()
         result = engine.step()
         seconds = time.perf_counter() - start
@@ -132,6 +177,7 @@ class Rig:
             run.accepted_of += counts.drafts
             run.num_drafted += sum(drafted for drafted, _ in counts.drafts)
             run.num_accepted += sum(accepted for _, accepted in counts.drafts)
+        return sum(len(progress.new_tokens) for progress in result.progress)
 
     def _engine(self, speculation: Speculation | None) -> Engine:
         config = EngineConfig(
@@ -186,7 +232,7 @@ def ngram() -> NgramDrafter:
 
 
 def speedups(
-    rig: Rig, jobs: Sequence[Job], speculation: Speculation, num_pairs: int
+    rig: Rig, jobs: Sequence[Job | Stream], speculation: Speculation, num_pairs: int
 ) -> tuple[list[float], list[Run]]:
     """Of pairs in turn, with drafts over without; the first pair warms up and does not count.
 
@@ -195,11 +241,17 @@ def speedups(
     ratios, runs = [], []
     for number, job in zip(range(num_pairs + 1), cycle(jobs), strict=False):
         plain, drafted = rig.run(job), rig.run(job, speculation)
-        assert plain.outputs == drafted.outputs, "drafts changed the output"
+        assert same_text(plain, drafted), "drafts changed the output"
         if number:
             ratios.append(drafted.rate / plain.rate)
             runs.append(drafted)
     return ratios, runs
+
+
+def same_text(one: Run, other: Run) -> bool:
+    """Whether the requests got the same tokens, as far as both of them came."""
+    pairs = zip(one.outputs, other.outputs, strict=False)
+    return all(a[: len(b)] == b[: len(a)] for a, b in pairs)
 
 
 def median(numbers: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +36,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # steps between probes
 PROBED = 2  # requests that a probe drafts for, and its tokens
 PLAIN_EVERY = 48  # steps, while on: what drafts are compared with must not be what it once was
 LOOK_EVERY = 16  # steps, while off: costs change slowly, and looking costs a tenth of a millisecond
+HOLD = 4  # steps, while on, that lengths are kept for if the batch stays the same
 
 
-@dataclass(frozen=True, slots=True)
-class Decoding:
+class Decoding(NamedTuple):  # these two are made for each request of each step, so they are cheap
     """A request as the decision sees it."""
 
     request_id: str
@@ -46,8 +47,7 @@ class Decoding:
     most: int  # tokens that may be drafted for it
 
 
-@dataclass(frozen=True, slots=True)
-class Drafted:
+class Drafted(NamedTuple):
     """What came of one request's draft."""
 
     request_id: str
@@ -68,7 +68,7 @@ class Observed:
     num_drafted: int
     draft_s: float
     step_s: float  # without the drafting
-    drafts: Sequence[Drafted] = ()
+    drafts: Sequence[Drafted] = ()  # of the requests that were to be drafted
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class _Rate:
 
 @dataclass(slots=True)
 class Controller:
-    """See above. `lengths` before a step and `observe` after it."""
+    """See above. Before a step `pauses` and, if it does not, `lengths`; after it `observe`."""
 
     num_speculative_tokens: int
     cost_per_token: bool = True
@@ -106,15 +106,28 @@ class Controller:
     _since_plain: int = 0
     _since_look: int = 0
     _looked_at: int = 0  # requests in the batch when it was last decided that nothing pays
+    _held: dict[str, int] = field(default_factory=dict)  # the lengths that were decided last
 
     @property
     def speculating(self) -> bool:
         return self._on
 
+    def pauses(self, num_requests: int) -> bool:
+        """Whether the coming step goes without drafts whatever is in it, so that nobody looks."""
+        if self._on or not self.adaptive:
+            return False
+        self._since_look += 1
+        self._since_probe += 1
+        return self._rests(num_requests) and self._since_probe < self._pause
+
+    def _rests(self, num_requests: int) -> bool:
+        """Whether it is off, and nothing has happened that would change that."""
+        same = self._looked_at == num_requests
+        return not self._on and same and self._since_look < LOOK_EVERY
+
     def lengths(self, batch: Sequence[Decoding]) -> list[int]:
         """Tokens to draft for each request of the batch."""
-        most = np.array([request.most for request in batch])
-        if not batch or not most.any():
+        if not any(request.most for request in batch):
             return [0] * len(batch)
         self._forget_others(batch)
         if not self.adaptive:
@@ -125,32 +138,36 @@ class Controller:
             return [(request.most * halves + 1) // 2 for request in batch]
         if self._rests(len(batch)):
             return self._probe(batch)
-        lengths, gain = self._best(batch, most)
-        self._on = gain >= (OFF_MARGIN if self._on else ON_MARGIN)
-        if self._on:
-            self._pause = FIRST_PAUSE
-            self._since_plain = (self._since_plain + 1) % PLAIN_EVERY
-            return lengths if self._since_plain else [0] * len(batch)
-        self._since_look, self._looked_at = 0, len(batch)
-        return self._probe(batch)
+        if not self._decided(batch):
+            lengths, gain = self._best(batch)
+            self._on = gain >= (OFF_MARGIN if self._on else ON_MARGIN)
+            self._since_look, self._looked_at = 0, len(batch)
+            self._held = dict(zip(self._requests, lengths, strict=True))
+        if not self._on:
+            return self._probe(batch)
+        self._pause, self._since_probe = FIRST_PAUSE, 0
+        self._since_plain = (self._since_plain + 1) % PLAIN_EVERY
+        if not self._since_plain:
+            return [0] * len(batch)
+        return [min(request.most, self._held[request.request_id]) for request in batch]
 
-    def _rests(self, num_requests: int) -> bool:
-        """Whether it is off, and nothing has happened that would change that."""
+    def _decided(self, batch: Sequence[Decoding]) -> bool:
+        """Whether it is on, and the lengths of a moment ago hold for this batch too."""
         self._since_look += 1
-        same = self._looked_at == num_requests
-        return not self._on and same and self._since_look < LOOK_EVERY
+        return self._on and self._since_look < HOLD and self._held.keys() == self._requests.keys()
 
     def _forget_others(self, batch: Sequence[Decoding]) -> None:
         known = self._requests
-        share = self._node.share
-        self._requests = {}
-        for request in batch:
-            rate = known.get(request.request_id) or _Rate(share * PRIOR_TRIES, PRIOR_TRIES)
-            self._requests[request.request_id] = rate
+        if [*known] == [request.request_id for request in batch]:
+            return
+        prior = self._node.share * PRIOR_TRIES
+        self._requests = {
+            request.request_id: known.get(request.request_id) or _Rate(prior, PRIOR_TRIES)
+            for request in batch
+        }
 
     def _probe(self, batch: Sequence[Decoding]) -> list[int]:
         """Mostly nothing; from time to time a short draft for the requests that are shortest."""
-        self._since_probe += 1
         lengths = [0] * len(batch)
         if self._since_probe < self._pause:
             return lengths
@@ -163,10 +180,11 @@ class Controller:
 
     # ------------------------------------------------------------ what pays
 
-    def _best(self, batch: Sequence[Decoding], most: NDArray[np.int64]) -> tuple[list[int], float]:
+    def _best(self, batch: Sequence[Decoding]) -> tuple[list[int], float]:
         """The lengths with the most tokens per second, and by how much that is more."""
+        most = np.array([request.most for request in batch])
         depths = np.arange(1.0, int(most.max()) + 1)
-        share = np.array([self._requests[r.request_id].share for r in batch])
+        share = np.array([rate.share for rate in self._requests.values()])
         found = min(1.0, self._found.share)
         # [B, K]: how likely the k-th drafted token of a request is right; none beyond its most
         likely = share[:, None] ** depths * (depths <= most[:, None])
@@ -176,16 +194,16 @@ class Controller:
         rate, lengths = plain_rate, np.zeros(len(batch), np.int64)
         for _ in range(2):  # what is worth a row depends on the rate, which depends on that
             worth: NDArray[np.bool_] = likely > row_s * rate
-            chosen, rates = self._rates(likely * worth, worth, found, plain_s, row_s)
-            if rates[chosen] > rate:
-                rate, lengths = float(rates[chosen]), worth[:, : chosen + 1].sum(1)
+            chosen, reached = self._rates(likely * worth, worth, found, plain_s, row_s)
+            if reached <= rate:
+                break
+            rate, lengths = reached, worth[:, : chosen + 1].sum(1)
         return lengths.tolist(), rate / plain_rate
 
     def _plain(self, context: float, num_requests: int) -> tuple[float, float]:
         """Seconds of a step without drafts, and of one row more in it."""
-        points = np.array([[context, num_requests], [context, num_requests + 1]])
-        plain, more = self._step_costs.seconds(points).tolist()
-        return max(plain, 1e-9), max(more - plain, 0.0)
+        constant, of_context, of_row = self._step_costs.coefficients(2)
+        return max(constant + of_context * context + of_row * num_requests, 1e-9), of_row
 
     def _rates(
         self,
@@ -194,21 +212,16 @@ class Controller:
         found: float,
         plain_s: float,
         row_s: float,
-    ) -> tuple[int, NDArray[np.float64]]:
-        """Tokens per second if drafts are at most 1, 2, ... long; the best one's index."""
+    ) -> tuple[int, float]:
+        """Of drafts that are at most 1, 2, ... long, the best and its tokens per second."""
         tokens = len(likely) + found * likely.sum(0).cumsum()
         drafted = worth.sum(0).cumsum()
-        longest = np.arange(1, likely.shape[1] + 1)
-        draft_s = self._draft_costs.seconds(self._draft_features(longest, drafted))
-        rates = tokens / (plain_s + found * row_s * drafted + draft_s)
-        return int(rates.argmax()), rates
-
-    def _draft_features(
-        self, longest: NDArray[np.int64], drafted: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        if not self.cost_per_token:
-            longest, drafted = np.zeros_like(longest), np.zeros_like(drafted)
-        return np.stack([longest, drafted], axis=-1).astype(np.float64)
+        constant, of_longest, of_token = self._draft_costs.coefficients(2)
+        row_s = found * row_s + of_token
+        longest = np.arange(1, len(drafted) + 1)
+        rates = tokens / (plain_s + constant + of_longest * longest + row_s * drafted)
+        chosen = int(rates.argmax())
+        return chosen, float(rates[chosen])
 
     # ------------------------------------------------------------ what came of it
 
@@ -217,25 +230,24 @@ class Controller:
         self._step_costs.observe(
             step.num_rows, (step.context / 1000, float(step.num_rows)), step.step_s
         )
-        if any(drafted.num_asked for drafted in step.drafts):
-            features = self._draft_features(
-                np.array(step.longest_draft), np.array(step.num_drafted)
-            )
-            self._draft_costs.observe(
-                step.longest_draft + 100 * step.num_requests, features.tolist(), step.draft_s
-            )
-        for drafted in step.drafts:
-            self._observe_draft(drafted)
+        if step.drafts:
+            longest, num_drafted = step.longest_draft, step.num_drafted
+            features = (longest, num_drafted) if self.cost_per_token else (0, 0)
+            self._draft_costs.observe(longest + 100 * step.num_requests, features, step.draft_s)
+            self._observe_drafts(step.drafts)
 
-    def _observe_draft(self, drafted: Drafted) -> None:
-        if drafted.num_asked:
-            self._found.observe(drafted.num_drafted, drafted.num_asked, NODE_DECAY)
-        if not drafted.num_tried:
+    def _observe_drafts(self, drafts: Sequence[Drafted]) -> None:
+        _, *numbers = zip(*drafts, strict=True)
+        asked, drafted, accepted, tried = map(sum, numbers)
+        decay = NODE_DECAY ** len(drafts)
+        self._found.observe(drafted, asked, decay)
+        if not tried:
             return
-        self._node.observe(drafted.num_accepted, drafted.num_tried, NODE_DECAY)
-        rate = self._requests.get(drafted.request_id)
-        if rate is not None:
-            rate.observe(drafted.num_accepted, drafted.num_tried, DECAY)
+        self._node.observe(accepted, tried, decay)
+        for draft in drafts:
+            rate = self._requests.get(draft.request_id)
+            if rate is not None and draft.num_tried:
+                rate.observe(draft.num_accepted, draft.num_tried, DECAY)
 
     def plain_seconds(self, context: int, num_requests: int) -> float:
         """What a step without drafts would take; 0 as long as nothing was measured."""

@@ -12,61 +12,86 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 9  # measurements of one kind of step
 MAX_KINDS = 32
-REFIT_EVERY = 32  # measurements; a fit takes half a millisecond
+REFIT_EVERY = 32  # measurements; a fit takes a fifth of a millisecond
+FEW_KINDS = 6  # up to here each new one is fitted at once
 STALE_AFTER = 300  # measurements of other kinds
+
+
+class _Kind:
+    """The last measurements of one kind of step."""
+
+    __slots__ = ("_median", "last", "seen")
+
+    def __init__(self) -> None:
+        self.seen: deque[tuple[float, ...]] = deque(maxlen=KEPT)
+        self.last = 0  # when it was measured last, in measurements
+        self._median: list[float] = []
+
+    def add(self, measured: tuple[float, ...]) -> None:
+        self.seen.append(measured)
+        self._median = []
+
+    @property
+    def median(self) -> list[float]:
+        """Of each column; `numpy.median` takes 30 times as long for so few numbers."""
+        if not self._median:
+            self._median = [median(column) for column in zip(*self.seen, strict=True)]
+        return self._median
 
 
 class LinearCosts:
     """Seconds as a linear function of features that are not negative; no coefficient is either."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[int, deque[tuple[float, ...]]] = OrderedDict()
-        self._last: dict[int, int] = {}  # when a kind was measured, in measurements
+        self._kinds: OrderedDict[int, _Kind] = OrderedDict()  # measured last: last
         self._num_seen = 0
         self._num_new = 0
-        self._fit: NDArray[np.float64] | None = None
+        self._fit: list[float] | None = None
 
     @property
     def num_kinds(self) -> int:
         """How many different kinds of steps were measured."""
-        return len(self._seen)
+        return len(self._kinds)
 
     def observe(self, kind: int, features: Sequence[float], seconds: float) -> None:
         """A step of this kind (its number of rows, or the like) took so long."""
-        kind = _rounded(kind)
-        kept = self._seen.setdefault(kind, deque(maxlen=KEPT))
-        self._seen.move_to_end(kind)
-        kept.append((seconds, *features))
+        number = _rounded(kind)
+        known = self._kinds.get(number)
+        if known is None:
+            known = self._kinds[number] = _Kind()
+            if len(self._kinds) <= FEW_KINDS:
+                self._fit = None
+        self._kinds.move_to_end(number)
+        known.add((seconds, *features))
         self._num_seen += 1
-        self._last[kind] = self._num_seen
-        if len(self._seen) > MAX_KINDS:
-            forgotten, _ = self._seen.popitem(last=False)
-            del self._last[forgotten]
+        known.last = self._num_seen
+        if len(self._kinds) > MAX_KINDS:
+            self._kinds.popitem(last=False)
         self._num_new += 1
-        if self._num_new >= REFIT_EVERY or len(kept) == 1:
+        if self._num_new >= REFIT_EVERY:
             self._num_new, self._fit = 0, None
 
-    def seconds(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For features [..., F]; zeros where nothing was measured."""
+    def coefficients(self, num_features: int) -> list[float]:
+        """The constant, then each feature's; zeros where nothing was measured."""
         if self._fit is None:
-            self._fit = self._fitted(features.shape[-1])
-        seconds: NDArray[np.float64] = features @ self._fit[1:] + self._fit[0]
-        return seconds
+            self._fit = self._fitted(num_features).tolist()
+        return self._fit
 
     def _fitted(self, num_features: int) -> NDArray[np.float64]:
         """Least squares of the relative error; a coefficient below zero is left out."""
         fit = np.zeros(1 + num_features)
-        if not self._seen:
+        if not self._kinds:
             return fit
         kinds = self._fresh_kinds()
-        medians = np.array([np.median(np.array(kept), axis=0) for kept in kinds])
-        sure = np.sqrt([len(kept) for kept in kinds])
+        medians = np.array([kind.median for kind in kinds])
+        sure = np.sqrt([len(kind.seen) for kind in kinds])
         weights = sure / np.maximum(medians[:, 0], 1e-9)
         matrix = np.column_stack([np.ones(len(medians)), medians[:, 1:]]) * weights[:, None]
         used = list(range(1 + num_features))
@@ -78,10 +103,10 @@ class LinearCosts:
             del used[int(solved.argmin())]
         return fit
 
-    def _fresh_kinds(self) -> list[deque[tuple[float, ...]]]:
+    def _fresh_kinds(self) -> list[_Kind]:
         oldest = self._num_seen - STALE_AFTER
-        fresh = [kept for kind, kept in self._seen.items() if self._last[kind] > oldest]
-        return fresh if len(fresh) > 1 else list(self._seen.values())
+        fresh = [kind for kind in self._kinds.values() if kind.last > oldest]
+        return fresh if len(fresh) > 1 else list(self._kinds.values())
 
 
 def _rounded(kind: int) -> int:

@@ -53,15 +53,19 @@ class Speculation:
 
     def propose(self, requests: Sequence[Request]) -> dict[str, Sequence[int]]:
         """Drafts by request, for those that decode in the coming step."""
+        if self._drafter is None:
+            return {}
         began = self._clock()
+        if requests and self._controller.pauses(len(requests)):
+            self._asked = _Asked({}, began, 0.0)
+            return {}
         lengths = self._controller.lengths([self._decoding(request) for request in requests])
-        asks = [Ask(r, n) for r, n in zip(requests, lengths, strict=True)]
-        drafts = self._drafts(asks) if any(lengths) or not requests else {}
+        drafts = self._drafts(requests, lengths) if any(lengths) or not requests else {}
         seconds = self._clock() - began
         if seconds > self._stall_s:
             self._give_up(f"it took {seconds:.1f} s")
-        by_request = {ask.request.request_id: ask.num_tokens for ask in asks}
-        self._asked = _Asked(by_request, began, seconds)
+        names = [request.request_id for request in requests]
+        self._asked = _Asked(dict(zip(names, lengths, strict=True)), began, seconds)
         return drafts
 
     def _decoding(self, request: Request) -> Decoding:
@@ -69,13 +73,15 @@ class Speculation:
         most = min(
             self._controller.num_speculative_tokens, request.max_kv_tokens - request.num_tokens
         )
-        wanted = self._drafter is not None and request.sampling.speculate
+        wanted = request.sampling.speculate
         return Decoding(request.request_id, request.num_tokens, max(0, most) if wanted else 0)
 
-    def _drafts(self, asks: Sequence[Ask]) -> dict[str, Sequence[int]]:
+    def _drafts(
+        self, requests: Sequence[Request], lengths: Sequence[int]
+    ) -> dict[str, Sequence[int]]:
         """Of all who are asked for; an idle engine's drafter is told that nobody is left."""
-        if self._drafter is None:
-            return {}
+        assert self._drafter is not None
+        asks = [Ask(request, length) for request, length in zip(requests, lengths, strict=True)]
         try:
             proposed = self._drafter.propose(asks)
             return {
@@ -107,12 +113,7 @@ class Speculation:
         failure, self._failure = self._failure, ""
         if asked is None:
             return None
-        by_request = {item.request.request_id: item for item in plan.scheduled}
-        decoded = [(by_request[p.request_id], p) for p in progress if p.request_id in by_request]
-        drafts = [self._outcome(item, done, asked) for item, done in decoded]
-        for item, done in decoded:
-            if self._drafter is not None and item.draft_tokens:
-                self._drafter.accepted(item.request, max(0, len(done.new_tokens) - 1))
+        drafts = self._outcomes(plan, progress, asked) if any(asked.lengths.values()) else []
         observed = _observed(plan, drafts, asked, self._clock())
         saved = 0.0
         if observed is not None:
@@ -125,40 +126,56 @@ class Speculation:
             failure,
         )
 
-    def _outcome(self, item: ScheduledRequest, progress: RequestProgress, asked: _Asked) -> Drafted:
-        num_drafted, num_new = len(item.draft_tokens), len(progress.new_tokens)
-        num_accepted = max(0, num_new - 1)
-        refused = num_accepted < num_drafted and progress.finish_reason is None
-        return Drafted(
-            progress.request_id,
-            asked.lengths.get(progress.request_id, 0),
-            num_drafted,
-            num_accepted,
-            num_accepted + refused,
-        )
+    def _outcomes(
+        self, plan: StepPlan, progress: Sequence[RequestProgress], asked: _Asked
+    ) -> list[Drafted]:
+        """Of the requests that were to be drafted; the drafter is told, too."""
+        items = {item.request.request_id: item for item in plan.scheduled}
+        drafts = []
+        for done in progress:
+            num_asked = asked.lengths.get(done.request_id, 0)
+            if not num_asked:
+                continue
+            item = items[done.request_id]
+            drafts.append(_outcome(item, done, num_asked))
+            if self._drafter is not None and item.draft_tokens:
+                self._drafter.accepted(item.request, drafts[-1].num_accepted)
+        return drafts
 
     def _saved(self, step: Observed) -> float:
         """Seconds that the step's tokens would have taken longer one by one, as was measured."""
+        if not step.num_drafted:
+            return 0.0
         plain = self._controller.plain_seconds(step.context, step.num_requests)
         accepted = sum(drafted.num_accepted for drafted in step.drafts)
-        if not plain or not step.num_drafted:
-            return 0.0
-        return plain * (1 + accepted / step.num_requests) - step.step_s - step.draft_s
+        saved = plain * (1 + accepted / step.num_requests) - step.step_s - step.draft_s
+        return saved if plain else 0.0
+
+
+def _outcome(item: ScheduledRequest, progress: RequestProgress, num_asked: int) -> Drafted:
+    num_drafted = len(item.draft_tokens)
+    num_accepted = max(0, len(progress.new_tokens) - 1)
+    refused = num_accepted < num_drafted and progress.finish_reason is None
+    return Drafted(
+        progress.request_id, num_asked, num_drafted, num_accepted, num_accepted + refused
+    )
 
 
 def _observed(
     plan: StepPlan, drafts: Sequence[Drafted], asked: _Asked, now: float
 ) -> Observed | None:
     """The step as the control sees it; None where prompts were computed too."""
-    items = plan.scheduled
-    if any(item.num_new_tokens != 1 + len(item.draft_tokens) for item in items):
+    items, num_rows = plan.scheduled, plan.num_tokens
+    lengths = [len(item.draft_tokens) for item in items]
+    num_drafted = sum(lengths)
+    if num_rows != len(items) + num_drafted:
         return None
     return Observed(
-        context=sum(item.start for item in items),
+        context=sum([item.start for item in items]),
         num_requests=len(items),
-        num_rows=plan.num_tokens,
-        longest_draft=max(len(item.draft_tokens) for item in items),
-        num_drafted=sum(len(item.draft_tokens) for item in items),
+        num_rows=num_rows,
+        longest_draft=max(lengths),
+        num_drafted=num_drafted,
         draft_s=asked.seconds,
         step_s=now - asked.began - asked.seconds,
         drafts=drafts,

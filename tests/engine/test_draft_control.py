@@ -28,7 +28,9 @@ class Machine:
         """One step of as many requests; returns the lengths that were chosen."""
         most = self.controller.num_speculative_tokens
         names = [str(number) for number in range(len(acceptances))]
-        chosen = self.controller.lengths([Decoding(name, context, most) for name in names])
+        chosen = [0] * len(names)
+        if not self.controller.pauses(len(names)):
+            chosen = self.controller.lengths([Decoding(name, context, most) for name in names])
         drafts = [
             self._draft(name, length, share)
             for name, length, share in zip(names, chosen, acceptances, strict=True)

@@ -204,7 +204,10 @@ def _mix32(x):
     return x ^ (x >> 15)
 
 
-@triton.jit(do_not_specialize=["num_entries"])
+@triton.jit(  # what changes from step to step must not ask for another kernel
+    do_not_specialize=["num_entries"],
+    do_not_specialize_on_alignment=["ids", "counts", "frequency", "presence"],
+)
 def _penalize(
     x,
     rows,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import triton_attention
+from kernels import attention_tiling
+from kernels.attention_tiling import choose_tiling
 from kernels.device_rows import DeviceRows
-from kernels.triton_attention import choose_tiling, paged_attention_triton, supports
+from kernels.triton_attention import paged_attention_triton, supports
 from tests.kernels.paged_cases import PagedCase, make_case, seeded
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
@@ -39,8 +40,8 @@ def check(case: PagedCase, **options: Any) -> None:
 @pytest.fixture
 def splitting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short contexts are split as if they were long."""
-    monkeypatch.setattr(triton_attention, "KEYS_PER_SPLIT", 32)
-    monkeypatch.setattr(triton_attention, "PROGRAMS_PER_PROCESSOR", 100)
+    monkeypatch.setattr(attention_tiling, "KEYS_PER_SPLIT", 32)
+    monkeypatch.setattr(attention_tiling, "PROGRAMS_PER_PROCESSOR", 100)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -95,7 +96,7 @@ def test_rows_of_many_tiles_find_their_requests(device: torch.device) -> None:
     rows = DeviceRows.of(case.requests)
     tiling = choose_tiling(case.query, case.keys, rows, invariant=True)
     assert not tiling.one_tile
-    assert tiling.query_rows == 4
+    assert tiling.query_rows == 2
     expected = case.reference(scale=0.3)
     found = attend(case, scale=0.3, invariant=True)
     torch.testing.assert_close(found, expected, **TOLERANCE[torch.float32])
@@ -148,7 +149,7 @@ def test_splits_fill_the_processors(
     num_requests: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Llama 3 8B with long contexts on a GPU of 132 processors."""
-    monkeypatch.setattr(triton_attention, "num_processors", lambda _: 132)
+    monkeypatch.setattr(attention_tiling, "num_processors", lambda _: 132)
     none = torch.zeros(num_requests, dtype=torch.int32)
     rows = DeviceRows(none, none, none, none, max_rows=1, max_context=100_000)
     query, keys = torch.empty(num_requests, 32, 128), torch.empty(1, 16, 8, 128)

@@ -89,15 +89,19 @@ class PrefixCache:
 
     def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Make held, completely computed blocks findable where their content is not yet."""
+        found = self._block_of
         for block_id, content_hash in zip(block_ids, hashes, strict=False):
-            if content_hash not in self._block_of:
+            if content_hash not in found:
                 self._pool.publish(block_id, content_hash)
-                self._block_of[content_hash] = block_id
+                found[content_hash] = block_id
                 self._note(content_hash, True)
 
     def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
         """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
         self.publish(block_ids, hashes)
+        if [self._block_of.get(h) for h in hashes] == block_ids[: len(hashes)]:
+            self._pool.release(reversed(block_ids), owner)  # to touch one's own changes nothing
+            return
         for index in reversed(range(len(block_ids))):
             self._pool.release([block_ids[index]], owner)
             if index < len(hashes):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from baton.simulation.fleet_run import FleetRun
 from baton.simulation.setup import Setup, Split
-from baton.simulation.simulate import simulate
 from benchmarks.quiet import is_quiet
 from engine.config import EngineConfig
 from tuner.latency import LatencyModel
@@ -56,6 +57,41 @@ def _drawn(number: int) -> Trace:
     return Trace("drawn", tuple(found))
 
 
+class TimeIsUpError(Exception):
+    """The run ends before its requests have."""
+
+
+class Watched:
+    """A run that says how far it is, and ends in time. What it has done by then counts."""
+
+    EVERY_S = 30.0  # of real time
+    LOOK_S = 0.5  # of virtual time
+
+    def __init__(self, run: FleetRun, number: int, limit_s: float) -> None:
+        self._run, self._number = run, number
+        self._began = self._told = time.monotonic()
+        self._limit_s = limit_s
+        run.clock.after(self.LOOK_S, self._look)
+        try:
+            run.run()
+            self.complete = True
+        except TimeIsUpError:
+            self.complete = False
+
+    def _look(self) -> None:
+        now, done = time.monotonic(), len(self._run.records)
+        if now - self._told > self.EVERY_S:
+            self._told = now
+            print(
+                f"{done} of {self._number} requests, {self._run.clock.now:.0f} simulated seconds, "
+                f"{time.process_time():.0f} s of processor time in {now - self._began:.0f} s",
+                flush=True,
+            )
+        if now - self._began > self._limit_s:
+            raise TimeIsUpError
+        self._run.clock.after(self.LOOK_S, self._look)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,6 +101,7 @@ def main() -> int:
     add("--requests", type=int, default=10_000, metavar="N", help="(%(default)s)")
     add("--trace", type=Path, metavar="FILE", help="take lengths and order from this")
     add("--quick", action="store_true", help="a tenth of the requests")
+    add("--minutes", type=float, default=float("inf"), metavar="M", help="end after so many")
     args = parser.parse_args()
     quiet = is_quiet()
     number = args.requests // 10 if args.quick else args.requests
@@ -72,17 +109,23 @@ def main() -> int:
     half = max(1, args.nodes // 2)
     setup = replace(SETUP, split=Split(prefill=half, decode=max(1, args.nodes - half)))
     began = time.process_time()
-    found = simulate(setup, trace)
+    run = FleetRun(setup, trace)
+    made_s = time.process_time() - began
+    watched = Watched(run, number, 60 * args.minutes)
     seconds = time.process_time() - began
+    most_busy = max(node.engine.busy_s for node in run.nodes.values()) / run.clock.now
     print(
-        f"{len(found.records)} requests on {args.nodes} nodes, {found.duration_s:.0f} simulated "
-        f"seconds in {seconds:.1f} s of processor time; busiest node {max(found.busy.values()):.0%}"
+        f"{len(run.records)} requests on {args.nodes} nodes, {run.clock.now:.0f} simulated "
+        f"seconds in {seconds:.1f} s of processor time, {made_s:.1f} of them to make the nodes; "
+        f"busiest node {most_busy:.0%}"
     )
     figures = {
-        "requests_per_minute": round(60 * len(found.records) / seconds),
+        "requests_per_minute": round(60 * len(run.records) / seconds),
         "nodes": args.nodes,
-        "requests": len(found.records),
-        "failed": sum(record.error is not None for record in found.records),
+        "requests": len(run.records),
+        "failed": sum(record.error is not None for record in run.records),
+        "complete": watched.complete,
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "quiet": quiet,
     }
     print(json.dumps(figures))

@@ -156,7 +156,7 @@ class BlockPool:
         """Drop a reference to each; what is released last is evicted last."""
         running = owner is Owner.RUNNING
         before = BlockState.RUNNING if running else BlockState.LEASED
-        blocks = self._blocks
+        num_cached, blocks = 0, self._blocks
         for block_id in block_ids:
             block = blocks[block_id]
             if running:
@@ -164,8 +164,15 @@ class BlockPool:
             else:
                 block.leased -= 1
             assert block.running >= 0 <= block.leased, f"block {block_id} released too often"
-            if not block.running:  # else it is what it was
+            if block.running:
+                continue  # it is what it was
+            if block.leased or block.io_refs or block.content_hash is None:
                 self._moved(block_id, before)
+            else:  # as _moved, in half the time
+                self._lru[block_id] = None
+                num_cached += 1
+        self._num_in[before] -= num_cached
+        self._num_in[BlockState.CACHED] += num_cached
 
     def hand_over(self, block_ids: Iterable[int], old: Owner, new: Owner) -> None:
         """Turn one owner's references into the other's. Whoever had a block still has it."""

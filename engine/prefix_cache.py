@@ -89,12 +89,13 @@ class PrefixCache:
 
     def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Make held, completely computed blocks findable where their content is not yet."""
-        found = self._block_of
+        found, changed = self._block_of, self._changed
         for block_id, content_hash in zip(block_ids, hashes, strict=False):
             if content_hash not in found:
                 self._pool.publish(block_id, content_hash)
                 found[content_hash] = block_id
-                self._note(content_hash, True)
+                changed[content_hash] = True
+        self._keep_few_changes()
 
     def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
         """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
@@ -117,12 +118,12 @@ class PrefixCache:
 
     def _forget(self, content_hash: bytes) -> None:
         del self._block_of[content_hash]
-        self._note(content_hash, False)
+        self._changed[content_hash] = False
+        self._keep_few_changes()
 
     # ------------------------------------------------------------ telling others
 
-    def _note(self, content_hash: bytes, findable: bool) -> None:
-        self._changed[content_hash] = findable
+    def _keep_few_changes(self) -> None:
         if len(self._changed) > self._max_pending_changes:
             self._changed.clear()
             self._lost_changes = True

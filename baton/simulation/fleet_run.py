@@ -94,6 +94,9 @@ class FleetRun:
     def nodes(self) -> dict[NodeId, DecodeNode | PrefillNode]:
         return {**self.prefill_nodes, **self.decode_nodes}
 
+    def _node(self, id: NodeId) -> DecodeNode | PrefillNode:
+        return self.prefill_nodes.get(id) or self.decode_nodes[id]
+
     def _make_node(self, id: NodeId, role: Role) -> None:
         setup, clock = self._setup, self.clock
         machine = self._machine
@@ -116,13 +119,13 @@ class FleetRun:
             setup.step_model,
             self._fleet,
             self.clock,
-            is_idle=lambda node: self.nodes[node].is_idle,
+            is_idle=lambda node: self._node(node).is_idle,
             change=self._change_role,
         )
 
     def _change_role(self, node: NodeId, role: Role) -> None:
         """It comes back as a new incarnation; the old one answers nobody."""
-        self.nodes[node].engine.stop()
+        self._node(node).engine.stop()
         successor = NodeId(node.name, node.incarnation + 1)
         self._make_node(successor, role)
         self.clock.after(self._setup.heartbeat_s, partial(self._beat, successor))
@@ -164,7 +167,7 @@ class FleetRun:
 
     def _beat(self, id: NodeId) -> None:
         """A node's heartbeat, with what its cache has gained and lost."""
-        node = self.nodes[id]
+        node = self._node(id)
         if node.engine.stopped or id not in self._fleet:
             return
         load = node.engine.load()
@@ -275,7 +278,7 @@ class FleetRun:
         self._fleet.assign(node, choice.work.request, num_tokens, 0)
 
     def _arrived(self, to: NodeId, message: Message) -> None:
-        node = self.nodes[to]
+        node = self._node(to)
         if not node.engine.stopped:
             node.handle(message)
 

@@ -25,7 +25,7 @@ from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
 from wire.geometry import Geometry, geometry_for
 from wire.logprobs import UNKNOWN
-from wire.messages import Grant, Granted, Rebind, Refused, Reserve
+from wire.messages import Generate, Grant, Granted, Rebind, Refused, Reserve
 from wire.types import AttemptId, SamplingParams
 
 
@@ -102,11 +102,11 @@ class Arrivals:
         """Answer with a grant, or with why there is none."""
         if self._answered_before(link, message.id):
             return
-        refusal = self._refusal(message)
+        refusal = self.refusal(message)
         if refusal is not None:
             link.send(refusal)
             return
-        self._end_lower(message.id)  # its room is needed
+        self.end_lower(message.id)  # its room is needed
         try:
             granted = self._grant(link, message, self._reservation(message))
         except CapacityError as error:
@@ -122,7 +122,7 @@ class Arrivals:
         link.send(Granted(id, pending.grant))
         return True
 
-    def _end_lower(self, id: AttemptId) -> None:
+    def end_lower(self, id: AttemptId) -> None:
         """Lower attempts than this one of its request have nothing to come back to."""
         pending = self._pending.get(id.request)
         if pending is not None and pending.id.attempt < id.attempt:
@@ -135,7 +135,7 @@ class Arrivals:
             return
         answer = self._rebound(link, message)
         if isinstance(answer, Refused):
-            self._end_lower(message.id)
+            self.end_lower(message.id)
         link.send(answer)
 
     def _rebound(self, link: RouterLink, message: Rebind) -> Granted | Refused:
@@ -146,7 +146,7 @@ class Arrivals:
         if pending is None or not live:
             return Refused(id, "gone", "there is no such lease (any more)")
         reserve = _next_attempt(pending.message, message)
-        refusal = self._refusal(reserve)
+        refusal = self.refusal(reserve)
         if refusal is not None:
             return refusal
         try:
@@ -157,7 +157,7 @@ class Arrivals:
             return Refused(id, "capacity", str(error), error.retry_after_s)
         return self._grant(link, reserve, reservation, rebinds=True)
 
-    def _refusal(self, message: Reserve) -> Refused | None:
+    def refusal(self, message: Reserve | Generate) -> Refused | None:
         """Why this attempt cannot be served here whatever is free; None if it can."""
         id = message.id
         running = self._host.running_attempt(id.request)
@@ -175,10 +175,10 @@ class Arrivals:
             return Refused(id, "invalid", f"{text} is more than a step of this node computes")
         return self._too_long(message)
 
-    def _too_long(self, message: Reserve) -> Refused | None:
+    def _too_long(self, message: Reserve | Generate) -> Refused | None:
         limit = self.max_num_tokens(message)
-        if len(message.tokens) + 1 >= limit:
-            # One token comes from the prefill node, so at least one more must fit here.
+        # One token comes from the prefill node, so at least one more must fit here.
+        if len(message.tokens) + isinstance(message, Reserve) >= limit:
             return Refused(message.id, "too_long", "no room for output")
         width = width_of(message.sampling)
         # The last token's KV is never computed.
@@ -235,7 +235,7 @@ class Arrivals:
             self._shell.built.layout, message.prefill_layout, self._shell.config.transfer_dtype
         )
 
-    def max_num_tokens(self, message: Reserve) -> int:
+    def max_num_tokens(self, message: Reserve | Generate) -> int:
         limit = message.num_prompt_tokens + message.sampling.max_tokens
         return min(limit, self._shell.built.max_model_len)
 

@@ -1,6 +1,7 @@
 """What a decode node does with a request.
 
     Reserve … Commit ─▶ its KV has arrived ─▶ engine.adopt ─▶ joins the next step
+    Generate ─▶ engine.add ─▶ its prompt is computed here, in chunks between others' tokens
     steps ─▶ Tokens to the router ─▶ Ack
 
 Room, leases and all until the KV is here are in `arrivals`.
@@ -9,24 +10,30 @@ Room, leases and all until the KV is here are in `arrivals`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from decode_node.arrivals import Arrival, Arrivals
-from engine.plan import LayerProgress, StepResult
+from engine.plan import LayerProgress, RequestProgress, StepResult
 from engine.request import Request
 from kvtransfer.lease import Lease
 from kvtransfer.transport import TransferStats
+from node.attempt_clock import AttemptClock
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
+from wire.errors import CapacityError
+from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
     BeamsFound,
+    Generate,
     Message,
     Rebind,
+    Refused,
     Resend,
     Reserve,
 )
@@ -42,6 +49,7 @@ class _Running:
     id: AttemptId
     link: RouterLink
     request: Request
+    clock: AttemptClock | None = None  # while its prompt is computed here
 
 
 class DecodeRole:
@@ -75,12 +83,15 @@ class DecodeRole:
             self._arrivals.reserve(link, message)
         elif isinstance(message, Rebind):
             self._arrivals.rebind(link, message)
+        elif isinstance(message, Generate):
+            self._generate(link, message)
         elif isinstance(message, Abort):
             self._abort(message.id)
         elif isinstance(message, Resend):
             self._resend(link, message)
         elif isinstance(message, Ack):
             self._outbox.forget(message.id)
+            self._arrivals.abort(message.id)  # nothing is left of it; nor may it begin again
 
     def _resend(self, link: RouterLink, message: Resend) -> None:
         known = self._outbox.resend(message.id, message.index) or message.id in self._arrivals
@@ -92,6 +103,41 @@ class DecodeRole:
         self._outbox.forget(id)
         self._arrivals.abort(id)
         self.end_running(id)
+
+    # ------------------------------------------------------------ requests from their prompt on
+
+    def _generate(self, link: RouterLink, message: Generate) -> None:
+        """Take the whole request, or say why not."""
+        id = message.id
+        if id in self._outbox:
+            return  # asked twice
+        refusal = self._arrivals.refusal(message)
+        if refusal is not None:
+            link.send(refusal)
+            return
+        self._arrivals.end_lower(id)
+        request = self._request(message, ())
+        try:
+            self._engine.add(request, only_with_room=True)
+        except CapacityError as error:
+            link.send(Refused(id, "capacity", str(error), error.retry_after_s))
+        except ValueError as error:
+            self._fail(link, id, "internal", f"the engine does not take it: {error}")
+        else:
+            self._begin(link, message, request)
+
+    def _begin(self, link: RouterLink, message: Generate, request: Request) -> None:
+        """Like every new holder it repeats the output so far, and so says that it has it."""
+        id = message.id
+        self._running[id.request] = _Running(id, link, request, AttemptClock(time.monotonic()))
+        output = message.tokens[message.num_prompt_tokens :]
+        told = output and message.sampling.logprobs is not None
+        self._outbox.open(id, link)
+        # Nobody here has ever known their logprobs; the router has had them.
+        self._outbox.add(
+            id, output, None, logprobs=Logprobs((UNKNOWN,) * len(output)) if told else None
+        )
+        self._outbox.flush()
 
     # ------------------------------------------------------------ attempts that generate (Host)
 
@@ -134,7 +180,7 @@ class DecodeRole:
     def lost(self, arrival: Arrival, cause: str, message: str) -> None:
         self._fail(arrival.link, arrival.id, cause, message)
 
-    def _request(self, message: Reserve, first: tuple[int, ...]) -> Request:
+    def _request(self, message: Reserve | Generate, first: tuple[int, ...]) -> Request:
         return Request(
             request_id=str(message.id),
             tokens=[*message.tokens, *first],
@@ -147,25 +193,48 @@ class DecodeRole:
     # ------------------------------------------------------------ steps
 
     def on_step(self, result: StepResult) -> None:
+        now = time.monotonic()
         for progress in result.progress:
-            request, _, attempt = progress.request_id.rpartition("/")
-            running = self._running.get(request)
-            if running is None or running.id.attempt != int(attempt):
+            running = self._by_key(progress.request_id)
+            if running is None:
                 continue
-            if progress.hypotheses:
-                self._outbox.end_with(BeamsFound(running.id, progress.hypotheses))
-                del self._running[request]
-            if not progress.new_tokens:
-                continue
+            if running.clock is not None:
+                running.clock.step_over(now, result.seconds)
+            self._tell(running, progress)
+        self._outbox.flush()
+
+    def _by_key(self, request_id: str) -> _Running | None:
+        request, _, attempt = request_id.rpartition("/")
+        running = self._running.get(request)
+        return running if running is not None and running.id.attempt == int(attempt) else None
+
+    def _tell(self, running: _Running, progress: RequestProgress) -> None:
+        """Queue what a step has produced for the router."""
+        id, timing = running.id, None
+        if running.clock is not None and self._has_computed_prompt(running, progress):
+            timing, running.clock = running.clock.timing(), None
+            num_cached = progress.num_cached_tokens
+            self._shell.stats.count_lookup(progress.num_computed_tokens, num_cached)
+        if timing is not None or progress.new_tokens:
             self._outbox.add(
-                running.id,
+                id,
                 progress.new_tokens,
                 progress.finish_reason,
-                logprobs=progress.logprobs,
+                None if timing is None else progress.num_cached_tokens,
+                progress.logprobs,
+                timing,
             )
-            if progress.finish_reason is not None:
-                del self._running[request]
-        self._outbox.flush()
+        if progress.hypotheses:
+            self._outbox.flush()
+            self._outbox.end_with(BeamsFound(id, progress.hypotheses))
+        if progress.hypotheses or progress.finish_reason is not None:
+            del self._running[id.request]
+
+    def _has_computed_prompt(self, running: _Running, progress: RequestProgress) -> bool:
+        """A search chooses no token then."""
+        searches = running.request.sampling.beam is not None
+        num_known = len(running.request.tokens) if searches else 0
+        return bool(progress.new_tokens) or 0 < num_known <= progress.num_computed_tokens
 
     def on_layers(self, progress: LayerProgress) -> None:
         """Nothing leaves a decode node before its step is done."""

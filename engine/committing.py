@@ -96,7 +96,7 @@ class Committer:
         if logprobs is not None:
             request.prompt_rows[item.start :] = logprobs.prompt  # a preempted prompt begins anew
             told = logprobs.tokens[: len(new_tokens)]
-            logprobs = Logprobs(told, tuple(request.prompt_rows))
+            logprobs = Logprobs(told, () if index else tuple(request.prompt_rows))
         if new_tokens:
             self._leave_if_done(request)
         return RequestProgress(

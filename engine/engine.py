@@ -248,12 +248,15 @@ class Engine:
             return "this model's tokenizer does not allow structured output"
         return self._grammars.mistake(grammar)
 
-    def add(self, request: Request) -> None:
-        """Queue a request; raises CapacityError or ValueError and takes nothing."""
+    def add(self, request: Request, *, only_with_room: bool = False) -> None:
+        """Queue a request; raises CapacityError or ValueError and takes nothing.
+
+        With `only_with_room` it is not queued for blocks that others have: it would fit now.
+        """
         hashes = self._cache.hashes(request.tokens, request.cache_salt)
         with self._lock:
             request.block_hashes = hashes
-            self._scheduler.add(request)
+            self._scheduler.add(request, only_with_room=only_with_room)
 
     def abort(self, request_id: str) -> bool:
         """End a request and free what it holds; False if it is not here.

@@ -92,8 +92,7 @@ class Request:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Logits are needed at every position of the prompt."""
-        asks = self.sampling.prompt_logprobs is not None
-        return asks and self.prefill_only and not self.num_output_tokens
+        return self.sampling.prompt_logprobs is not None and not self.num_output_tokens
 
     @property
     def needs_every_row(self) -> bool:

@@ -53,8 +53,11 @@ class Scheduler:
 
     # ------------------------------------------------------------ requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queue a request; ValueError if it makes no sense, CapacityError if it finds no room."""
+    def add(self, request: Request, *, only_with_room: bool = False) -> None:
+        """Queue a request; ValueError if it makes no sense, CapacityError if it finds no room.
+
+        With `only_with_room` there must be blocks for it now, behind all who are here already.
+        """
         self._check_new(request)
         self._beams.prepare(request)
         self._admission.check_fits_pool(self._admission.most(request))
@@ -62,8 +65,25 @@ class Scheduler:
             raise CapacityError(f"{len(self._queues.waiting)} requests are waiting")
         if not request.block_hashes:
             request.block_hashes = self._cache.hashes(request.tokens, request.cache_salt)
+        if only_with_room:
+            self._check_room(request)
         self._queues.requests[request.request_id] = request
         self._queues.waiting.append(request)
+
+    def _check_room(self, request: Request) -> None:
+        """Raise CapacityError unless the blocks are there, behind all who are here already."""
+        reused = 0 if request.needs_every_row else (request.num_tokens - 1)
+        matched = self._cache.match(request.block_hashes[: reused // self._config.block_size])
+        ahead = [*self._queues.running, *self._queues.adopted, *self._queues.waiting]
+        known, most = self._admission.known(request), self._admission.most(request)
+        if not self._admission.fits(known, most, matched, ahead):
+            raise CapacityError(self._no_room(request.num_tokens, most, ahead))
+
+    def _no_room(self, num_tokens: int, most: int, ahead: Collection[Request]) -> str:
+        return (
+            f"no room for {num_tokens} tokens that may need {most} blocks: "
+            f"{self._pool.num_available} available, {self._admission.promised(ahead)} promised"
+        )
 
     def _check_new(self, request: Request) -> None:
         name = request.request_id
@@ -102,14 +122,11 @@ class Scheduler:
         )
         self._admission.check_fits_pool(most)
         matched = self._cache.match(hashes)
-        preempted = (r for r in self._queues.waiting if r.num_preemptions)
-        ahead = [*self._queues.running, *self._queues.adopted, *preempted]
+        # A prompt that another node will answer may wait; others here were let in before this one.
+        waiting = (r for r in self._queues.waiting if r.num_preemptions or not r.prefill_only)
+        ahead = [*self._queues.running, *self._queues.adopted, *waiting]
         if not self._admission.fits(known, most, matched, ahead):
-            raise CapacityError(
-                f"no room for {len(tokens)} tokens that may become {max_num_tokens}: "
-                f"{self._pool.num_available} blocks available, "
-                f"{self._admission.promised(ahead)} promised"
-            )
+            raise CapacityError(self._no_room(len(tokens), most, ahead))
         return self._reservations.open(tokens, hashes, matched, most)
 
     def rebind(

@@ -49,6 +49,9 @@ class TokenOutbox:
     def __len__(self) -> int:
         return len(self._streams)
 
+    def __contains__(self, id: AttemptId) -> bool:
+        return id in self._streams
+
     def open(self, id: AttemptId, link: RouterLink, base: int = 0) -> None:
         """Tokens of `id` will go to `link`; the first one has output index `base`."""
         self._streams[id] = _Stream(link, base=base)

@@ -21,11 +21,11 @@ from engine.request import Request
 from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats
+from node.attempt_clock import AttemptClock
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
 from node.transports import unit_senders
-from prefill_node.attempt_clock import AttemptClock
 from prefill_node.peers import PeerLinks
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs

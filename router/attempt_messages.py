@@ -1,4 +1,7 @@
-"""The three questions of an attempt: for room, for the room of another one, for a prompt's KV."""
+"""The questions of an attempt.
+
+For room, for the room of another attempt, for a prompt's KV; or for the whole answer.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.work import Work
-from wire.messages import Grant, Prefill, Rebind, Reserve
+from wire.messages import Generate, Grant, Prefill, Rebind, Reserve
 from wire.types import AttemptId, NodeId
 
 
@@ -57,6 +60,16 @@ class Asking:
             cache_salt=self.work.prompt.cache_salt,
             deadline_s=self.deadline_s,
             pooling=self.work.pooling,
+        )
+
+    def generate(self) -> Generate:
+        """To a node that decodes: all of it, without a handoff."""
+        return Generate(
+            id=self.id,
+            tokens=self._tokens,
+            num_prompt_tokens=self.work.num_tokens,
+            sampling=self.work.sampling,
+            cache_salt=self.work.prompt.cache_salt,
         )
 
     @property

@@ -11,7 +11,7 @@ from router.choice_text import ChoiceText, TextRules
 from router.dispatch import Dispatch, DispatchLimits
 from router.echo import Echo
 from router.metrics import RouterMetrics
-from router.policy import Placer
+from router.placement import Placer
 from router.trace import ChoiceTrace
 from router.work import Prompt, Work
 from telemetry import metrics as names

@@ -4,11 +4,15 @@
        ▲                │ refused by all    ▲  │                              │
        │                │           granted │  │ prefill node fails           │
        │                │◀── refused ── REBINDING                             │
-       └────────────────┴── attempt ended: node lost, failure, divergence ────┘
+       ├────────────────┴── attempt ended: node lost, failure, divergence ────┤
+       └─ place in place ─▶ OFFERING ─the node speaks─▶ GENERATING ─finish─▶ ENDED
 
 An attempt that ends because of its prefill node leaves blocks reserved on a decode node that is
 well: REBINDING asks that one to go on with another prefill node in the same room, instead of
 reserving anew behind everybody else.
+
+A request that one node serves alone is offered to it, and the node answers at once, by tokens
+(perhaps none) or by a refusal; from then on it is all there is to the attempt.
 
 Events come in as calls with the time as an argument; what is to be done comes out as a list of
 effects. The log's tokens survive every attempt: the next one continues after the last logged token.
@@ -32,11 +36,13 @@ from router.effects import (
     NeedsCapacity,
     Output,
     Send,
+    Taken,
 )
 from router.errors import ApiError
 from router.failures import Failures, final_error
-from router.phase import ASKING, ON_NODES, Phase
-from router.policy import Placer, Wishes
+from router.phase import ASKING, ON_NODES, WORKING, Phase
+from router.placement import Handoff, InPlace, Nowhere, Place, Placer
+from router.policy import Wishes
 from router.token_log import Accepted, Divergence, Gap, TokenLog
 from router.work import Work
 from wire.messages import (
@@ -74,7 +80,7 @@ class Dispatch:
         self.work = work
         self.log = TokenLog.of(work)
         self.phase = Phase.WAITING
-        self.prefill: NodeId | None = None
+        self.prefill: NodeId | None = None  # None: the prompt is computed where it is answered
         self.decode: NodeId | None = None
         self.num_attempts = 0
         self.id = AttemptId(work.request, 0)  # the current attempt
@@ -110,52 +116,65 @@ class Dispatch:
         """Begin an attempt, if there are nodes for it."""
         assert self.phase is Phase.WAITING
         self._refused.clear()
-        self.prefill = self._placer.pick_prefill(self.work, self._wishes(now))
-        if self.prefill is None:
-            return self._wait("There is no prefill node to serve the request.", 1.0)
-        if self._num_left == 1:
-            self.decode = None
-            self._begin_attempt()
-            return self._prefill(self.prefill, None, now)
-        self.decode = self._pick_decode(self.prefill, now)
-        if self.decode is None:
-            return self._wait("There is no decode node to serve the request.", 1.0)
+        place = self._choose_place(now)
+        if isinstance(place, Nowhere):
+            return self._wait(place.reason, 1.0)
         self._begin_attempt()
+        return self._ask(place, now)
+
+    def _choose_place(self, now: float) -> Place | Nowhere:
+        one_token = self._num_left == 1
+        return self._placer.place(self.work, self._wishes(now), self._refused, one_token=one_token)
+
+    def _ask(self, place: Place, now: float) -> list[Effect]:
+        """Ask the first of the nodes that this attempt has now."""
+        if isinstance(place, InPlace):
+            return self._offer(place.node, now)
+        self.prefill, self.decode = place.prefill, place.decode
+        if self.decode is None:
+            return self._prefill(self.prefill, None, now)
         return self._reserve(self.decode, self.prefill, now)
 
     def granted(self, sender: NodeId, message: Granted, now: float) -> list[Effect]:
         """The decode node holds blocks: the prefill may begin."""
         if self.phase not in ASKING or not self._is_from(sender, message.id):
             return []
-        assert self.prefill is not None
+        if self.prefill is None:
+            return []  # nothing was to be reserved
         return self._prefill(self.prefill, message.grant, now)
 
     def refused(self, sender: NodeId, message: Refused, now: float) -> list[Effect]:
-        """The decode node has no room, or nothing to rebind: ask the next one, or wait."""
+        """The node has no room, or nothing to rebind: ask the next one, or wait."""
         if self.phase not in ASKING or not self._is_from(sender, message.id):
             return []
         if message.cause == "too_long":
             return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
         if message.cause == "invalid":
             return self._fail(errors.bad_request(message.message))
-        assert self.prefill is not None
         if message.cause != "gone":  # a new reservation may well succeed there
             self._refused.add(sender)
-        self.decode = self._pick_decode(self.prefill, now)
-        if self.decode is None:
+        place = self._place_after_refusal(now)
+        if isinstance(place, Nowhere):
             return self._wait(f"No capacity: {message.message}", message.retry_after_s)
-        return self._reserve(self.decode, self.prefill, now)
+        return self._ask(place, now)
+
+    def _place_after_refusal(self, now: float) -> Place | Nowhere:
+        """Another node in the refusing one's stead; who computes the prompt has been chosen."""
+        if self.prefill is None:
+            return self._choose_place(now)
+        wishes = self._wishes(now)
+        decode = self._placer.pick_decode(self.work, self.prefill, wishes, self._refused)
+        return Nowhere("") if decode is None else Handoff(self.prefill, decode)
 
     def tokens(self, sender: NodeId, update: TokenUpdate, now: float) -> list[Effect]:
         """New output tokens from either node of the attempt."""
-        working = self.phase in (Phase.PREFILLING, Phase.DECODING)
-        if not working or not self._is_from(sender, update.id):
+        if self.phase not in WORKING or not self._is_from(sender, update.id):
             return []
         if update.finish is FinishReason.ABORT:
             return self._attempt_over("aborted", now)
         if self.work.pooling is not None:  # from a node that does not know of embeddings
             return self._attempt_over("divergence", now)
-        effects = self._handed_over() if sender == self.decode else []
+        effects = self._taken_over() if sender == self.decode else []
         self._last_heard = now
         if self.work.sampling.beam is not None:
             return effects  # a search has no tokens before its end
@@ -170,8 +189,11 @@ class Dispatch:
             case Divergence():
                 return effects + self._attempt_over("divergence", now)
 
-    def _handed_over(self) -> list[Effect]:
-        """A decode node speaks when it has verified what came, and not before."""
+    def _taken_over(self) -> list[Effect]:
+        """A decode node speaks when it has verified what came, or has taken an offer."""
+        if self.phase is Phase.OFFERING:
+            self.phase = Phase.GENERATING
+            return [Taken()]
         if self.phase is not Phase.PREFILLING or self._pair is None:
             return []
         self.phase = Phase.DECODING
@@ -189,13 +211,12 @@ class Dispatch:
 
     def beams_found(self, sender: NodeId, message: BeamsFound, now: float) -> list[Effect]:
         """What was searched for."""
-        working = self.phase in (Phase.PREFILLING, Phase.DECODING)
         beam = self.work.sampling.beam
-        if not working or beam is None or not self._is_from(sender, message.id):
+        if self.phase not in WORKING or beam is None or not self._is_from(sender, message.id):
             return []
         if len(message.hypotheses) < beam.width:
             return self._attempt_over("divergence", now)
-        effects = self._handed_over() if sender == self.decode else []
+        effects = self._taken_over() if sender == self.decode else []
         self.phase = Phase.ENDED
         return [*effects, Send(sender, Ack(self.id)), Found(message.hypotheses)]
 
@@ -206,7 +227,7 @@ class Dispatch:
         if new.finish is None:
             return [output] if new.tokens else []
         acks: list[Effect] = []
-        if self.phase is Phase.DECODING and self.decode is not None:
+        if self.phase in (Phase.DECODING, Phase.GENERATING) and self.decode is not None:
             acks.append(Send(self.decode, Ack(self.id)))
         self.phase = Phase.ENDED
         return [*acks, output]
@@ -271,13 +292,20 @@ class Dispatch:
     def _ask_after_silence(self, now: float) -> list[Effect]:
         """A lost connection loses messages: what the decode node sent may have to be repeated."""
         silent = now - self._last_heard > self._limits.silence_s
-        expects = bool(self.log.tokens) or self.work.sampling.beam is not None
+        alone = self.phase is Phase.GENERATING
+        expects = alone or bool(self.log.tokens) or self.work.sampling.beam is not None
         if not silent or self.decode is None or not expects or self.phase not in ON_NODES:
             return []
         self._last_heard = now
         return [Send(self.decode, Resend(self.id, len(self.log.tokens)))]
 
     # ------------------------------------------------------------ parts
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether its nodes have the prompt's blocks, so that other choices may follow."""
+        generates = self.phase is Phase.GENERATING and bool(self.log.tokens)
+        return self.phase is Phase.DECODING or generates
 
     @property
     def _num_left(self) -> int:
@@ -303,9 +331,6 @@ class Dispatch:
         failures = self._failures
         return Wishes(failures.avoid, failures.pairs, self._numerics, now, self.near)
 
-    def _pick_decode(self, prefill: NodeId, now: float) -> NodeId | None:
-        return self._placer.pick_decode(self.work, prefill, self._wishes(now), self._refused)
-
     def _begin_attempt(self) -> None:
         self.num_attempts += 1
         self.id = AttemptId(self.work.request, self.num_attempts)
@@ -318,6 +343,12 @@ class Dispatch:
         self.phase = Phase.RESERVING
         self._asking_since = now
         return [Send(decode, self._asking(now).reserve(prefill))]
+
+    def _offer(self, node: NodeId, now: float) -> list[Effect]:
+        self.prefill, self.decode = None, node
+        self.phase = Phase.OFFERING
+        self._asking_since = self._last_heard = now
+        return [Send(node, self._asking(now).generate())]
 
     def _prefill(self, prefill: NodeId, grant: Grant | None, now: float) -> list[Effect]:
         self.phase = Phase.PREFILLING

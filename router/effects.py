@@ -65,6 +65,11 @@ class HandedOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """The node that was offered the request has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The choice is over without a result."""
 
@@ -72,5 +77,5 @@ class Failed:
 
 
 Effect: TypeAlias = (
-    Send | Output | Embedded | Found | NeedsCapacity | HandedOver | AttemptEnded | Failed
+    Send | Output | Embedded | Found | NeedsCapacity | HandedOver | Taken | AttemptEnded | Failed
 )

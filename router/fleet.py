@@ -8,12 +8,13 @@ Pure: no socket, and time is an argument.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from router.breaker import Breaker, Pair
 from router.cache_index import CacheIndex
-from router.policy import Candidate, Wishes, choose_decode, choose_prefill
+from router.placement import Handoff, Nowhere, Place, Ways, choose_place, hands_over
+from router.policy import Candidate, Wishes, choose_decode, choose_in_place, choose_prefill
 from router.work import Work
 from wire.messages import ModelInfo, Register
 from wire.types import NodeId, NodeLoad, Role
@@ -163,14 +164,15 @@ class Fleet:
 
     @property
     def kv_usage(self) -> float:
-        """The share of decode nodes' blocks in use, as they last said; cached ones are free."""
-        loads = [node.load for node in self if node.info.role is Role.DECODE]
+        """The share of blocks in use where requests are answered; cached ones are free."""
+        loads = [node.load for node in self if node.info.role.receives]
         total = sum(load.blocks_total for load in loads)
         return sum(load.blocks_total - load.blocks_free for load in loads) / max(1, total)
 
     @property
     def ready(self) -> bool:
-        return self.num_serving(Role.PREFILL) > 0 and self.num_serving(Role.DECODE) > 0
+        """Whether a request could be served: who generates can compute its prompt too."""
+        return any(node.serves and node.info.role.receives for node in self)
 
     # ------------------------------------------------------------ who gets work
 
@@ -178,44 +180,92 @@ class Fleet:
         """Nodes with equal strings compute bit-equal results; empty: the node is not known."""
         return self._nodes[node].info.model.numerics if node in self._nodes else ""
 
+    def place(
+        self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
+    ) -> Place | Nowhere:
+        """See router.placement.Placer."""
+        prefill = self._best_sender(work, wishes)
+        if prefill is not None and one_token:
+            return Handoff(prefill.id, None)
+        if work.pooling is not None:
+            return Nowhere("There is no prefill node to serve the request.")
+        receivers = self._receivers(work, wishes, refused)
+        decode = None if prefill is None else self._best_receiver(prefill, receivers, work, wishes)
+        handoff = None if prefill is None or decode is None else (prefill, decode)
+        candidates = _least_bad(receivers, wishes, lambda node: False)
+        alone = choose_in_place(candidates, work.num_tokens, work.max_num_tokens)
+        place = choose_place(Ways(handoff, alone))
+        return place or Nowhere("There is no decode node to serve the request.")
+
     def pick_prefill(
         self, work: Work, wishes: Wishes, decode: NodeId | None = None
     ) -> NodeId | None:
-        """The best prefill node that can hand over to `decode` (None: to any decode node)."""
-        partners = [decode] if decode is not None else self._serving(Role.DECODE)
-
-        def is_worse(node: NodeId) -> bool:
-            return not any(self._is_good(Pair(node, partner), wishes) for partner in partners)
-
-        nodes = _least_bad(self._candidates(Role.PREFILL, work, wishes), wishes, is_worse)
-        return choose_prefill(nodes, work.num_tokens)
+        """The best node that can hand over to `decode` (None: to any)."""
+        best = self._best_sender(work, wishes, decode)
+        return None if best is None else best.id
 
     def pick_decode(
         self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
     ) -> NodeId | None:
-        """The best decode node for what `prefill` will send that has not refused."""
+        """The best node for what `prefill` will send that has not refused."""
+        if prefill not in self._nodes:
+            return None
+        sender = self._candidate(self._nodes[prefill], work, wishes)
+        receivers = self._receivers(work, wishes, refused)
+        best = self._best_receiver(sender, receivers, work, wishes)
+        return None if best is None else best.id
 
-        def is_worse(node: NodeId) -> bool:
-            return not self._is_good(Pair(prefill, node), wishes)
+    def _best_sender(
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None
+    ) -> Candidate | None:
+        partners = [
+            node
+            for node in self
+            if (node.id == decode if decode is not None else node.serves)
+            and node.info.role.receives
+        ]
 
-        candidates = self._candidates(Role.DECODE, work, wishes)
-        nodes = [node for node in candidates if node.id not in refused]
+        def is_worse(sender: Candidate) -> bool:
+            pairs = (
+                Pair(sender.id, p.id) for p in partners if hands_over(sender.role, p.info.role)
+            )
+            return not any(self._is_good(pair, wishes) for pair in pairs)
+
+        candidates = [
+            self._candidate(node, work, wishes)
+            for node in self
+            if node.serves
+            and node.info.role.sends
+            and (decode is None or any(hands_over(node.info.role, p.info.role) for p in partners))
+        ]
+        return choose_prefill(_least_bad(candidates, wishes, is_worse), work.num_tokens)
+
+    def _receivers(
+        self, work: Work, wishes: Wishes, refused: Collection[NodeId]
+    ) -> list[Candidate]:
+        return [
+            self._candidate(node, work, wishes)
+            for node in self
+            if node.serves and node.info.role.receives and node.id not in refused
+        ]
+
+    def _best_receiver(
+        self, prefill: Candidate, receivers: Iterable[Candidate], work: Work, wishes: Wishes
+    ) -> Candidate | None:
+        def is_worse(receiver: Candidate) -> bool:
+            return not self._is_good(Pair(prefill.id, receiver.id), wishes)
+
+        nodes = [node for node in receivers if hands_over(prefill.role, node.role)]
         return choose_decode(_least_bad(nodes, wishes, is_worse), work.max_num_tokens)
 
     def _is_good(self, pair: Pair, wishes: Wishes) -> bool:
         return pair not in wishes.avoid_pairs and self.breaker.allows(pair, wishes.now)
 
-    def _serving(self, role: Role) -> list[NodeId]:
-        return [node.id for node in self if node.info.role is role and node.serves]
-
-    def _candidates(self, role: Role, work: Work, wishes: Wishes) -> list[Candidate]:
-        nodes = [node for node in self if node.info.role is role and node.serves]
-        return [self._candidate(node, work, wishes) for node in nodes]
-
     def _candidate(self, node: Node, work: Work, wishes: Wishes) -> Candidate:
         near = node.id in wishes.near
         return Candidate(
             id=node.id,
+            role=node.info.role,
             load=node.load,
             block_size=_block_size(node),
             num_cached_tokens=_num_cached_tokens(node, work, near),
@@ -264,16 +314,16 @@ def _num_cached_tokens(node: Node, work: Work, near: bool) -> int:
 
 
 def _least_bad(
-    nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[NodeId], bool]
+    nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[Candidate], bool]
 ) -> list[Candidate]:
     """Those that least speaks against: that the choice avoids the node weighs most."""
-    against = {node.id: (node.id in wishes.avoid, is_worse(node.id)) for node in nodes}
+    against = {node.id: (node.id in wishes.avoid, is_worse(node)) for node in nodes}
     least = min(against.values(), default=None)
     return [node for node in nodes if against[node.id] == least]
 
 
 def _context(info: Register) -> int:
-    """How long a request may become on this node: a decode node must hold all of it."""
-    if info.role is Role.PREFILL:
+    """How long a request may become on this node: who generates must hold all of it."""
+    if not info.role.receives:
         return info.model.max_model_len
     return min(info.model.max_model_len, info.num_blocks * info.layout.block_size)

@@ -13,8 +13,12 @@ class Phase(Enum):
     PREFILLING = auto()
     REBINDING = auto()
     DECODING = auto()
+    OFFERING = auto()
+    GENERATING = auto()
     ENDED = auto()
 
 
-ASKING = (Phase.RESERVING, Phase.REBINDING)
-ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING)
+ASKING = (Phase.RESERVING, Phase.REBINDING, Phase.OFFERING)
+WORKING = (Phase.PREFILLING, Phase.DECODING, Phase.OFFERING, Phase.GENERATING)
+"""Tokens may come: who is offered a request answers with some."""
+ON_NODES = (*ASKING, Phase.PREFILLING, Phase.DECODING, Phase.GENERATING)

@@ -2,21 +2,19 @@
 
 A prefill node costs the tokens it must compute before ours are done: its queue, plus what its
 prefix cache lacks of our prompt. A decode node costs the share of its KV pool that will be in use:
-what is promised, plus what its prefix cache lacks. The cheapest wins; ties go to the less busy
-node, then to the name, so that a choice is reproducible. Before any cost come the wishes of a
-choice that has failed before, and breakers (`breaker`): a pair that hands over badly is chosen only
-where there is no other.
+what is promised, plus what its prefix cache lacks. A node that serves a request alone needs that
+room, and costs tokens. The cheapest wins; ties go to the less busy node, then to the name, so that
+a choice is reproducible. Before any cost come the wishes of a choice that has failed before, and
+breakers (`breaker`): a pair that hands over badly is chosen only where there is no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from router.breaker import Pair
-from router.work import Work
-from wire.types import NodeId, NodeLoad
+from wire.types import NodeId, NodeLoad, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +37,12 @@ class Wishes:
     near: Collection[NodeId] = ()
 
 
-class Placer(Protocol):
-    """Chooses nodes (the fleet; a script in tests)."""
-
-    def numerics_of(self, node: NodeId) -> str: ...
-
-    def pick_prefill(
-        self, work: Work, wishes: Wishes, decode: NodeId | None = None
-    ) -> NodeId | None: ...
-
-    def pick_decode(
-        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
-    ) -> NodeId | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A node as it looks for one request: its last heartbeat, and what this router sent since."""
 
     id: NodeId
+    role: Role
     load: NodeLoad
     block_size: int
     num_cached_tokens: int = 0  # of this request's prompt
@@ -68,23 +53,36 @@ class Candidate:
     near: bool = False  # other choices of the request share this one's prompt there
 
 
-def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> NodeId | None:
+def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> Candidate | None:
     """The node that would finish a prompt of `num_tokens` first; None if there is none.
 
     Of a request that goes on, one with the same numerics: it repeats near-ties as they were.
     """
-    best = min(candidates, key=lambda node: _prefill_cost(node, num_tokens), default=None)
-    return None if best is None else best.id
+    return min(candidates, key=lambda node: _prefill_cost(node, num_tokens), default=None)
 
 
-def choose_decode(candidates: Iterable[Candidate], max_num_tokens: int) -> NodeId | None:
+def choose_decode(candidates: Iterable[Candidate], max_num_tokens: int) -> Candidate | None:
     """The node that would have the most KV memory left; None if there is none.
 
     `max_num_tokens`: prompt and output together may grow to that. Choices of one request stay
     together as long as there is room: they share the prompt's blocks, and nothing is sent twice.
     """
-    best = min(candidates, key=lambda node: _decode_cost(node, max_num_tokens), default=None)
-    return None if best is None else best.id
+    return min(candidates, key=lambda node: _decode_cost(node, max_num_tokens), default=None)
+
+
+def choose_in_place(
+    candidates: Iterable[Candidate], num_tokens: int, max_num_tokens: int
+) -> Candidate | None:
+    """The node that would finish a prompt first, of those with room to answer it too.
+
+    A decode node only where there is no mixed one: it computes prompts between others' tokens.
+    """
+
+    def cost(node: Candidate) -> tuple[bool, bool, tuple[bool, int, int, str]]:
+        no_room, *_ = _decode_cost(node, max_num_tokens)
+        return no_room, node.role is not Role.MIXED, _prefill_cost(node, num_tokens)
+
+    return min(candidates, key=cost, default=None)
 
 
 def _prefill_cost(node: Candidate, num_tokens: int) -> tuple[bool, int, int, str]:

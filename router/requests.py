@@ -24,11 +24,11 @@ from router.effects import (
     NeedsCapacity,
     Output,
     Send,
+    Taken,
 )
 from router.errors import ApiError, server_error
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
-from router.phase import Phase
 from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
@@ -40,6 +40,7 @@ from wire.messages import (
     AttemptFailed,
     BeamsFound,
     Embedding,
+    Generate,
     Granted,
     HandoffDone,
     Message,
@@ -181,8 +182,11 @@ class Requests:
     def refused(self, sender: NodeId, message: Refused) -> None:
         self._metrics.reserve_refusals.labels(known_cause(message.cause)).inc()
         choice = self._choices.get(message.id.request)
-        if choice is not None:
-            self._perform(choice, choice.dispatch.refused(sender, message, self._clock()))
+        if choice is None:
+            return
+        if message.id == choice.dispatch.id and sender == choice.assigned_decode:
+            self._unassign(choice)
+        self._perform(choice, choice.dispatch.refused(sender, message, self._clock()))
 
     def attempt_failed(self, sender: NodeId, message: AttemptFailed) -> None:
         choice = self._choices.get(message.id.request)
@@ -245,10 +249,12 @@ class Requests:
                 case HandedOver():
                     if self._fleet.breaker.committed(effect.pair):
                         log.info("%s hands over to %s again", *effect.pair)
+                case Taken():
+                    self._admission.settle(choice)
                 case Failed():
                     self._forget(choice, effect.error.code or "error", self._clock())
                     choice.listener.failed(effect.error)
-        if choice.followers and choice.dispatch.phase is Phase.DECODING:
+        if choice.followers and choice.dispatch.shares_prompt:
             self._start_followers(choice)
 
     def _judge(self, over: AttemptEnded) -> None:
@@ -266,9 +272,7 @@ class Requests:
         now = self._clock()
         gap = choice.trace.output(len(output.tokens), now)
         choice.metrics.observe(names.INTER_TOKEN_LATENCY, gap)
-        if choice.assigned_prefill is not None:
-            self._fleet.unassign(choice.assigned_prefill, choice.work.request)
-            choice.assigned_prefill = None
+        self._prompt_done(choice)
         text = choice.text.push(output.tokens, output.finish, output.rows)
         finish = choice.text.finish
         if finish is not None:
@@ -279,6 +283,17 @@ class Requests:
         choice.listener.produced(choice, text)
         if finish is not None:
             self._start_followers(choice)
+
+    def _prompt_done(self, choice: Choice) -> None:
+        """Who computed the prompt has no more of it to do; who answers alone goes on."""
+        node = choice.assigned_prefill
+        if node is None:
+            return
+        choice.assigned_prefill = None
+        if node == choice.assigned_decode:
+            self._fleet.assign(node, choice.work.request, 0, 0)
+        else:
+            self._fleet.unassign(node, choice.work.request)
 
     def _observe_end(self, choice: Choice, now: float) -> None:
         if self.observed is not None:
@@ -350,6 +365,15 @@ class Requests:
             choice.trace.prefilling(message.id.attempt, send.to, self._clock())
             self._admission.settle(choice)
             self._note_prefill(choice, send.to, len(message.tokens))
+        elif isinstance(message, Generate):
+            self._note_offer(choice, send.to, message)
+
+    def _note_offer(self, choice: Choice, node: NodeId, message: Generate) -> None:
+        choice.trace.offering(message.id.attempt, node, self._clock())
+        choice.assigned_decode = node
+        self._metrics.attempts.inc()
+        self._fleet.assign(node, choice.work.request, 0, self._num_blocks(node, choice))
+        self._note_prefill(choice, node, len(message.tokens))
 
     def _note_reservation(
         self,

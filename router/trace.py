@@ -20,7 +20,7 @@ class AttemptTrace:
 
     number: int
     prefill: NodeId
-    decode: NodeId | None  # None: the first token was to be the last
+    decode: NodeId | None  # None: the first token was to be the last; `prefill`: it does all
     began: int
     ended: int | None = None
     cause: str = RUNNING  # why it ended; `finished`: well
@@ -43,7 +43,7 @@ class ChoiceTrace:
     num_output_tokens: int = 0
     end: str = RUNNING  # finish reason, `abort`, or the error's code
     asked_at: float = 0.0  # when a decode node was asked for room, for the last time
-    decode_spoke: bool = False  # whether the last one to speak was the decode node
+    decode_spoke: bool = False  # whether the last one to speak was who answers
 
     @property
     def attempt(self) -> AttemptTrace | None:
@@ -62,6 +62,11 @@ class ChoiceTrace:
         attempt = self.attempt
         decode = attempt.decode if attempt is not None and attempt.number == number else None
         self._enter(number, prefill, decode, now)
+
+    def offering(self, number: int, node: NodeId, now: float) -> None:
+        """A node was asked to do everything, and begins at once."""
+        self.timeline.prefilling(now)
+        self._enter(number, node, node, now)
 
     def _enter(self, number: int, prefill: NodeId, decode: NodeId | None, now: float) -> None:
         attempt = self.attempt

@@ -95,7 +95,9 @@ def bar(start: int, end: int, total: int) -> str:
 
 
 def _attempt(attempt: AttemptTrace) -> list[str]:
-    decode = "answers alone" if attempt.decode is None else f"→ {attempt.decode.name}"
+    decode = "answers alone"
+    if attempt.decode is not None and attempt.decode != attempt.prefill:
+        decode = f"→ {attempt.decode.name}"
     end = "" if attempt.ended is None else f" after {duration(attempt.ended - attempt.began)}"
     lines = [
         f"  attempt {attempt.number}: {attempt.prefill.name} {decode}, "

@@ -2,7 +2,7 @@
 
     router  ── Reserve, Rebind ──▶ decode        router  ── Prefill(grant) ──▶ prefill
     decode  ── Granted ──────────▶ router        prefill ── units, Commit ───▶ decode
-    prefill, decode ── Tokens ───▶ router
+    router  ── Generate ─────────▶ decode        prefill, decode ── Tokens ──▶ router
 
 `docs/protocol.md` tells the story; `TAGS` at the end is the table. A tag is never used twice.
 """
@@ -233,7 +233,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """decode node → router: nothing was taken.
+    """decode or mixed node → router: nothing was taken.
 
     `cause`: capacity, draining, superseded, too_long, invalid; of a rebind also gone: there is no
     such lease.
@@ -263,8 +263,23 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Generate:
+    """router → decode or mixed node: serve this attempt alone, from its prompt on.
+
+    `tokens` is the prompt followed by what earlier attempts have already produced. Answered at once
+    by Tokens with all of these output tokens, which may be none, or by Refused.
+    """
+
+    id: AttemptId
+    tokens: TokenIds
+    num_prompt_tokens: Count
+    sampling: SamplingParams
+    cache_salt: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillTiming:
-    """How a prefill node spent an attempt's time, in durations: hosts' clocks differ."""
+    """How who computed a prompt spent its time, in durations: hosts' clocks differ."""
 
     queue_s: Seconds  # heard of it → the first step that computed it began
     compute_s: Seconds  # from there to the end of the step that sampled the first token
@@ -281,7 +296,7 @@ class TokenUpdate:
     finish: FinishReason | None = None
     num_cached_tokens: Count | None = None  # prompt tokens that needed no computation
     logprobs: Logprobs | None = None  # for requests that ask
-    timing: PrefillTiming | None = None  # with a prefill node's first token
+    timing: PrefillTiming | None = None  # with the first token, by who computed the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,6 +508,7 @@ Message: TypeAlias = (
     | HandoffDone
     | Embedding
     | BeamsFound
+    | Generate
     | UnitHeader
     | UnitsReceived
     | Commit
@@ -530,6 +546,7 @@ TAGS: dict[int, type[Message]] = {
     30: HandoffDone,
     31: Embedding,
     32: BeamsFound,
+    33: Generate,
     40: UnitHeader,
     41: UnitsReceived,
     42: Commit,

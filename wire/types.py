@@ -42,6 +42,17 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    MIXED = "mixed"  # both, and whole requests
+
+    @property
+    def sends(self) -> bool:
+        """Whether it computes prompts for others."""
+        return self is not Role.DECODE
+
+    @property
+    def receives(self) -> bool:
+        """Whether it generates: from what others computed, or from the prompt on."""
+        return self is not Role.PREFILL
 
 
 class FinishReason(StrEnum):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_node.attempt_clock import AttemptClock
+from node.attempt_clock import AttemptClock
 from tests.node.pair import ID, PROMPT, pair
 from wire.messages import PrefillTiming, Resend
 

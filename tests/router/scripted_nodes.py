@@ -8,13 +8,16 @@ from typing import Any
 
 from router.breaker import Breaker, BreakerLimits, Pair
 from router.dispatch import Dispatch, DispatchLimits
+from router.placement import Handoff, InPlace, Nowhere, Place
 from router.policy import Wishes
 from router.work import Prompt, Work
 from wire.layout import KVLayout
 from wire.messages import Grant
 from wire.types import FinishReason, NodeId, SamplingParams
 
-P1, P2, P3, D1, D2 = (NodeId(name, 1) for name in ("p1", "p2", "p3", "d1", "d2"))
+P1, P2, P3, D1, D2, M1, M2 = (
+    NodeId(name, 1) for name in ("p1", "p2", "p3", "d1", "d2", "m1", "m2")
+)
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 LIMITS = DispatchLimits(request_s=100, queue_s=10, reserve_s=2, silence_s=5)
 PROMPT = (7, 8, 9)
@@ -27,11 +30,30 @@ class Nodes:
     prefill: list[NodeId] = field(default_factory=lambda: [P1, P2])
     decode: list[NodeId] = field(default_factory=lambda: [D1, D2])
 
+    mixed: list[NodeId] = field(default_factory=list)
+
     numerics: list[str] = field(default_factory=list)  # that were asked for
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerLimits(failures=1)))
 
+    @property
+    def all(self) -> list[NodeId]:
+        return [*self.prefill, *self.decode, *self.mixed]
+
     def numerics_of(self, node: NodeId) -> str:
         return f"as {node.name}"
+
+    def place(
+        self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
+    ) -> Place | Nowhere:
+        """Handed over where there is a prefill node."""
+        prefill = self.pick_prefill(work, wishes)
+        if prefill is not None and one_token:
+            return Handoff(prefill, None)
+        decode = None if prefill is None else self.pick_decode(work, prefill, wishes, refused)
+        if prefill is not None and decode is not None:
+            return Handoff(prefill, decode)
+        alone = _first([node for node in self.mixed if node not in refused], wishes.avoid)
+        return Nowhere("There is no node.") if alone is None else InPlace(alone)
 
     def pick_prefill(
         self, work: Work, wishes: Wishes, decode: NodeId | None = None

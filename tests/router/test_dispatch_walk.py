@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 import pytest
 
 from router.breaker import OF_TRANSFERS, Pair
 from router.effects import AttemptEnded, Effect, Failed, HandedOver, Output, Send
 from router.phase import Phase
-from tests.router.scripted_nodes import D1, D2, LENGTH, P1, P2, PROMPT, Nodes, grant, start
+from router.placement import InPlace, Nowhere, Place
+from router.policy import Wishes
+from router.work import Work
+from tests.router.scripted_nodes import LENGTH, M1, M2, PROMPT, Nodes, grant, start
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    Generate,
     Granted,
     Message,
     Prefill,
@@ -32,12 +37,28 @@ ROWS = [b"row %d" % token for token in TRUTH]
 PROMPT_ROWS = (b"prompt 1", b"prompt 2")
 
 
+class AnyPlace(Nodes):
+    """Nodes that may also serve alone; which way is taken is a matter of chance."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__(mixed=[M1, M2])
+        self.random = chance
+
+    def place(
+        self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
+    ) -> Place | Nowhere:
+        alone = [node for node in self.mixed if node not in refused]
+        if alone and self.random.random() < 0.25:
+            return InPlace(self.random.choice(alone))
+        return super().place(work, wishes, refused, one_token=one_token)
+
+
 class Walk:
     """Nodes that hold, lose, repeat and reorder messages, and die; the truth stays the same."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.nodes = Nodes()
+        self.nodes = AnyPlace(self.random)
         self.dispatch = start(self.nodes, logprobs=0, prompt_logprobs=0)
         self.known: dict[AttemptId, int] = {}  # tokens that an attempt began with
         self.rows: list[bytes] = []
@@ -50,6 +71,7 @@ class Walk:
         self.holding: set[tuple[NodeId, AttemptId]] = set()  # nodes with work
         self.num_rebound = 0
         self.num_opened = 0
+        self.num_in_place = 0
         self.judged: set[int] = set()  # attempts that were handed over
         self.do(self.dispatch.place(0))
 
@@ -89,7 +111,7 @@ class Walk:
             assert message.lease < message.id.attempt == self.dispatch.num_attempts
         if isinstance(message, Reserve):
             self.nodes.breaker.began(Pair(message.prefill, to), self.now)
-        if isinstance(message, Reserve | Prefill):
+        if isinstance(message, Reserve | Prefill | Generate):
             assert message.tokens == (*PROMPT, *self.shown)
             assert message.id.attempt == self.dispatch.num_attempts
         if isinstance(message, Prefill) and message.grant is not None:
@@ -104,7 +126,7 @@ class Walk:
             at = self.random.randrange(len(self.outbox))
             keep = self.random.random() < 0.2  # told twice
             self.router_receives(*(self.outbox[at] if keep else self.outbox.pop(at)))
-        elif action < 0.82 and (living := [*self.nodes.prefill, *self.nodes.decode]):
+        elif action < 0.82 and (living := self.nodes.all):
             self.kill(self.random.choice(living))
         elif action < 0.86:
             self.revive()
@@ -119,7 +141,7 @@ class Walk:
         return [to for to, _ in self.inbox].index(node)
 
     def kill(self, node: NodeId) -> None:
-        for nodes in (self.nodes.prefill, self.nodes.decode):
+        for nodes in (self.nodes.prefill, self.nodes.decode, self.nodes.mixed):
             if node in nodes:
                 nodes.remove(node)
         self.inbox = [(to, m) for to, m in self.inbox if to != node]
@@ -128,13 +150,13 @@ class Walk:
         self.do(self.dispatch.node_lost(node, self.now))
 
     def revive(self) -> None:
-        for nodes, known in ((self.nodes.prefill, (P1, P2)), (self.nodes.decode, (D1, D2))):
-            if len(nodes) < 2:
-                life = self.random.randrange(1, 1 << 60)
-                nodes.append(NodeId(known[0].name, life))
+        nodes = self.nodes
+        for living, name in ((nodes.prefill, "p1"), (nodes.decode, "d1"), (nodes.mixed, "m1")):
+            if len(living) < 2:
+                living.append(NodeId(name, self.random.randrange(1, 1 << 60)))
 
     def node_receives(self, node: NodeId, message: Message) -> None:
-        if isinstance(message, Reserve | Prefill):
+        if isinstance(message, Reserve | Prefill | Generate):
             self.known[message.id] = len(message.tokens) - message.num_prompt_tokens
         if isinstance(message, Reserve):
             if self.random.random() < 0.2:
@@ -146,12 +168,14 @@ class Walk:
             self.rebind(node, message)
         elif isinstance(message, Prefill):
             self.prefill(node, message)
+        elif isinstance(message, Generate):
+            self.generate(node, message)
         elif isinstance(message, Abort | Ack):
             self.holding = {
                 (by, id) for by, id in self.holding if by != node or id.attempt > message.id.attempt
             }
         elif isinstance(message, Resend):
-            self.tell(node, message.id, message.index)
+            self.resend(node, message)
 
     def rebind(self, node: NodeId, message: Rebind) -> None:
         """Leases have their attempt's number here. Whatever the answer, lower attempts end."""
@@ -169,7 +193,8 @@ class Walk:
         known = len(message.tokens) - message.num_prompt_tokens
         assert list(message.tokens[message.num_prompt_tokens :]) == TRUTH[:known]
         if self.random.random() < 0.1:
-            self.outbox.append((node, AttemptFailed(message.id, "transport", "broken", True)))
+            cause = "internal" if message.grant is None else "transport"
+            self.outbox.append((node, AttemptFailed(message.id, cause, "broken", True)))
             return
         last = known + 1 == len(TRUTH)
         self.tell(node, message.id, known, known + 1)
@@ -177,6 +202,27 @@ class Walk:
             decode = message.grant.decode
             self.tell(decode, message.id, 0, self.random.randint(known + 1, len(TRUTH)))
             self.tell(decode, message.id, self.random.randint(0, known + 1))
+
+    def generate(self, node: NodeId, message: Generate) -> None:
+        """The answer to the offer may come later than what follows it, or not at all."""
+        action = self.random.random()
+        if action < 0.1:
+            self.outbox.append((node, Refused(message.id, "capacity", "full", 0.1)))
+        elif action < 0.2:
+            pass  # it got lost
+        else:
+            known = self.known[message.id]
+            self.num_in_place += 1
+            self.holding.add((node, message.id))
+            if self.random.random() < 0.8:
+                self.tell(node, message.id, 0, known)
+            self.tell(node, message.id, known, self.random.randint(known, len(TRUTH)))
+
+    def resend(self, node: NodeId, message: Resend) -> None:
+        if (node, message.id) in self.holding or node not in self.nodes.mixed:
+            self.tell(node, message.id, message.index)
+        else:
+            self.outbox.append((node, AttemptFailed(message.id, "gone", "not here", True)))
 
     def tell(self, node: NodeId, id: AttemptId, start: int, end: int = len(TRUTH)) -> None:
         finish = LENGTH if end == len(TRUTH) else None
@@ -232,14 +278,16 @@ def test_random_walks_end_with_the_truth_or_an_error_and_leak_nothing(block: int
 
 def test_most_walks_succeed() -> None:
     """Guards the walk itself: errors are allowed above, but not as the rule."""
-    outcomes, num_rebound, num_opened = [], 0, 0
-    for seed in range(200):
+    outcomes, num_rebound, num_opened, num_in_place = [], 0, 0, 0
+    for seed in range(400):
         walk = Walk(seed)
         while walk.dispatch.phase is not Phase.ENDED:
             walk.step()
         outcomes.append(walk.finish is LENGTH)
         num_rebound += walk.num_rebound
         num_opened += walk.num_opened
-    assert 50 < sum(outcomes) < 200
+        num_in_place += walk.num_in_place
+    assert 100 < sum(outcomes) < 400
     assert num_rebound > 10
     assert num_opened > 10
+    assert num_in_place > 100

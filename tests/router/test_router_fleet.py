@@ -13,11 +13,12 @@ from router.cache_index import CacheIndex
 from router.errors import ApiError
 from router.failures import Failures
 from router.fleet import Fleet
+from router.placement import Handoff, InPlace, Nowhere
 from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Prompt, Work
 from wire.messages import CacheEvents, Register
 from wire.prefix import block_hashes, root_hash
-from wire.types import NodeId, NodeLoad, Role, SamplingParams
+from wire.types import NodeId, NodeLoad, Pooling, Role, SamplingParams
 
 A, B, C, D = (NodeId(name, 1) for name in "abcd")
 MODEL = model_info(1000)
@@ -41,7 +42,11 @@ def candidate(id: NodeId, **fields: int) -> Candidate:
     load = NodeLoad(blocks_total=100, blocks_free=fields.pop("free", 100))
     load = replace(load, blocks_promised=fields.pop("promised", 0))
     load = replace(load, queued_tokens=fields.pop("queued", 0))
-    return Candidate(id=id, load=load, block_size=16, **fields)  # type: ignore[arg-type]
+    return Candidate(id=id, role=Role.MIXED, load=load, block_size=16, **fields)  # type: ignore[arg-type]
+
+
+def id_of(chosen: Candidate | None) -> NodeId | None:
+    return None if chosen is None else chosen.id
 
 
 def test_ready_with_a_node_of_each_role() -> None:
@@ -240,23 +245,105 @@ def test_a_cached_prefix_attracts() -> None:
     assert fleet.pick_prefill(salted, ANY) == A
 
 
+# ---------------------------------------------------------------- in place
+
+
+def placed(fleet: Fleet, *refused: NodeId, work: Work = WORK, one_token: bool = False) -> object:
+    return fleet.place(work, ANY, refused, one_token=one_token)
+
+
+def fleet_of(**roles: Role) -> Fleet:
+    fleet = Fleet(node_timeout_s=3, node_stall_s=60)
+    for name, role in roles.items():
+        fleet.register(NodeId(name, 1), register(role), 0)
+    return fleet
+
+
+def test_a_prefill_and_a_decode_node_share_a_request() -> None:
+    assert placed(new_fleet()) == Handoff(A, B)
+    assert placed(new_fleet(), one_token=True) == Handoff(A, None)
+
+
+def test_mixed_nodes_serve_alone_and_the_least_busy_first() -> None:
+    fleet = fleet_of(a=Role.MIXED, b=Role.MIXED)
+    assert placed(fleet) == InPlace(A)
+    fleet.assign(A, "another", 100, 0)
+    assert placed(fleet) == InPlace(B)
+    assert placed(fleet, B) == InPlace(A)
+    assert isinstance(placed(fleet, A, B), Nowhere)
+
+
+def test_without_a_prefill_node_a_decode_node_serves_alone() -> None:
+    fleet = new_fleet()
+    fleet.drain(A)
+    assert placed(fleet) == InPlace(B)
+    assert placed(fleet, one_token=True) == InPlace(B)
+    fleet.register(C, register(Role.MIXED), 0)
+    assert placed(fleet) == InPlace(C), "who is there for it goes first"
+    fleet.assign(C, "another", 10_000, 0)
+    assert placed(fleet) == InPlace(C)
+
+
+def test_room_comes_before_speed_in_place() -> None:
+    fleet = fleet_of(a=Role.MIXED, b=Role.MIXED)
+    fleet.heartbeat(A, NodeLoad(blocks_total=100, blocks_free=3), 1)
+    fleet.heartbeat(B, NodeLoad(blocks_total=100, blocks_free=90, queued_tokens=5000), 1)
+    assert placed(fleet) == InPlace(B)
+
+
+def test_a_mixed_node_takes_what_a_prefill_node_sends() -> None:
+    fleet = fleet_of(a=Role.PREFILL, b=Role.MIXED)
+    assert placed(fleet) == Handoff(A, B)
+    assert isinstance(placed(fleet, B), Nowhere)
+
+
+def test_a_busy_prefill_node_leaves_prompts_to_a_mixed_one() -> None:
+    fleet = fleet_of(a=Role.PREFILL, b=Role.DECODE, c=Role.MIXED)
+    assert placed(fleet) == Handoff(A, B)
+    fleet.assign(A, "another", 5000, 0)
+    assert placed(fleet) == InPlace(C)
+
+
+def test_mixed_nodes_never_wait_for_each_others_blocks() -> None:
+    fleet = fleet_of(a=Role.MIXED, b=Role.MIXED)
+    assert fleet.pick_decode(WORK, A, ANY, ()) is None
+    assert fleet.pick_prefill(WORK, ANY, decode=B) is None
+    fleet.register(C, register(Role.DECODE), 0)
+    assert fleet.pick_decode(WORK, A, ANY, ()) == C
+    assert fleet.pick_prefill(WORK, ANY, decode=C) == A
+    assert placed(fleet) == InPlace(A), "who has computed a prompt here goes on with it"
+
+
+def test_embeddings_need_who_computes_for_others() -> None:
+    embed = replace(WORK, pooling=Pooling.MEAN)
+    assert placed(fleet_of(a=Role.MIXED), work=embed, one_token=True) == Handoff(A, None)
+    assert isinstance(placed(fleet_of(a=Role.DECODE), work=embed, one_token=True), Nowhere)
+
+
+def test_the_context_is_that_of_all_who_answer() -> None:
+    fleet = fleet_of(a=Role.PREFILL, b=Role.MIXED)
+    fleet.register(C, register(Role.MIXED, num_blocks=2), 0)
+    assert fleet.model is not None
+    assert fleet.model.max_model_len == 2 * LAYOUT.block_size
+
+
 # ---------------------------------------------------------------- policies
 
 
 def test_prefill_weighs_queue_against_cache() -> None:
     idle, cached = candidate(A), candidate(B, num_cached_tokens=512, queued=400)
-    assert choose_prefill([idle, cached], 1000) == B
-    assert choose_prefill([idle, candidate(B, num_cached_tokens=512, queued=600)], 1000) == A
-    assert choose_prefill([candidate(A, pending_tokens=10), candidate(B)], 10) == B
-    assert choose_prefill([], 10) is None
+    assert id_of(choose_prefill([idle, cached], 1000)) == B
+    assert id_of(choose_prefill([idle, candidate(B, num_cached_tokens=512, queued=600)], 1000)) == A
+    assert id_of(choose_prefill([candidate(A, pending_tokens=10), candidate(B)], 10)) == B
+    assert id_of(choose_prefill([], 10)) is None
 
 
 def test_a_request_that_goes_on_prefers_equal_numerics() -> None:
     other = replace(candidate(A), same_numerics=False)
     busy = candidate(B, queued=900, free=20)
-    assert choose_prefill([other, busy], 10) == B
-    assert choose_decode([other, busy], 160) == B
-    assert choose_decode([other, candidate(B, free=5)], 160) == A, "room comes first"
+    assert id_of(choose_prefill([other, busy], 10)) == B
+    assert id_of(choose_decode([other, busy], 160)) == B
+    assert id_of(choose_decode([other, candidate(B, free=5)], 160)) == A, "room comes first"
 
 
 def test_numerics_are_compared_with_those_of_who_wrote_last() -> None:
@@ -271,25 +358,28 @@ def test_numerics_are_compared_with_those_of_who_wrote_last() -> None:
 
 
 def test_decode_prefers_room() -> None:
-    assert choose_decode([candidate(A, free=50), candidate(B, free=60)], 160) == B
-    assert choose_decode([candidate(A, free=60, promised=20), candidate(B, free=50)], 160) == B
+    assert id_of(choose_decode([candidate(A, free=50), candidate(B, free=60)], 160)) == B
     assert (
-        choose_decode([candidate(A, free=60, pending_blocks=20), candidate(B, free=50)], 160) == B
+        id_of(choose_decode([candidate(A, free=60, promised=20), candidate(B, free=50)], 160)) == B
     )
-    assert choose_decode([candidate(A), candidate(B, num_cached_tokens=64)], 160) == B
-    assert choose_decode([], 10) is None
+    assert (
+        id_of(choose_decode([candidate(A, free=60, pending_blocks=20), candidate(B, free=50)], 160))
+        == B
+    )
+    assert id_of(choose_decode([candidate(A), candidate(B, num_cached_tokens=64)], 160)) == B
+    assert id_of(choose_decode([], 10)) is None
 
 
 def test_decode_takes_a_full_node_only_if_all_are() -> None:
     big, small = candidate(A, free=5), candidate(B, free=10)
     big = replace(big, load=replace(big.load, blocks_total=5))  # less in use, but too small
-    assert choose_decode([big, small], 160) == B
-    assert choose_decode([big], 160) == A
+    assert id_of(choose_decode([big, small], 160)) == B
+    assert id_of(choose_decode([big], 160)) == A
 
 
 def test_ties_are_reproducible() -> None:
-    assert choose_prefill([candidate(B), candidate(A)], 10) == A
-    assert choose_decode([candidate(A, num_assigned=1), candidate(B)], 10) == B
+    assert id_of(choose_prefill([candidate(B), candidate(A)], 10)) == A
+    assert id_of(choose_decode([candidate(A, num_assigned=1), candidate(B)], 10)) == B
 
 
 # ---------------------------------------------------------------- cache events

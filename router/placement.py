@@ -1,0 +1,95 @@
+"""Where a request is served: handed over from one node to another, or by one node alone.
+
+`Fleet.place` finds the best way of either kind; `choose_place`, a pure function, chooses between
+the two. Who has computed a prompt hands it over to a decode node or to a mixed one; a mixed node
+hands over to decode nodes alone, so that no two nodes ever wait for each other's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from router.policy import Candidate, Wishes
+from router.work import Work
+from wire.types import NodeId, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """One node computes the prompt, another one answers.
+
+    Without a decode node the request ends with what the prefill node says: one token, an embedding.
+    """
+
+    prefill: NodeId
+    decode: NodeId | None
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """One node does everything."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Nowhere:
+    """No node can take it now."""
+
+    reason: str
+
+
+Place: TypeAlias = Handoff | InPlace
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The best of each kind, as far as there is one."""
+
+    handoff: tuple[Candidate, Candidate] | None  # who computes the prompt, who answers
+    in_place: Candidate | None
+
+
+def choose_place(ways: Ways) -> Place | None:
+    """How a request is served; None if there is no way.
+
+    It is handed over where a prefill node computes its prompt; else it stays on one node.
+    """
+    prefers_alone = ways.handoff is None or ways.handoff[0].role is Role.MIXED
+    if ways.in_place is not None and prefers_alone:
+        return InPlace(ways.in_place.id)
+    if ways.handoff is None:
+        return None
+    prefill, decode = ways.handoff
+    return Handoff(prefill.id, decode.id)
+
+
+def hands_over(sender: Role, receiver: Role) -> bool:
+    """Whether a node of one role may compute prompts for one of the other role."""
+    both_mixed = sender is Role.MIXED and receiver is Role.MIXED
+    return sender.sends and receiver.receives and not both_mixed
+
+
+class Placer(Protocol):
+    """Chooses nodes (the fleet; a script in tests)."""
+
+    def numerics_of(self, node: NodeId) -> str: ...
+
+    def place(
+        self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
+    ) -> Place | Nowhere:
+        """Where to serve `work`, but for the nodes that have just `refused` it.
+
+        With `one_token` left to produce, or an embedding, nothing has to be handed over.
+        """
+        ...
+
+    def pick_prefill(
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None
+    ) -> NodeId | None: ...
+
+    def pick_decode(
+        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
+    ) -> NodeId | None: ...

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.attention import AttentionBatch
@@ -126,9 +127,9 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.rotary = rotary
-        self._layers = layers
+        self.layers = layers
         self._norm = norm
-        self._head = head
+        self.head = head
 
     def forward(
         self,
@@ -138,20 +139,31 @@ class FusedDecoder(nn.Module):
         logits_to_keep: Tensor | int = 0,  # the rows whose logits are wanted; 0: all
         use_cache: bool = False,
         hidden_to_keep: Tensor | None = None,  # the rows whose final states are wanted
+        inputs_to_keep: tuple[int, ...] = (),  # the layers of which all rows' input is wanted
     ) -> Any:
-        """An object whose `logits` are [1, rows, vocabulary], and `hidden` [rows, hidden size]."""
+        """An object whose `logits` are [1, rows, vocabulary].
+
+        Its `hidden` are [rows, hidden size], its `inputs` [T, layers * hidden size], side by side.
+        """
         assert not use_cache, "keys and values go into the blocks of the batch"
         residual = self.embedding(input_ids.squeeze(0))
         turn = self.turn(residual, position_ids)
         branch, ops = None, attention_batch.ops
-        for layer in self._layers:
+        inputs: list[Tensor] = []
+        for layer in self.layers:
+            if layer.index in inputs_to_keep:
+                inputs.append(residual.clone() if branch is None else residual + branch)
             branch = layer(ops, residual, branch, turn, attention_batch)
         hidden = None
         if hidden_to_keep is not None:
             hidden = self._final(ops, residual, branch, hidden_to_keep)
         rows = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
         x = self._final(ops, residual, branch, rows)
-        return SimpleNamespace(logits=self._head(x).unsqueeze(0), hidden=hidden)
+        return SimpleNamespace(
+            logits=self.head(x).unsqueeze(0),
+            hidden=hidden,
+            inputs=torch.cat(inputs, -1) if inputs else None,
+        )
 
     def _final(
         self, ops: LayerOps, residual: Tensor, branch: Tensor | None, rows: Tensor | None
@@ -165,14 +177,14 @@ class FusedDecoder(nn.Module):
     @property
     def num_query_heads(self) -> int:
         """The most that any layer has."""
-        return max(layer.attention.num_query_heads for layer in self._layers)
+        return max(layer.attention.num_query_heads for layer in self.layers)
 
     def linears(self) -> Iterator[Linear]:
         """All of the model's linears."""
-        for layer in self._layers:
+        for layer in self.layers:
             yield from (layer.attention.qkv, layer.attention.output)
             yield from (layer.mlp.gate_up, layer.mlp.down)
-        yield self._head
+        yield self.head
 
     def turn(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, R] of every row's angles."""

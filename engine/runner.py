@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBatch
 from engine.device import synchronize
-from engine.final_states import telling_states
+from engine.final_states import StateReader, call_with_states
 from engine.flat_batch import FlatBatch, Ints, flatten
 from engine.fused_decoder import FusedDecoder
 from engine.graphs import Capture, DecodeGraphs, GraphLimits
@@ -44,6 +44,7 @@ class ModelRunner:
     Args:
         packed: the step's numbers travel as one buffer, as they do on devices.
         when_done: how a layer's end is waited for.
+        reader: is shown every step's states; steps that it reads replay no graph.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ModelRunner:
         *,
         packed: bool | None = None,
         when_done: WhenDone = at_once,
+        reader: StateReader | None = None,
     ) -> None:
         self._model = loaded.model
         self._vocab_size = loaded.vocab_size
@@ -63,6 +65,7 @@ class ModelRunner:
         self._spans = spans
         self._packed = self.device.type != "cpu" if packed is None else packed
         self._when_done = when_done
+        self._reader = reader
         self.graphs: DecodeGraphs | None = None
 
     def capture(
@@ -93,18 +96,20 @@ class ModelRunner:
         on_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
+        reader = self._reader if self._reader is not None and self._reader.reads else None
+        plain = on_hidden is None and reader is None
         with self._spans("batch"):
             self._store.copy_blocks(plan.copied_blocks)
             flat = flatten(plan, self._store.layout.block_size)
             replay = None
-            if self.graphs is not None and on_layers is None and on_hidden is None:
+            if self.graphs is not None and on_layers is None and plain:
                 replay = self.graphs.prepare(plan, flat)
             call = self._call(plan, flat, on_layers) if replay is None else None
         with self._spans("forward"):
             if replay is not None:
                 return replay()
             assert call is not None
-            output = call() if on_hidden is None else self._call_for_hidden(call, plan, on_hidden)
+            output = call() if plain else self._call_for_states(call, plan, on_hidden, reader)
             logits: Tensor = output.logits.squeeze(0).float()
             if not len(logits):
                 synchronize(self.device)  # nobody else waits for this step
@@ -168,16 +173,33 @@ class ModelRunner:
         logits: Tensor = self._call_of(inputs)().logits
         return logits.squeeze(0)
 
-    def _call_for_hidden(
-        self, call: Callable[..., Any], plan: StepPlan, on_hidden: Callable[[Tensor], None]
+    def _call_for_states(
+        self,
+        call: Callable[..., Any],
+        plan: StepPlan,
+        on_hidden: Callable[[Tensor], None] | None,
+        reader: StateReader | None,
     ) -> Any:
-        rows = torch.tensor(plan.hidden_rows, device=self.device)
-        if isinstance(self._model, FusedDecoder):
-            output = call(hidden_to_keep=rows)
-            on_hidden(output.hidden.float())
-            return output
-        with telling_states(self._model, lambda states: on_hidden(states[rows].float())):
-            return call()
+        """The forward pass, and its states for who pools them and for who drafts from them."""
+        layers = reader.layers if reader is not None else ()
+        pooled = None
+        if on_hidden is not None:
+            pooled = torch.tensor(plan.hidden_rows, device=self.device)
+        rows = pooled
+        if reader is not None and not layers:
+            rows = torch.arange(plan.num_tokens, device=self.device)
+        done = call_with_states(self._model, call, rows, layers)
+        if on_hidden is not None and done.final is not None:
+            on_hidden((done.final if rows is pooled else done.final[pooled]).float())
+        states = done.inputs if layers else done.final
+        if reader is not None and states is not None:
+            reader.saw(plan, states)
+        return done.output
+
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> Callable[..., Any]:
+        """The forward pass on a plan, to be called with what else the model takes."""
+        return self._call(plan, flatten(plan, self._store.layout.block_size), None)
 
     def _request_rows(self, plan: StepPlan, flat: FlatBatch) -> list[RequestRows]:
         rows, first_row = [], 0

@@ -61,7 +61,7 @@ def load(
     AttentionInterface.register(OBSERVED, observing_attention)
     AttentionMaskInterface.register(OBSERVED, mask_rule)
     try:
-        with quiet(), _bars_to(progress):
+        with quiet(), bars_to(progress):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -126,7 +126,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _bars_to(progress: Progress) -> Iterator[None]:
+def bars_to(progress: Progress) -> Iterator[None]:
     """transformers' progress bar over tensors becomes calls of `progress`; nothing is drawn."""
     from transformers.utils.logging import set_tqdm_hook
 

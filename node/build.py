@@ -25,7 +25,7 @@ from engine.stops import end_tokens
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
 from node.devices import is_gpu
-from node.drafting import beside_drafts, draft_layout, load_draft_model, make_speculation
+from node.drafting import beside_drafts, draft_layout, load_drafter, make_speculation
 from node.gpu import Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.memory import NodeMemory, StagedMemory
@@ -135,8 +135,9 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     )
     obstacle = model.not_deterministic
     log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
-    draft = load_draft_model(
+    draft = load_drafter(
         config,
+        model,
         gpu.check_size if gpu else partial(_check_memory, 0, available_memory()),
         progress,
     )
@@ -151,7 +152,10 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
         pool = shared_pool(config, num_bytes)
     store = _store(config, layout, num_blocks, pool)
-    runner = ModelRunner(model, store, when_done=LayerWaiter() if gpu else at_once)
+    speculation = make_speculation(config, model, draft, num_blocks)
+    runner = ModelRunner(
+        model, store, when_done=LayerWaiter() if gpu else at_once, reader=speculation
+    )
     num_failed = gpu.capture(runner, model, scratch=num_blocks) if gpu else 0
     engine = Engine(
         _engine_config(config, model, num_blocks),
@@ -161,7 +165,7 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         eos_token_ids=frozenset(model.eos_token_ids),
         ops=model.ops,
         grammars=_grammars(config.model, model),
-        speculation=make_speculation(config, model, draft, num_blocks),
+        speculation=speculation,
     )
     memory = _memory(engine, store, pool)
     return BuiltEngine(config, model, engine, memory, num_blocks, pool, num_failed)

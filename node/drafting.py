@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.drafting.config import SpeculativeConfig
+from engine.drafting.config import HEADS, SpeculativeConfig
 from engine.drafting.control import Controller
 from engine.drafting.draft_model import DraftModel
 from engine.drafting.drafter import Drafter
+from engine.drafting.head import DraftHead
+from engine.drafting.head_drafter import HeadDrafter
+from engine.drafting.head_loader import load_head
 from engine.drafting.ngram import NgramDrafter
 from engine.drafting.speculation import Speculation
 from engine.kv_store import KVStore
@@ -26,15 +29,48 @@ from wire.layout import KVLayout
 Progress = Callable[[str, int, int], None]
 
 
+def load_drafter(
+    config: NodeConfig,
+    model: LoadedModel,
+    check_size: Callable[[int, str], None],
+    progress: Progress,
+) -> LoadedModel | None:
+    """The model, or the head, that drafts for `model`, if one does.
+
+    Raises ConfigError with what to do.
+    """
+    method = config.speculative.method
+    if method in HEADS:
+        return _load_head(method, config, model, check_size, progress)
+    if method == "draft_model":
+        return load_draft_model(config, check_size, progress)
+    return None
+
+
+def _load_head(
+    method: str,
+    config: NodeConfig,
+    model: LoadedModel,
+    check_size: Callable[[int, str], None],
+    progress: Progress,
+) -> LoadedModel:
+    folder = config.speculative.model or config.model
+    _check_folder(folder)
+    if (folder / "tokenizer.json").is_file():
+        _check_vocabulary(config.model, folder)
+    try:
+        return load_head(method, folder, model, check_size=check_size, progress=progress)
+    except BatonError as error:
+        raise ConfigError(f"--speculative-config: {error}") from error
+
+
 def load_draft_model(
     config: NodeConfig, check_size: Callable[[int, str], None], progress: Progress
-) -> LoadedModel | None:
-    """The model that drafts, if one does. Raises ConfigError with what to do."""
+) -> LoadedModel:
+    """Another model that drafts. Raises ConfigError with what to do."""
     folder = config.speculative.model
-    if folder is None:
-        return None
-    if not folder.is_dir():
-        raise ConfigError(f"--speculative-config: there is no model folder {str(folder)!r}")
+    assert folder is not None, "the config has checked that"
+    _check_folder(folder)
     _check_vocabulary(config.model, folder)
     try:
         return load_model(
@@ -46,6 +82,11 @@ def load_draft_model(
         )
     except BatonError as error:
         raise ConfigError(f"--speculative-config: the draft model: {error}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"--speculative-config: there is no model folder {str(folder)!r}")
 
 
 def _check_vocabulary(model: Path, draft: Path) -> None:
@@ -107,9 +148,20 @@ def _make_drafter(
     if draft is None:
         return None
     store = KVStore(draft.kv_layout(block_size), num_blocks, draft.device)
+    runner = ModelRunner(draft, store)
+    sampler = Sampler(frozenset(draft.eos_token_ids), draft.ops)
+    if isinstance(draft.model, DraftHead):
+        return HeadDrafter(
+            config.method,
+            draft.model,
+            runner,
+            sampler,
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
     return DraftModel(
-        ModelRunner(draft, store),
-        Sampler(frozenset(draft.eos_token_ids), draft.ops),
+        runner,
+        sampler,
         num_blocks=num_blocks,
         block_size=block_size,
         max_model_len=draft.max_model_len,

@@ -9,7 +9,10 @@ from typing import Any
 
 from wire.errors import ConfigError
 
-METHODS = ("none", "ngram", "draft_model")
+HEADS = ("eagle", "eagle3", "mtp")
+METHODS = ("none", "ngram", "draft_model", *HEADS)
+OTHER_NAMES = {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp"}
+"""What vLLM calls some of them by model; it takes the method's own name too."""
 MAX_DRAFT = 32
 
 
@@ -23,15 +26,17 @@ class SpeculativeConfig:
     """Who drafts, and how many tokens at most."""
 
     method: str = "none"
-    model: Path | None = None  # of the method draft_model
+    model: Path | None = None  # who drafts; of mtp where it is not in the model's own folder
     num_speculative_tokens: int = 5
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
 
     def __post_init__(self) -> None:
         _check(self.method in METHODS, f"method must be one of {', '.join(METHODS)}")
-        drafts = self.method == "draft_model"
-        _check(drafts == (self.model is not None), "model goes with the method draft_model")
+        needs = self.method in ("draft_model", "eagle", "eagle3")
+        _check(self.model is not None or not needs, f"{self.method} needs model, a folder")
+        takes = needs or self.method == "mtp"
+        _check(self.model is None or takes, f"model does not go with the method {self.method}")
         in_range = 1 <= self.num_speculative_tokens <= MAX_DRAFT
         _check(in_range, f"num_speculative_tokens must be between 1 and {MAX_DRAFT}")
         _check(
@@ -73,6 +78,8 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     if "model" in fields:
         fields.setdefault("method", "draft_model")
         fields["model"] = Path(fields["model"])
+    if "method" in fields:
+        fields["method"] = OTHER_NAMES.get(fields["method"], fields["method"])
     for given, other in (("min", "max"), ("max", "min")):
         if f"prompt_lookup_{given}" in fields:
             fields.setdefault(f"prompt_lookup_{other}", fields[f"prompt_lookup_{given}"])

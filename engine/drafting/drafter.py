@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from engine.plan import StepPlan
 from engine.request import Request
 
 
@@ -37,4 +40,18 @@ class Drafter(Protocol):
 
     def accepted(self, request: Request, num_tokens: int) -> None:
         """Of the last draft for `request` so many tokens were right, and are among its tokens."""
+        ...
+
+
+@runtime_checkable
+class ReadingDrafter(Drafter, Protocol):
+    """One that goes on from the target's own states; see engine.final_states.StateReader."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of which it reads the input; none: what the target's head is given."""
+        ...
+
+    def saw(self, plan: StepPlan, states: Tensor) -> None:
+        """What the step that runs has computed."""
         ...

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from engine.drafting.control import Controller, Decoding, Drafted, Observed
-from engine.drafting.drafter import Ask, Drafter
+from engine.drafting.drafter import Ask, Drafter, ReadingDrafter
 from engine.plan import DraftCounts, RequestProgress, ScheduledRequest, StepPlan
 from engine.request import Request
 
@@ -44,6 +46,7 @@ class Speculation:
         stall_s: float = 5.0,
     ) -> None:
         self._drafter: Drafter | None = drafter
+        self._reading = drafter if isinstance(drafter, ReadingDrafter) else None
         self._controller = controller
         self._vocab_size = vocab_size
         self._clock = clock
@@ -62,8 +65,7 @@ class Speculation:
         lengths = self._controller.lengths([self._decoding(request) for request in requests])
         drafts = self._drafts(requests, lengths) if any(lengths) or not requests else {}
         seconds = self._clock() - began
-        if seconds > self._stall_s:
-            self._give_up(f"it took {seconds:.1f} s")
+        self._watch(seconds)
         names = [request.request_id for request in requests]
         self._asked = _Asked(dict(zip(names, lengths, strict=True)), began, seconds)
         return drafts
@@ -102,10 +104,39 @@ class Speculation:
             kept.append(int(token))
         return tuple(kept)
 
+    def _watch(self, seconds: float) -> None:
+        if seconds > self._stall_s:
+            self._give_up(f"it took {seconds:.1f} s")
+
     def _give_up(self, reason: str) -> None:
         if self._drafter is not None:
             self._failure = f"the {self._drafter.method} drafter is switched off: {reason:.300}"
-        self._drafter = None
+        self._drafter = self._reading = None
+
+    # ------------------------------------------------------------ engine.final_states.StateReader
+
+    @property
+    def reads(self) -> bool:
+        """Whether the drafter goes on from the target's states."""
+        return self._reading is not None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """See StateReader."""
+        return self._reading.layers if self._reading is not None else ()
+
+    def saw(self, plan: StepPlan, states: Tensor) -> None:
+        """The drafter's, within a step that does not depend on it either."""
+        if self._reading is None:
+            return
+        began = self._clock()
+        try:
+            self._reading.saw(plan, states)
+        except Exception as error:  # see above
+            self._give_up(repr(error))
+        self._watch(self._clock() - began)
+
+    # ------------------------------------------------------------ after the step
 
     def committed(self, plan: StepPlan, progress: Sequence[RequestProgress]) -> DraftCounts | None:
         """The step that `propose` was called for is over; None if it had nothing to do with it."""

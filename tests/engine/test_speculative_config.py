@@ -23,6 +23,8 @@ from wire.errors import ConfigError
             ),
         ),
         ('{"model": "./draft"}', SpeculativeConfig("draft_model", Path("./draft"))),
+        ('{"method": "eagle3", "model": "h"}', SpeculativeConfig("eagle3", Path("h"))),
+        ('{"method": "deepseek_mtp"}', SpeculativeConfig("mtp")),
     ],
 )
 def test_what_is_understood(text: str, config: SpeculativeConfig) -> None:
@@ -41,8 +43,9 @@ def test_what_is_understood(text: str, config: SpeculativeConfig) -> None:
         ('{"method": "ngram", "num_speculative_tokens": true}', "num_speculative_tokens must be a"),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "between 1 and 32"),
         ('{"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 4}', "in order"),
-        ('{"method": "ngram", "model": "x"}', "model goes with"),
-        ('{"method": "draft_model"}', "model goes with"),
+        ('{"method": "ngram", "model": "x"}', "model does not go with the method ngram"),
+        ('{"method": "draft_model"}', "draft_model needs model"),
+        ('{"method": "eagle"}', "eagle needs model"),
     ],
 )
 def test_mistakes_are_one_line(text: str, told: str) -> None:

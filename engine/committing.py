@@ -68,7 +68,7 @@ class Committer:
             entered.add(request.request_id)
             if request.request_id in corrupted:
                 self._queues.discard(request)
-            elif request.request_id in self._queues.aborted_in_step:
+            elif request.request_id in self._queues.leaving:
                 continue
             elif request.beams is not None:
                 progress.append(self._search(request, logprobs))
@@ -82,6 +82,7 @@ class Committer:
         self, item: ScheduledRequest, new_tokens: tuple[int, ...], logprobs: Logprobs | None
     ) -> RequestProgress:
         request = item.request
+        request.num_in_flight, request.awaited_row = 0, None
         request.num_computed_tokens = item.end - len(item.draft_tokens)
         index = request.num_output_tokens
         finished = self._take_finished_blocks(request) if request.prefill_only else ()
@@ -206,4 +207,4 @@ class Committer:
             self._queues.running.remove(request)
             del self._queues.requests[request.request_id]
         elif request.finish_reason is not None:
-            self._queues.drop(request)
+            self._queues.end(request)

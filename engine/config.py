@@ -21,6 +21,8 @@ class EngineConfig:
     kv_overcommit: float = 1.0
     """Predicted growth may promise this many times the pool; above 1, requests can be preempted."""
     enable_prefix_caching: bool = True
+    lookahead: bool = False
+    """Launch the next step before the tokens of the present one are read (engine/lookahead.py)."""
     max_num_waiting: int = 4096
     """Requests beyond this many waiting ones are refused."""
 

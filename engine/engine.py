@@ -7,59 +7,40 @@ blocks of the requests in the step are theirs: an abort of one of them takes eff
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from threading import Lock
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
-from engine.device import give_back_memory
+from engine.device import give_back_memory, synchronize
 from engine.drafting.speculation import Speculation
 from engine.grammar import Constrained, Grammars, Masks
-from engine.logprobs import corrupted_prompts, sampling_logits, step_logprobs
+from engine.in_flight import InFlight, Outcome, Runner
+from engine.logprobs import sampling_logits
+from engine.lookahead import can_look_beyond
 from engine.plan import (
     LayerProgress,
     OnLayers,
-    RequestProgress,
     StepPlan,
     StepResult,
 )
 from engine.planning import NO_DRAFTS
-from engine.pooling import NOTHING_POOLED, pool_step
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
-from engine.rows import CORRUPTED
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.spans import Spans, no_spans
 from kernels.ops import LayerOps
-from wire.logprobs import Logprobs
 from wire.types import BlockHandle, NodeLoad
 
-
-class Runner(Protocol):
-    """Executes a plan on a model and its KV pool."""
-
-    def run(
-        self,
-        plan: StepPlan,
-        on_layers: Callable[[int], None] | None = None,
-        on_hidden: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """Each request's last `num_logits` rows in the plan's order, fp32 [rows, vocabulary].
-
-        Args:
-            on_layers: is told from within the forward pass how many layers have written the KV of
-                all the plan's tokens to memory.
-            on_hidden: is given the last layer's hidden states after the final norm, of
-                `plan.hidden_rows`, fp32 [rows, hidden size].
-        """
-        ...
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -95,6 +76,8 @@ class Engine:
         self._lock = Lock()
         self._num_steps = 0
         self._step_request_ids: tuple[str, ...] = ()
+        self._looks_ahead = config.lookahead and speculation is None  # drafts begin with the token
+        self._ahead: InFlight | None = None  # launched, and what the next call of `step` tells of
         self.layer_marks: frozenset[int] = frozenset()
         """After how many layers a prefill step reports progress; none costs nothing."""
 
@@ -103,6 +86,7 @@ class Engine:
     def step(self, on_layers: OnLayers | None = None) -> StepResult | None:
         """Draft → schedule → run → sample → commit; None if nothing can be computed now.
 
+        With lookahead the next step is launched before this one's tokens are read.
         `on_layers` is called from the forward pass after the layers that `layer_marks` names.
 
         An error of the runner or the sampler comes through. The step has then not happened: its
@@ -112,9 +96,7 @@ class Engine:
         """
         num_retries = 0
         while True:
-            drafts = NO_DRAFTS if num_retries else self._draft()
-            with self._spans("schedule"):
-                plan = self._plan(drafts)
+            plan = self._ahead.plan if self._ahead else self._plan(drafting=not num_retries)
             if not plan.scheduled:
                 return None
             result = self._try(plan, on_layers)
@@ -125,26 +107,59 @@ class Engine:
 
     def _try(self, plan: StepPlan, on_layers: OnLayers | None) -> StepResult | None:
         """Run → sample → commit; None if it did not fit into memory and a smaller step may."""
+        step, self._ahead = self._ahead, None
+        self._step_request_ids = _owners(plan)
         try:
-            masks = self._begin_masks(plan)
-            hidden: list[Tensor] = []
-            wanted = hidden.append if plan.hidden_rows else None
-            logits = self._runner.run(plan, self._layer_report(plan, on_layers), wanted)
+            step = step or self._launch(plan, on_layers)
+            self._ahead = self._look_ahead(step, on_layers)
             with self._spans("sample"):
-                tokens = self._sampler.sample(sampling_logits(plan, logits), plan.sampling, masks)
-                corrupted = _corrupted(plan, logits, tokens)
-                logprobs = step_logprobs(plan, logits, tokens, corrupted)
-                pooled = pool_step(plan, hidden[0]) if hidden else NOTHING_POOLED
+                outcome = step.outcome()
         except torch.OutOfMemoryError:
             if not self._shrink(plan):
                 raise
             return None
         except BaseException:
-            self._abandon()
+            self._abandon(plan)
             raise
-        corrupted |= pooled.corrupted
-        with self._spans("commit"):
-            progress = self._commit(plan, tokens, logprobs, corrupted, pooled.embeddings)
+        return self._finish(plan, outcome)
+
+    def _launch(
+        self, plan: StepPlan, on_layers: OnLayers | None, sampled: Tensor | None = None
+    ) -> InFlight:
+        """Run → sample; on a device both may still be going on when this returns."""
+        masks = self._begin_masks(plan)
+        hidden: list[Tensor] = []
+        wanted = hidden.append if plan.hidden_rows else None
+        logits = self._runner.run(plan, self._layer_report(plan, on_layers), wanted, sampled)
+        with self._spans("sample"):
+            rows = sampling_logits(plan, logits)
+            return InFlight(plan, logits, hidden, self._sampler.draw(rows, plan.sampling, masks))
+
+    def _look_ahead(self, step: InFlight, on_layers: OnLayers | None) -> InFlight | None:
+        """The step after a launched one, launched too; None where that one must end first."""
+        if not self._looks_ahead or not can_look_beyond(step.plan):
+            return None
+        with self._spans("schedule"), self._lock:
+            plan = self._scheduler.plan_ahead(step.plan)
+        if not plan.scheduled:
+            return None
+        try:
+            return self._launch(plan, on_layers, step.sampled)
+        except Exception as error:  # planned again after this step; what is wrong shows there
+            log.warning("a step could not be launched ahead: %r", error)
+            try:
+                synchronize(step.sampled.device)  # it must not write to blocks that get others
+            finally:
+                self._abandon(plan)
+            return None
+
+    def _finish(self, plan: StepPlan, outcome: Outcome) -> StepResult:
+        with self._spans("commit"), self._lock:
+            self._num_steps += 1
+            corrupted = self._scheduler.still_here(outcome.corrupted)
+            progress = self._scheduler.commit(
+                plan, outcome.tokens, outcome.logprobs, outcome.corrupted, outcome.embeddings
+            )
         counts = self._speculation.committed(plan, progress) if self._speculation else None
         return StepResult(
             self._num_steps,
@@ -156,8 +171,23 @@ class Engine:
         )
 
     def _shrink(self, plan: StepPlan) -> bool:
+        self._give_up_ahead()
         with self._lock:
             return self._scheduler.did_not_fit(plan)
+
+    def _abandon(self, plan: StepPlan) -> None:
+        self._give_up_ahead()
+        with self._lock:
+            self._scheduler.abandon(plan)
+
+    def _give_up_ahead(self) -> None:
+        """The step that was launched ahead counts on one that failed."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            with suppress(RuntimeError):  # the error that is on its way tells enough
+                ahead.arriving.wait()  # as above
+            with self._lock:
+                self._scheduler.abandon(ahead.plan)
 
     def _draft(self) -> Mapping[str, Sequence[int]]:
         """Tokens that may follow; nobody but this thread adds tokens to requests that decode."""
@@ -168,12 +198,10 @@ class Engine:
         with self._spans("draft"):
             return self._speculation.propose(decoding)
 
-    def _plan(self, drafts: Mapping[str, Sequence[int]]) -> StepPlan:
-        with self._lock:
-            plan = self._scheduler.plan(drafts)
-            owners = (item.request.owner.request_id for item in plan.scheduled)
-            self._step_request_ids = tuple(dict.fromkeys(owners))
-            return plan
+    def _plan(self, *, drafting: bool) -> StepPlan:
+        drafts = self._draft() if drafting else NO_DRAFTS
+        with self._spans("schedule"), self._lock:
+            return self._scheduler.plan(drafts)
 
     def _begin_masks(self, plan: StepPlan) -> Masks | None:
         """Work that goes on beside the forward pass; None if no request has a grammar."""
@@ -207,25 +235,9 @@ class Engine:
 
         return report
 
-    def _commit(
-        self,
-        plan: StepPlan,
-        tokens: list[int],
-        logprobs: dict[str, Logprobs],
-        corrupted: frozenset[str],
-        embeddings: dict[str, bytes],
-    ) -> tuple[RequestProgress, ...]:
-        with self._lock:
-            self._num_steps += 1
-            return self._scheduler.commit(plan, tokens, logprobs, corrupted, embeddings)
-
-    def _abandon(self) -> None:
-        with self._lock:
-            self._scheduler.end_step()
-
     @property
     def step_request_ids(self) -> tuple[str, ...]:
-        """The requests of the step that runs or was the last to run."""
+        """The requests of the step that `step` runs or ran last; one that is ahead is not meant."""
         return self._step_request_ids
 
     def has_work(self) -> bool:
@@ -355,14 +367,8 @@ class Engine:
             self._scheduler.check_integrity()
 
 
-def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[str]:
-    """The requests of the step whose last known token has logits that are no numbers."""
-    found, row = set(), 0
-    for item in plan.scheduled:
-        if item.samples and tokens[row] == CORRUPTED:
-            found.add(item.request.owner.request_id)
-        row += item.num_samples
-    return frozenset(found) | corrupted_prompts(plan, logits)
+def _owners(plan: StepPlan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.request.owner.request_id for item in plan.scheduled))
 
 
 def _constrained(request: Request, draft_tokens: tuple[int, ...] = ()) -> Constrained:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.flat_batch import FlatBatch
 from engine.plan import StepPlan
-from engine.step_inputs import Sizes, StepInputs, fill, host_buffer
+from engine.step_inputs import Sizes, StepInputs, fill, host_buffer, put_sampled
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,9 @@ class DecodeGraphs:
 
         return work
 
-    def prepare(self, plan: StepPlan, flat: FlatBatch) -> Callable[[], Tensor] | None:
+    def prepare(
+        self, plan: StepPlan, flat: FlatBatch, sampled: Tensor | None = None
+    ) -> Callable[[], Tensor] | None:
         """Puts the step's numbers in place and gives the forward pass; None: no graph fits.
 
         It gives logits fp32 [requests, vocabulary], valid until the next one.
@@ -191,7 +193,7 @@ class DecodeGraphs:
         rung = rung_for(num_requests, self.rungs)
         if rung is None or not can_replay(plan):
             return None
-        self._put(rung, flat)
+        self._put(rung, flat, sampled)
         replay = self._replays[rung]
 
         def forward() -> Tensor:
@@ -200,9 +202,11 @@ class DecodeGraphs:
 
         return forward
 
-    def _put(self, rung: int, flat: FlatBatch) -> None:
+    def _put(self, rung: int, flat: FlatBatch, sampled: Tensor | None = None) -> None:
         """The step's numbers into the buffer that graphs read, behind what still reads it."""
         sizes = Sizes(rung, rung, rung, len(flat.tables))
         host = host_buffer(sizes.starts[-1], self._device)
         used = fill(host.numpy(), sizes, flat, self._limits.scratch)
         self._numbers[:used].copy_(host[:used], non_blocking=True)
+        if sampled is not None:
+            put_sampled(self._numbers, sizes, sampled)

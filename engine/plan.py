@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.request import Request
 from engine.rows import Ahead, Row
@@ -22,20 +22,25 @@ class ScheduledRequest:
     start: int
     num_new_tokens: int
     draft_tokens: tuple[int, ...] = ()
+    is_last: bool = field(init=False)
+    """Whether this step reaches the last known token. The request may be looked upon as further
+    before the step is over, so this is noted when the step is planned."""
+
+    def __post_init__(self) -> None:
+        is_last = self.end - len(self.draft_tokens) == self.request.num_tokens
+        object.__setattr__(self, "is_last", is_last)
 
     @property
     def end(self) -> int:
         return self.start + self.num_new_tokens
 
     @property
-    def is_last(self) -> bool:
-        """Whether this step reaches the last known token."""
-        return self.end - len(self.draft_tokens) == self.request.num_tokens
-
-    @property
     def new_tokens(self) -> list[int]:
-        """What is computed."""
-        return [*self.request.tokens[self.start : self.end], *self.draft_tokens]
+        """What is computed; -1 - r for the token that row r of the step before samples."""
+        tokens, row = self.request.tokens, self.request.awaited_row
+        if row is not None and self.start == len(tokens):
+            return [-1 - row]
+        return [*tokens[self.start : self.end], *self.draft_tokens]
 
     @property
     def samples(self) -> bool:
@@ -116,8 +121,10 @@ MAX_PROMPT_LOGITS = 256
 class PlanDraft:
     """A step plan in the making: what is scheduled so far and what is left of the token budget."""
 
-    def __init__(self, budget: int, max_chunk: int = 0) -> None:
+    def __init__(self, budget: int, max_chunk: int = 0, *, ahead: bool = False) -> None:
         self.budget = budget
+        self.ahead = ahead  # the step before it is not over, so nobody can be preempted
+        self.lacks_room = False  # somebody would have to be
         self._max_chunk = max_chunk or budget
         self.prompt_logits = MAX_PROMPT_LOGITS  # what is left of these
         self.items: dict[str, ScheduledRequest] = {}

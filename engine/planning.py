@@ -36,6 +36,7 @@ from engine.request import BeamGroup, Request
 from engine.step_budget import StepBudget
 
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
+NOTHING = StepPlan(())
 
 
 class Planner:
@@ -65,11 +66,44 @@ class Planner:
         `drafts`, by request: tokens that may follow its last one. As many are computed as fit.
         """
         draft = PlanDraft(self._limit(), self._config.long_prefill_token_threshold)
+        self._fill(draft, drafts)
+        self._queues.steps = [draft.request_ids]
+        return draft.finish()
+
+    def plan_ahead(self, step: StepPlan) -> StepPlan:
+        """What follows a step in flight, as if its tokens were computed and those sampled known.
+
+        Empty where that cannot be said before the step is over: who needs a block of somebody else
+        takes it from nobody whom the step still computes.
+        """
+        self._assume(step)
+        draft = PlanDraft(self._limit(), self._config.long_prefill_token_threshold, ahead=True)
+        if self.budget.is_full:
+            self._fill(draft, NO_DRAFTS)
+        if draft.lacks_room or not draft.items:
+            return NOTHING
+        self._queues.steps.append(draft.request_ids)
+        return draft.finish()
+
+    def _assume(self, step: StepPlan) -> None:
+        row = 0
+        for item in step.scheduled:
+            request = item.request
+            if request.request_id not in self._queues.leaving:
+                request.num_computed_tokens = item.end
+                request.num_in_flight = item.num_new_tokens
+                request.awaited_row = row if item.samples else None
+            row += item.num_samples
+
+    def _fill(self, draft: PlanDraft, drafts: Mapping[str, Sequence[int]]) -> None:
         self._keep_seats_within(draft)
         while self._queues.adopted and self._queues.has_seats_for(self._queues.adopted[0]):
             self._queues.running.append(self._queues.adopted.popleft())
-        decoding = [r for r in self._queues.running if r.num_behind <= 1]
-        catching_up = [r for r in self._queues.running if r.num_behind > 1]
+        running = self._queues.running
+        if draft.ahead:
+            running = [r for r in running if r.goes_on and r.request_id not in self._queues.leaving]
+        decoding = [r for r in running if r.num_behind <= 1]
+        catching_up = [r for r in running if r.num_behind > 1]
         self._continue_all(decoding, draft)
         kept = min(sum(map(len, drafts.values())), draft.budget // 2)
         draft.budget -= kept
@@ -77,8 +111,6 @@ class Planner:
         self._admit_waiting(draft)
         draft.budget += kept
         self._add_drafts(drafts, draft)
-        self._queues.in_step = draft.request_ids
-        return draft.finish()
 
     def _limit(self) -> int:
         """Tokens of the step; a search whose beams must go together does not wait for ever."""
@@ -125,6 +157,9 @@ class Planner:
     def _make_room(self, num_blocks: int, request: Request, draft: PlanDraft) -> bool:
         """Preempt requests newer than `request`, newest first, until `num_blocks` are available."""
         while self._pool.num_available < num_blocks:
+            if draft.ahead:
+                draft.lacks_room = True
+                return False
             victims = self._queues.adopted or self._queues.running
             if victims[-1] is request:
                 return False
@@ -194,7 +229,7 @@ class Planner:
         if index >= len(hashes):
             return False
         return any(
-            other.num_computed_tokens <= index * self._config.block_size
+            other.num_computed_tokens - other.num_in_flight <= index * self._config.block_size
             and other.block_hashes[index : index + 1] == [hashes[index]]
             for other in self._queues.running
         )

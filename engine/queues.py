@@ -8,9 +8,11 @@ adopted (blocks received) ─┘
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from engine.block_pool import BlockPool, Owner
 from engine.config import EngineConfig
+from engine.plan import ScheduledRequest, StepPlan
 from engine.prefix_cache import PrefixCache
 from engine.request import Request
 
@@ -28,8 +30,8 @@ class Queues:
         self.running: list[Request] = []  # in order of admission
         self.held: dict[str, Request] = {}  # prefilled; blocks stay for the handoff
         self.requests: dict[str, Request] = {}  # waiting, adopted or running
-        self.in_step: frozenset[str] = frozenset()
-        self.aborted_in_step: set[str] = set()
+        self.steps: list[frozenset[str]] = []  # by step in flight, the oldest first: who is in it
+        self.leaving: set[str] = set()  # are over, but a step in flight computes them
         self.drafted: list[Request] = []  # may hold blocks for the step's draft tokens
 
     @property
@@ -53,14 +55,25 @@ class Queues:
 
         False if it is not here. An aborted request appears in no later progress.
         """
-        if request_id in self.in_step and request_id in self.requests:
-            self.aborted_in_step.add(request_id)
-            return True
         request = self.requests.get(request_id)
         if request is None:
             return self.release_held(request_id)
-        self.drop(request)
+        if request_id in self.leaving:
+            return False
+        self._leave(request, self.steps)
         return True
+
+    def end(self, request: Request) -> None:
+        """It is over with the step that is being committed, the oldest of those in flight."""
+        self._leave(request, self.steps[1:])
+
+    def _leave(self, request: Request, steps: Iterable[frozenset[str]]) -> None:
+        """Drop it, or let the last of these steps that computes it do so."""
+        if any(request.request_id in step for step in steps):
+            self.leaving.add(request.request_id)
+        else:
+            self.leaving.discard(request.request_id)
+            self.drop(request)
 
     def drop(self, request: Request) -> None:
         """Take a request out of whatever it is in."""
@@ -91,24 +104,39 @@ class Queues:
 
     def discard(self, request: Request) -> None:
         """End a request whose blocks, its prefix included, may hold what broke its logits."""
-        self.aborted_in_step.discard(request.request_id)
         for row in request.rows:
             self._cache.discard(row.block_table)
             row.num_computed_tokens = 0
-        self.drop(request)
+        self.end(request)
 
-    def end_step(self) -> None:
-        """Carry out aborts that waited for the step; all there is to do for a step that failed."""
-        for request_id in self.aborted_in_step:
-            self.drop(self.requests[request_id])
+    def abandon_step(self, plan: StepPlan) -> None:
+        """The last step in flight did not happen."""
+        for item in plan.scheduled:
+            if item.request.num_computed_tokens > item.start:  # it was looked beyond
+                self._take_back(item)
+        self.end_step(-1)
+
+    def _take_back(self, item: ScheduledRequest) -> None:
+        """What was counted of a step before it was over."""
+        request = item.request
+        request.num_computed_tokens = item.start
+        request.num_in_flight, request.awaited_row = 0, None
+        self._give_back(request)
+
+    def end_step(self, index: int = 0) -> None:
+        """A step in flight is over: those leave who waited for it alone."""
+        if self.steps:
+            del self.steps[index]
+        for request_id in sorted(self.leaving):
+            if not any(request_id in step for step in self.steps):
+                self.leaving.remove(request_id)
+                self.drop(self.requests[request_id])
         for request in self.drafted:
             self._give_back(request)
         self.drafted.clear()
-        self.aborted_in_step.clear()
-        self.in_step = frozenset()
 
     def _give_back(self, request: Request) -> None:
-        """The blocks behind the request's last token, where only refused draft tokens were."""
+        """The blocks behind the request's last token, where no token is after all."""
         known = self._config.num_blocks_for(request.num_tokens)
         self._pool.release(reversed(request.block_table[known:]), Owner.RUNNING)
         del request.block_table[known:]

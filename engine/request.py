@@ -6,6 +6,9 @@
 
 There are no phases. A request is behind (`num_computed_tokens < num_tokens`) and catches up; when a
 step reaches its last token, one more is sampled.
+
+While a step is looked beyond (`engine.lookahead`), what it does counts already: its tokens are
+computed, and the token that it samples, the awaited one, is the last. It is not in `tokens` yet.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class Request:
     beams: BeamGroup | None = None  # its search, once its prompt is computed; see engine/beams.py
     beam_of: Request | None = None  # it is one row of that request's search, in no queue
     copied_block: tuple[int, int] | None = None  # the content of the first is to be in the second
+    num_in_flight: int = 0  # of its computed tokens, those of a step that is not committed
+    awaited_row: int | None = None  # of that step's sampled tokens, which is its next token
 
     @property
     def owner(self) -> Request:
@@ -63,16 +68,16 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + (self.awaited_row is not None)
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_behind(self) -> int:
         """Tokens whose KV is not computed yet; at least one until the request ends."""
-        return len(self.tokens) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def token_limit(self) -> int:
@@ -98,6 +103,11 @@ class Request:
     def needs_every_row(self) -> bool:
         """Whether something is asked of every position, so that no cached block is of use."""
         return self.wants_prompt_logprobs or self.pooling is Pooling.MEAN
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is not over with the awaited token, whichever that is."""
+        return self.num_tokens < self.token_limit
 
     @property
     def output_tokens(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 On a CPU the step's numbers are tensors of their own. On a device they are one buffer, copied once
 (`engine.step_inputs`), and a step that only decodes replays a graph (`engine.graphs`). When `run`
-returns there, the device may still be computing; only for a step without logits it waits.
+returns there, the device may still be computing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch
-from engine.device import synchronize
 from engine.final_states import StateReader, call_with_states
 from engine.flat_batch import FlatBatch, Ints, flatten
 from engine.fused_decoder import FusedDecoder
@@ -25,7 +24,15 @@ from engine.kv_store import KVStore
 from engine.model_info import LoadedModel
 from engine.plan import StepPlan
 from engine.spans import Spans, no_spans
-from engine.step_inputs import HostRequests, StepInputs, fill, host_buffer, sizes_of
+from engine.step_inputs import (
+    HostRequests,
+    StepInputs,
+    fill,
+    host_buffer,
+    put_sampled,
+    sizes_of,
+    with_sampled,
+)
 from kernels.paged_attention import RequestRows
 
 LayersDone = Callable[[int], None]
@@ -94,8 +101,9 @@ class ModelRunner:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
-        """See engine.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
+        """See in_flight.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
         reader = self._reader if self._reader is not None and self._reader.reads else None
         plain = on_hidden is None and reader is None
         with self._spans("batch"):
@@ -103,28 +111,33 @@ class ModelRunner:
             flat = flatten(plan, self._store.layout.block_size)
             replay = None
             if self.graphs is not None and on_layers is None and plain:
-                replay = self.graphs.prepare(plan, flat)
-            call = self._call(plan, flat, on_layers) if replay is None else None
+                replay = self.graphs.prepare(plan, flat, sampled)
+            call = self._call(plan, flat, on_layers, sampled) if replay is None else None
         with self._spans("forward"):
             if replay is not None:
                 return replay()
             assert call is not None
             output = call() if plain else self._call_for_states(call, plan, on_hidden, reader)
             logits: Tensor = output.logits.squeeze(0).float()
-            if not len(logits):
-                synchronize(self.device)  # nobody else waits for this step
             return logits
 
     def _call(
-        self, plan: StepPlan, flat: FlatBatch, on_layers: LayersDone | None
+        self,
+        plan: StepPlan,
+        flat: FlatBatch,
+        on_layers: LayersDone | None = None,
+        sampled: Tensor | None = None,
     ) -> Callable[..., Any]:
         """The forward pass, ready to be called."""
         on_layer = _LayerCount(on_layers, self._when_done) if on_layers else None
         if self._packed:
-            return self._call_of(self._inputs(flat), on_layer)
+            return self._call_of(self._inputs(flat, sampled), on_layer)
+        token_ids = self._tensor(flat.token_ids)
+        if sampled is not None:
+            token_ids = with_sampled(token_ids, sampled)
         return partial(
             self._model,
-            input_ids=self._tensor(flat.token_ids).unsqueeze(0),
+            input_ids=token_ids.unsqueeze(0),
             position_ids=self._tensor(flat.positions).unsqueeze(0),
             use_cache=False,
             logits_to_keep=self._tensor(flat.needed_rows),
@@ -137,12 +150,14 @@ class ModelRunner:
             ),
         )
 
-    def _inputs(self, flat: FlatBatch) -> StepInputs:
+    def _inputs(self, flat: FlatBatch, sampled: Tensor | None) -> StepInputs:
         """The step's numbers on the device, without waiting for it."""
         sizes = sizes_of(flat)
         host = host_buffer(sizes.starts[-1], self.device)
         fill(host.numpy(), sizes, flat, scratch=0)
         buffer = host.to(self.device, non_blocking=True)
+        if sampled is not None:
+            put_sampled(buffer, sizes, sampled)
         return StepInputs.of(
             buffer,
             sizes,
@@ -199,7 +214,7 @@ class ModelRunner:
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Callable[..., Any]:
         """The forward pass on a plan, to be called with what else the model takes."""
-        return self._call(plan, flatten(plan, self._store.layout.block_size), None)
+        return self._call(plan, flatten(plan, self._store.layout.block_size))
 
     def _request_rows(self, plan: StepPlan, flat: FlatBatch) -> list[RequestRows]:
         rows, first_row = [], 0

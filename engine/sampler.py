@@ -45,8 +45,12 @@ class Sampler:
         draft token; the others are not concerned. Raises GrammarError where a grammar takes too
         much.
         """
+        return [int(token) for token in self.draw(logits, requests, masks).tolist()]
+
+    def draw(self, logits: Tensor, requests: Sequence[Row], masks: Masks | None = None) -> Tensor:
+        """What `sample` gives, int64 [R], where the logits are: nothing waits for the device."""
         if not requests:
-            return []
+            return torch.zeros(0, dtype=torch.int64, device=logits.device)
         sound = finite_rows(logits)
         if is_gpu(logits.device) or not sound.all():  # asking a GPU costs more than doing it
             logits = logits.where(sound.unsqueeze(1), 0.0)
@@ -60,7 +64,7 @@ class Sampler:
         elif drawn:
             rows = to_device(drawn, torch.int64, logits.device)
             tokens[rows] = _draw(logits[rows], [requests[i] for i in drawn], self._ops)
-        return [int(token) for token in tokens.where(sound, CORRUPTED).tolist()]
+        return tokens.where(sound, CORRUPTED)
 
     def _adjust(self, logits: Tensor, requests: Sequence[Row], masks: Masks | None) -> Tensor:
         """The logits with masks, biases and penalties applied; a copy if there are any."""

@@ -32,7 +32,10 @@ from wire.types import BlockHandle, NodeLoad
 
 
 class Scheduler:
-    """Queues, seats and admission. Not thread-safe; `plan` and `commit` alternate."""
+    """Queues, seats and admission. Not thread-safe.
+
+    `plan` and `commit` alternate; or `plan_ahead` follows a step, which is committed after it.
+    """
 
     def __init__(
         self,
@@ -204,13 +207,21 @@ class Scheduler:
         self._planner.budget.fitted()
         return self._committer.commit(plan, tokens, logprobs, corrupted, embeddings)
 
-    def end_step(self) -> None:
-        """Carry out aborts that waited for the step; all there is to do for a step that failed."""
-        self._queues.end_step()
+    def plan_ahead(self, step: StepPlan) -> StepPlan:
+        """What follows a step that is not over; see Planner.plan_ahead."""
+        return self._planner.plan_ahead(step)
+
+    def still_here(self, request_ids: Collection[str]) -> list[str]:
+        """Those who are not over already, with only a step in flight to leave."""
+        return [name for name in request_ids if name not in self._queues.leaving]
+
+    def abandon(self, plan: StepPlan) -> None:
+        """The planned step, the last one in flight, failed: it did not happen."""
+        self._queues.abandon_step(plan)
 
     def did_not_fit(self, plan: StepPlan) -> bool:
         """The step ran out of memory: the next ones are smaller; False if none can be."""
-        self._queues.end_step()
+        self.abandon(plan)
         return self._planner.budget.did_not_fit(plan.num_tokens, self._queues.widest)
 
     def blocks_to_finish(

@@ -8,6 +8,9 @@ graph reads the buffer that it was captured with, so a padded step has the parts
 
     padding row      token 0 at position 0, written to the scratch block
     padding request  one padding row, a context of 0: it reads nothing
+
+A token that the step before samples is known on the device first: in its place stands -1 - r, where
+r is its row there (`with_sampled`).
 """
 
 from __future__ import annotations
@@ -117,6 +120,23 @@ class StepInputs:
         rows = DeviceRows(first_row, context, tables, start, max_rows, max_context)
         slots = (blocks.long(), offsets.long())
         return cls(token_ids, positions, slots, needed.long(), rows)
+
+
+def with_sampled(token_ids: Tensor, sampled: Tensor) -> Tensor:
+    """Token ids with what the step before `sampled` in place of those that stand for its rows.
+
+    What it could not sample (CORRUPTED) becomes token 0: the request ends with that step.
+    """
+    if not len(sampled):
+        return token_ids  # it sampled nothing
+    rows = (-1 - token_ids).clamp(min=0).long()
+    return torch.where(token_ids < 0, sampled.clamp(min=0)[rows].to(token_ids.dtype), token_ids)
+
+
+def put_sampled(buffer: Tensor, sizes: Sizes, sampled: Tensor) -> None:
+    """The same in a buffer that `fill` has filled."""
+    token_ids = buffer[: sizes.rows]
+    token_ids.copy_(with_sampled(token_ids, sampled))
 
 
 class HostRequests(Sequence[RequestRows]):

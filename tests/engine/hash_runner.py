@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.sampler import Sampler
+from engine.step_inputs import with_sampled
 from engine.stops import finish_reason
 from wire.types import FinishReason
 
@@ -55,10 +56,11 @@ class HashRunner:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
         for source, target in plan.copied_blocks:
             self.copy(source, target)
-        needed = [state for item in plan.scheduled for state in self._compute(item)]
+        needed = [s for item in plan.scheduled for s in self._compute(item, sampled)]
         if on_hidden is not None:
             on_hidden(self._hidden(plan))
         if on_layers is not None:
@@ -76,9 +78,11 @@ class HashRunner:
             rows += [hidden_state(s) for s in states[len(states) - item.num_hidden :]]
         return torch.stack(rows)
 
-    def _compute(self, item: ScheduledRequest) -> list[int]:
-        request = item.request
-        states = chain([*request.tokens[: item.start], *item.new_tokens])
+    def _compute(self, item: ScheduledRequest, sampled: Tensor | None) -> list[int]:
+        request, tokens = item.request, item.new_tokens
+        if sampled is not None:
+            tokens = with_sampled(torch.tensor(tokens), sampled.as_subclass(Tensor)).tolist()
+        states = chain([*request.tokens[: item.start], *tokens])
         for position in range(item.start):
             held = self.read(request.block_table[position // self._block_size], position)
             assert held == states[position], f"{request.request_id} reads a wrong slot {position}"

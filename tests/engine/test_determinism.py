@@ -51,8 +51,9 @@ class Watch:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
-        logits = self._runner.run(plan, on_layers, on_hidden)
+        logits = self._runner.run(plan, on_layers, on_hidden, sampled)
         row = iter(logits)
         for item in plan.scheduled:
             for number in range(item.num_samples):

@@ -53,6 +53,7 @@ def make_engine(
     max_num_seqs: int = 6,
     max_num_batched_tokens: int = 16,
     speculation: Speculation | None = None,
+    lookahead: bool = False,
 ) -> tuple[Engine, HashRunner]:
     config = EngineConfig(
         block_size=BLOCK_SIZE,
@@ -62,6 +63,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_overcommit=kv_overcommit,
         enable_prefix_caching=enable_prefix_caching,
+        lookahead=lookahead,
     )
     runner = HashRunner(num_blocks, BLOCK_SIZE)
     engine = Engine(
@@ -126,7 +128,8 @@ class Leased:
 class Walk:
     """One engine under random use."""
 
-    def __init__(self, seed: int, *, drafts: bool = False) -> None:
+    def __init__(self, seed: int, *, drafts: bool = False, lookahead: bool = False) -> None:
+        self.lookahead = lookahead
         self.rng = rng = random.Random(seed)
         self.overcommit = rng.choice([1.0, 1.0, 3.0])
         self.engine, self.runner = make_engine(
@@ -136,6 +139,7 @@ class Walk:
             max_num_seqs=rng.choice([2, 6]),
             max_num_batched_tokens=rng.choice([3, 8, 24]),
             speculation=self.speculation() if drafts else None,
+            lookahead=lookahead,
         )
         self.runner.during_run = self.in_the_step
         self.alive: dict[str, Expected] = {}
@@ -145,7 +149,7 @@ class Walk:
         self.io: list[BlockHandle] = []
         self.known_hashes: set[bytes] = set()
         self.num_added = self.num_finished = self.num_preempted = self.num_prompts_told = 0
-        self.num_rebound = 0
+        self.num_rebound = self.num_ahead = 0
 
     def speculation(self) -> Speculation:
         """Drafts that are right in part, never, or always, of any length."""
@@ -171,6 +175,7 @@ class Walk:
     def random_request(self, tokens: list[int], prefill_only: bool = False) -> Request:
         rng = self.rng
         self.num_added += 1
+        plain = self.lookahead and rng.random() < 0.9  # no step is looked beyond with one that asks
         request = make_request(
             f"r{self.num_added}",
             tokens,
@@ -178,10 +183,10 @@ class Walk:
             max_tokens=rng.choice([2, 5, 12, 100]),
             temperature=rng.choice([0.0, 0.8]),
             top_p=rng.choice([1.0, 0.9]),
-            frequency_penalty=rng.choice([0.0, 0.3]),
+            frequency_penalty=0.0 if plain else rng.choice([0.0, 0.3]),
             seed=rng.getrandbits(64),
             ignore_eos=rng.random() < 0.5,
-            logprobs=rng.choice([None, None, 0, 3, 100]),
+            logprobs=None if plain else rng.choice([None, None, 0, 3, 100]),
             prompt_logprobs=rng.choice([None, 0, 2]),
         )
         request.cache_salt = rng.choice(["", "", "tenant"])
@@ -336,6 +341,7 @@ class Walk:
         except RunnerBroke:
             result = None
         self.engine.check_integrity()
+        self.num_ahead += self.engine._ahead is not None
         if result is not None:
             assert result.num_tokens <= self.engine.config.max_num_batched_tokens
             self.num_preempted += result.num_preempted
@@ -423,23 +429,25 @@ class Walk:
         assert self.engine.load().blocks_promised == 0
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-@pytest.mark.parametrize("seed", range(45))
-def test_random_walk(seed: int, drafts: bool) -> None:
-    walk = Walk(seed, drafts=drafts)
+@pytest.mark.parametrize("kind", ["plain", "drafts", "lookahead"])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_walk(seed: int, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    walk = Walk(seed, drafts=kind == "drafts", lookahead=kind == "lookahead")
     walk.run(120)
     walk.wind_down()
+    assert all("RunnerBroke" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_the_walk_reaches_what_it_is_for(drafts: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "drafts", "lookahead"])
+def test_the_walk_reaches_what_it_is_for(kind: str) -> None:
     """Preemption, prefix hits, finished requests: a walk that avoids them proves nothing."""
-    walks = [Walk(seed) for seed in range(12)]
+    drafts, lookahead = kind == "drafts", kind == "lookahead"
+    walks = [Walk(seed, lookahead=lookahead) for seed in range(12)]
     for walk in walks:
         walk.overcommit = 3.0
         speculation = walk.speculation() if drafts else None
         walk.engine, walk.runner = make_engine(
-            num_blocks=12, kv_overcommit=3.0, speculation=speculation
+            num_blocks=12, kv_overcommit=3.0, speculation=speculation, lookahead=lookahead
         )
         walk.runner.during_run = walk.in_the_step
         walk.run(150)
@@ -449,6 +457,7 @@ def test_the_walk_reaches_what_it_is_for(drafts: bool) -> None:
     assert sum(walk.num_prompts_told for walk in walks) > 10
     assert sum(len(walk.aborted) for walk in walks) > 10
     assert sum(walk.num_rebound for walk in walks) > 10
+    assert sum(walk.num_ahead for walk in walks) > (200 if lookahead else -1)
     if drafts:
         assert sum(walk.drafter.num_accepted for walk in walks) > 100
 
@@ -526,8 +535,9 @@ class Broken:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
-        logits, row = self._runner.run(plan, on_layers, on_hidden), 0
+        logits, row = self._runner.run(plan, on_layers, on_hidden, sampled), 0
         for item in plan.scheduled:
             rows = logits[row : row + item.num_logits]
             if item.request.request_id in self._names and len(rows):

@@ -32,11 +32,12 @@ class SmallDevice:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
         self.tried.append(plan.num_tokens)
         if plan.num_tokens > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return self._inner.run(plan, on_layers, on_hidden)
+        return self._inner.run(plan, on_layers, on_hidden, sampled)
 
 
 def engine_on(runner: SmallDevice) -> Engine:

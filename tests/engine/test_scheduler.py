@@ -330,7 +330,7 @@ def test_a_failed_step_did_not_happen() -> None:
     bench.add("b", 4)
     first = bench.scheduler.plan()
     bench.scheduler.abort("b")
-    bench.scheduler.end_step()
+    bench.scheduler.abandon(first)
     bench.scheduler.check_integrity()
     assert request.num_computed_tokens == 0
     assert len(bench.cache) == 0, "what was not computed cannot be found"

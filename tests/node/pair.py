@@ -74,6 +74,7 @@ class StoreRunner(HashRunner):
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
         def layer_done(num_layers: int) -> None:
             if on_layers is not None:
@@ -82,7 +83,7 @@ class StoreRunner(HashRunner):
                 self._slots[block, num_layers, slot] = self._slots[block, 0, slot]
 
         self._written.clear()
-        return super().run(plan, layer_done, on_hidden)
+        return super().run(plan, layer_done, on_hidden, sampled)
 
     def copy(self, source: int, target: int) -> None:
         self._slots[target] = self._slots[source]

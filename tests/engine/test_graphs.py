@@ -127,7 +127,7 @@ def llama(make_model: Callable[[str], Path]) -> LoadedModel:
 
 
 def engine_on(
-    loaded: LoadedModel, capture: Capture | None, *, packed: bool
+    loaded: LoadedModel, capture: Capture | None, *, packed: bool, lookahead: bool = False
 ) -> tuple[Engine, ModelRunner]:
     store = KVStore(loaded.kv_layout(BLOCK_SIZE), NUM_BLOCKS + 1)
     store.blocks.fill_(float("nan"))  # an unwritten slot that is read shows at once
@@ -140,6 +140,7 @@ def engine_on(
         max_model_len=MAX_LEN,
         max_num_seqs=8,
         max_num_batched_tokens=16,
+        lookahead=lookahead,
     )
     engine = Engine(
         config,
@@ -176,6 +177,16 @@ def test_replayed_steps_give_the_tokens_of_plain_ones(llama: LoadedModel) -> Non
     assert runner.graphs is not None
     assert runner.graphs.rungs == (1, 2, 4, 8)
     assert tokens_of(replayed) == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("capture", [None, EagerCapture()])
+def test_steps_launched_ahead_give_the_tokens_of_plain_ones(
+    llama: LoadedModel, packed: bool, capture: Capture | None
+) -> None:
+    plain, _ = engine_on(llama, None, packed=False)
+    ahead, _ = engine_on(llama, capture, packed=packed, lookahead=True)
+    assert tokens_of(ahead) == tokens_of(plain)
 
 
 def test_kernels_of_a_gpu_take_padded_steps(llama: LoadedModel) -> None:

@@ -106,14 +106,15 @@ def test_logits_held_for_prompts_are_bounded(make_model: Callable[[str], Path]) 
     """However many prompts ask and whatever the budget is."""
     engine = build(make_model("llama"), max_num_batched_tokens=4 * MAX_PROMPT_LOGITS)
     rows: list[int] = []
-    run_plan = engine._runner.run
+    runner: Any = engine._runner
+    run_plan = runner.run
 
     def watch(plan: Any, *args: Any) -> Tensor:
-        logits = run_plan(plan)
+        logits: Tensor = run_plan(plan)
         rows.append(logits.shape[0])
         return logits
 
-    engine._runner.run = watch  # type: ignore[method-assign]
+    runner.run = watch
     for index in range(4):
         add(engine, f"r{index}", [index + 3] * 100, prompt_logprobs=1, prefill_only=True)
     told = run(engine)

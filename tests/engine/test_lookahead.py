@@ -37,7 +37,8 @@ class OnDevice(Tensor):
     ) -> Any:
         name = getattr(func, "__name__", "")
         assert name not in {"tolist", "item", "__bool__", "numpy", "cpu"}, f"{name} waits"
-        return super().__torch_function__(func, types, args, kwargs or {})
+        base: Any = super()
+        return base.__torch_function__(func, types, args, kwargs or {})
 
 
 class Device:
@@ -69,12 +70,13 @@ class Device:
         config = EngineConfig(BLOCK_SIZE, max_model_len=MAX_LEN, lookahead=lookahead, **given)
         runner = HashRunner(config.num_blocks, BLOCK_SIZE)
         made = Engine(config, runner, epoch=5, model_fingerprint="m", eos_token_ids=EOS)
-        draw = made._sampler.draw
+        draw: Any = made._sampler.draw
 
-        def drawn(*args: Any) -> Tensor:
+        def drawn(*args: Any) -> Any:
             return draw(*args).as_subclass(OnDevice)
 
-        made._sampler.draw = drawn  # type: ignore[method-assign]
+        sampler: Any = made._sampler
+        sampler.draw = drawn
         return made, runner
 
     @property
@@ -341,12 +343,7 @@ def test_memory_that_ends_ahead_is_a_matter_of_the_next_step(device: Device) -> 
     results = run_all(made)
     assert sum(result.num_retries for result in results) == 1
     check_output(results, *requests)
-    ahead = device.log.index(("wait", 3))
-    assert (
-        device.log[ahead:]
-        == [pair for n in range(4, device.num_launched) for pair in (("launch", n), ("wait", n))]
-        or device.num_ahead < device.num_launched - 1
-    ), "small steps are not looked beyond"
+    assert device.num_ahead == 2, "small steps are not looked beyond"
 
 
 class Broken(HashRunner):

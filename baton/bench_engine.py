@@ -36,7 +36,7 @@ from wire.errors import ConfigError
 from wire.types import SamplingParams
 
 BLOCK_SIZE = 16
-STAGES = ("schedule", "batch", "forward", "sample", "commit")  # the rest are parts of forward
+STAGES = ("schedule", "batch", "forward", "sample", "read", "commit")  # others are parts of forward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ class Engine:
     # ------------------------------------------------------------ the step
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult | None:
-        """Draft → schedule → run → sample → commit; None if nothing can be computed now.
+        """Draft → schedule → run → sample → read → commit; None if nothing can be computed now.
 
         With lookahead the next step is launched before this one's tokens are read.
         `on_layers` is called from the forward pass after the layers that `layer_marks` names.
@@ -106,13 +106,13 @@ class Engine:
             num_retries += 1
 
     def _try(self, plan: StepPlan, on_layers: OnLayers | None) -> StepResult | None:
-        """Run → sample → commit; None if it did not fit into memory and a smaller step may."""
+        """Run → sample → read → commit; None if it did not fit into memory and a smaller step may."""
         step, self._ahead = self._ahead, None
         self._step_request_ids = _owners(plan)
         try:
             step = step or self._launch(plan, on_layers)
             self._ahead = self._look_ahead(step, on_layers)
-            with self._spans("sample"):
+            with self._spans("read"):
                 outcome = step.outcome()
         except torch.OutOfMemoryError:
             if not self._shrink(plan):

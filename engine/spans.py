@@ -1,6 +1,8 @@
 """Where a step's time goes: named spans, and the parts of the forward pass by kind of module.
 
-    schedule | batch | forward: linears, attention, norms, … | sample | commit
+    schedule | batch | forward: linears, attention, norms, … | sample | read | commit
+
+On a device `read`, which waits for the sampled tokens, is where the step itself shows.
 
 Off, a span is one call that does nothing. On, torch's hooks and a stand-in for the operations note
 every part; that costs a few microseconds per part, so totals come out a little long.

@@ -20,7 +20,7 @@ from engine.runner import ModelRunner
 from engine.spans import MAX_SPANS, Recorder, no_spans
 from wire.types import SamplingParams
 
-STAGES = {"schedule", "batch", "forward", "sample", "commit"}
+STAGES = {"schedule", "batch", "forward", "sample", "read", "commit"}
 
 
 def generate(loaded: LoadedModel, recorder: Recorder | None) -> list[int]:

@@ -106,7 +106,7 @@ class Engine:
             num_retries += 1
 
     def _try(self, plan: StepPlan, on_layers: OnLayers | None) -> StepResult | None:
-        """Run → sample → read → commit; None if it did not fit into memory and a smaller step may."""
+        """Run → sample → read → commit; None if it did not fit and a smaller step may."""
         step, self._ahead = self._ahead, None
         self._step_request_ids = _owners(plan)
         try:

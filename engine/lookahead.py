@@ -48,7 +48,8 @@ def counts_tokens(item: ScheduledRequest) -> bool:
 
 def tells_logprobs(item: ScheduledRequest) -> bool:
     """They are read from logits, which the next step overwrites."""
-    return item.samples and item.request.num_top_logprobs is not None
+    request = item.request
+    return request.wants_prompt_logprobs or (item.samples and request.num_top_logprobs is not None)
 
 
 OBSTACLES: tuple[Callable[[ScheduledRequest], bool], ...] = (

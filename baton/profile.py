@@ -300,7 +300,7 @@ def transfers(layout: KVLayout, link_gbit_s: float | None, link_latency_ms: floa
             for unit in units:
                 block = source[unit.block * size : (unit.block + 1) * size]
                 sealer.digest(unit, block)
-                sealer.digest(unit, target, sealer.copy(block, target))
+                sealer.seal(unit, sealer.copy(block, target))
             seconds.append(time.perf_counter() - start)
         link = link_latency_ms / 1e3
         link += num_blocks * size * 8 / (link_gbit_s * 1e9) if link_gbit_s else 0.0

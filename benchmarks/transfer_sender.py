@@ -19,10 +19,11 @@ import zmq
 import kvtransfer.receiver
 import kvtransfer.sender
 from engine.kv_store import KVStore
+from kvtransfer.block_memory import InPlace
 from kvtransfer.sender import KVSender
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_transport import ShmUnitSender
-from kvtransfer.transport import InPlace, TransferStats, UnitSender
+from kvtransfer.transport import TransferStats, UnitSender
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.units import Unit
 from kvtransfer.zmq_transport import ZmqUnitSender

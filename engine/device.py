@@ -87,3 +87,8 @@ def is_broken(error: BaseException) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.AcceleratorError) or any(m in str(error) for m in _BROKEN)
+
+
+def first_line(error: BaseException) -> str:
+    """CUDA's errors go on with advice for developers."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -5,26 +5,24 @@
 Regions are cut from one buffer that the device reads and writes directly (pinned; on a prefill node
 also shared with the decode nodes of the host). A region is free again when nobody holds a view of
 it any more. Where none is left, a copy lies in plain memory: slower, and nobody else's to read.
-
-Copies run on a stream of their own, so they wait for no step, and whoever asks for one waits for it
-alone. What is read must have been computed, and what is written be of no running step: the layers'
-events (`engine.runner.WhenDone`) and the blocks' owners see to that.
+What copies is `engine.unit_copies`.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from engine.kv_store import Buffer, KVStore
+from engine.kv_store import Buffer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 256 << 20
 MIN_BLOCKS = 16
@@ -67,23 +65,18 @@ class FreeRanges:
 
 
 class Staging:
-    """The regions of one store, for one thread; views may be let go of in any.
+    """The regions of one device's copies, for one thread; views may be let go of in any.
 
     Args:
         buffer: writable memory for the regions, which other processes may see; else its own.
     """
 
-    def __init__(self, store: KVStore, num_bytes: int = 0, buffer: Buffer | None = None) -> None:
-        device = store.blocks.device
-        num_bytes = num_bytes or staging_bytes(store.layout.block_bytes)
+    def __init__(self, num_bytes: int, buffer: Buffer | None = None, *, pinned: bool) -> None:
         self.num_bytes = num_bytes if buffer is None else len(buffer)
-        self._store = store
-        self._memory = _memory(self.num_bytes, buffer, pinned=device.type == "cuda")
+        self.num_plain = 0  # copies for which no region was left
+        self._memory = _memory(self.num_bytes, buffer, pinned=pinned)
         self._free = FreeRanges(self.num_bytes)
         self._returned: deque[tuple[int, int]] = deque()
-        self._stream: Any = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def num_free(self) -> int:
@@ -92,29 +85,24 @@ class Staging:
 
     def room(self, num_bytes: int) -> memoryview:
         """Memory for so many bytes, until nobody holds a view of it."""
-        return _view(self._region(num_bytes))
+        return view_of(self.region_or_plain(num_bytes))
 
-    def read(self, block_id: int, part: slice) -> memoryview:
-        """A copy of a part of a block."""
-        source = self._store.block_as_bytes(block_id)[part]
-        region = self._region(len(source))
-        with self._copying():
-            torch.from_numpy(region).copy_(source, non_blocking=True)
-        return _view(region)
-
-    def write(self, block_id: int, part: slice, data: memoryview) -> None:
-        """Put `data` into a part of a block."""
-        target = self._store.block_as_bytes(block_id)[part]
-        with self._copying():
-            target.copy_(_tensor(data), non_blocking=True)
-
-    def _region(self, num_bytes: int) -> Bytes:
+    def region(self, num_bytes: int) -> Bytes | None:
+        """The same as an array; None where no region of this length is left."""
         self._take_back()
         start = self._free.take(num_bytes)
         if start is None:
-            return np.empty(num_bytes, np.uint8)
+            return None
         region = self._memory[start : start + num_bytes]
         weakref.finalize(region, self._returned.append, (start, start + num_bytes)).atexit = False
+        return region
+
+    def region_or_plain(self, num_bytes: int) -> Bytes:
+        """A region, or plain memory."""
+        region = self.region(num_bytes)
+        if region is None:
+            self.num_plain += 1
+            return np.empty(num_bytes, np.uint8)
         return region
 
     def _take_back(self) -> None:
@@ -122,30 +110,26 @@ class Staging:
         while self._returned:
             self._free.give_back(*self._returned.popleft())
 
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """Copies in it run on the stream, and are over when it ends."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
-
 
 def _memory(num_bytes: int, buffer: Buffer | None, *, pinned: bool) -> Bytes:
     if buffer is None:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned).numpy()
     memory = np.frombuffer(buffer, np.uint8)
-    if pinned:  # where the system refuses, copies are slower and as right
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        cudart.cudaHostRegister(memory.ctypes.data, num_bytes, 0)
+    if pinned:
+        _pin(memory)
     return memory
 
 
-def _view(region: Any) -> memoryview:  # numpy's types do not say that it is a buffer
+def _pin(memory: Bytes) -> None:
+    """Where the system refuses, copies are slower and as right."""
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if error:
+        log.warning("%d MiB of staging memory stay unpinned: %d", memory.nbytes >> 20, error)
+        with suppress(RuntimeError):  # the runtime tells its last error to the next launch
+            torch.zeros(1, device="cuda")
+
+
+def view_of(region: Any) -> memoryview:
+    """numpy's types do not say that an array is a buffer."""
     return memoryview(region)
-
-
-def _tensor(data: memoryview) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8))

@@ -9,6 +9,7 @@ token s % block_size of block s // block_size, and none is -1. Layers and heads 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,13 @@ def gather_units(
     slots: Tensor,  # int64 [U, tokens]
     part: Part,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The units in `dtype`; zeros where a token has no slot."""
+    """The units in `dtype`, in `out` if that is given; zeros where a token has no slot."""
     units = _picked(pool, slots, part).permute(0, 2, 3, 1, 4, 5)
     there = (slots >= 0)[:, None, None, :, None, None]
-    return units.where(there, 0.0).to(dtype)
+    units = units.where(there, 0.0).to(dtype)
+    return units if out is None else out.copy_(units)
 
 
 def scatter_units(
@@ -57,6 +60,15 @@ def scatter_units(
     layers, heads = slice(part.layer_start, part.layer_end), slice(part.head_start, part.head_end)
     tokens = units.permute(0, 3, 1, 2, 4, 5)[there]  # [tokens, layers, 2, heads, dim]
     pool[block, layers, :, offset, heads] = tokens.to(pool.dtype)
+
+
+def read_rows(rows: Tensor, addresses: Tensor) -> None:
+    """Fill each row of int64 [U, words] from its address, int64 [U], in this process's memory.
+
+    For memory that is no tensor's: another process's, which is mapped here.
+    """
+    for row, address in zip(rows, addresses.tolist(), strict=True):
+        ctypes.memmove(row.data_ptr(), address, row.nbytes)
 
 
 def _picked(pool: Tensor, slots: Tensor, part: Part) -> Tensor:

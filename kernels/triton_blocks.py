@@ -15,14 +15,20 @@ from kernels.block_copy import Part
 from kernels.triton_common import on_its_device, power_of_2
 
 TILE = 8192  # numbers per program
+WORDS = 2048  # of 8 bytes, per program
 
 
 @on_its_device
-def gather_units_triton(pool: Tensor, slots: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
+def gather_units_triton(
+    pool: Tensor, slots: Tensor, part: Part, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """See `kernels.block_copy.gather_units`."""
     num_units, num_tokens = slots.shape
     shape = (num_units, part.num_layers, 2, num_tokens, part.num_heads, pool.shape[5])
-    units = torch.empty(shape, dtype=dtype, device=pool.device)
+    units = torch.empty(shape, dtype=dtype, device=pool.device) if out is None else out
+    assert units.shape == shape
+    assert units.dtype is dtype
+    assert units.is_contiguous()
     _launch(units, pool, slots, part, gathers=True)
     return units
 
@@ -32,6 +38,25 @@ def scatter_units_triton(units: Tensor, pool: Tensor, slots: Tensor, part: Part)
     """See `kernels.block_copy.scatter_units`."""
     assert units.is_contiguous()
     _launch(units, pool, slots, part, gathers=False)
+
+
+@on_its_device
+def read_rows_triton(rows: Tensor, addresses: Tensor) -> None:
+    """See `kernels.block_copy.read_rows`; the device must be able to read what is there."""
+    num_rows, num_words = rows.shape
+    assert rows.is_contiguous()
+    _read[(num_rows, triton.cdiv(num_words, WORDS))](
+        rows, addresses, num_words, WORDS=WORDS, num_warps=8, enable_fp_fusion=True
+    )
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def _read(rows, addresses, num_words, WORDS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    source = tl.load(addresses + row).to(tl.pointer_type(tl.int64))
+    words = tl.load(source + word, mask=word < num_words)
+    tl.store(rows + row * num_words + word, words, mask=word < num_words)
 
 
 def _launch(units: Tensor, pool: Tensor, slots: Tensor, part: Part, *, gathers: bool) -> None:

@@ -54,8 +54,17 @@ class UnitSealer:
         self._context = f"{lease:x}/{id.attempt}/{id.request}".encode()
         self._chain = _prefix_chain(tokens, block_size, root_hash(model_fingerprint, cache_salt))
 
-    def digest(self, unit: Unit, data: bytes | memoryview, content: bytes | None = None) -> bytes:
-        """The digest of `data` as the content of `unit`; `content` is what `copy` told of it."""
+    @property
+    def seed(self) -> int:
+        """Of the hash of the bytes alone."""
+        return self._seed
+
+    def digest(self, unit: Unit, data: bytes | memoryview) -> bytes:
+        """The digest of `data` as the content of `unit`."""
+        return self.seal(unit, content_of(data, self._seed))
+
+    def seal(self, unit: Unit, content: bytes) -> bytes:
+        """The same where the bytes were hashed before, with `seed`."""
         place = _PLACE.pack(
             unit.token_start,
             unit.token_end,
@@ -64,8 +73,6 @@ class UnitSealer:
             unit.head_start,
             unit.head_end,
         )
-        if content is None:
-            content = xxhash.xxh3_128_digest(data, self._seed)
         sealed = place + self._chain[unit.block] + content + self._context
         return blake2b(sealed, digest_size=DIGEST_BYTES, key=self._key).digest()
 
@@ -84,6 +91,11 @@ class UnitSealer:
             piece[:] = data[start : start + PIECE_BYTES]
             content.update(piece)
         return content.digest()
+
+
+def content_of(data: bytes | memoryview, seed: int) -> bytes:
+    """The one pass over a unit's bytes; what a device computes is the same."""
+    return xxhash.xxh3_128_digest(data, seed)
 
 
 def _prefix_chain(tokens: Sequence[int], block_size: int, root: bytes) -> list[bytes]:

@@ -105,13 +105,21 @@ class Handoff:
         self._seals[index] = UnitSeal(index, unit.token_start, unit.token_end, digest)
         self._ready.append(ReadyUnit(unit, sources))
 
+    def unit_bytes(self, unit: Unit) -> int:
+        """As it travels."""
+        return unit_bytes(unit, self.grant.layout, self.grant.geometry)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether the window has room for so many bytes more than have been sent."""
+        return self.bytes_sent - self._acked_bytes + num_bytes <= self._window_bytes
+
     def next_send(self) -> tuple[UnitHeader, ReadyUnit] | None:
         """The next unit that the window admits; the caller sends it now."""
         if self.ended or not self._ready:
             return None
-        size = unit_bytes(self._ready[0].unit, self.grant.layout, self.grant.geometry)
+        size = self.unit_bytes(self._ready[0].unit)
         unacked = self.bytes_sent - self._acked_bytes
-        if unacked + size > self._window_bytes and unacked >= CREDIT_BYTES:
+        if not self.has_room(size) and unacked >= CREDIT_BYTES:
             return None
         ready = self._ready.popleft()
         self.bytes_sent += size

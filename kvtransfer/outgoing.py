@@ -7,20 +7,23 @@ request's blocks are finished in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import Handoff
-from kvtransfer.relay import blocks_of, gather, layers_of
+from kvtransfer.relay import blocks_of
 from kvtransfer.transfer_meter import TransferMeter
-from kvtransfer.transport import BlockMemory
 from kvtransfer.units import Unit, units_of
 from wire.errors import TransferError
 from wire.geometry import head_groups
 from wire.layout import KVLayout
+from wire.logprobs import Logprobs
 from wire.messages import Grant
 from wire.types import BlockHandle, TransportAddress
+
+Outputs: TypeAlias = tuple[tuple[int, ...], Logprobs | None]
 
 
 @dataclass(slots=True)
@@ -34,6 +37,8 @@ class Outgoing:
     meter: TransferMeter = field(default_factory=TransferMeter)
     ends_in: dict[int, list[Unit]] = field(default_factory=dict)  # by the last own block
     table: dict[int, BlockHandle] = field(default_factory=dict)  # own blocks, as far as finished
+    sealing: set[int] = field(default_factory=set)  # units whose digests are being computed
+    outputs: Outputs | None = None  # the commit's, until all units are sealed
 
     def __post_init__(self) -> None:
         for unit in self.handoff.units.values():
@@ -46,17 +51,16 @@ class Outgoing:
         for index, handle in blocks:
             self.table[index] = handle  # after a preemption another one than before
             for unit in self.ends_in.get(index, ()):
-                if unit.layer_end <= num_layers and self.handoff.wants(unit.index):
+                if unit.layer_end <= num_layers and self._wants(unit.index):
                     yield unit, tuple(self.table[i] for i in blocks_of(unit, self.layout))
 
-    def payload(
-        self, unit: Unit, sources: Sequence[BlockHandle], memory: BlockMemory
-    ) -> memoryview:
-        """The unit as it travels."""
-        grant = self.handoff.grant
-        part = layers_of(unit, self.layout)
-        layers = [memory.part_bytes(handle.block_id, part) for handle in sources]
-        return gather(unit, layers, self.layout, grant.geometry.dtype_for(grant.layout))
+    def _wants(self, index: int) -> bool:
+        return self.handoff.wants(index) and index not in self.sealing
+
+    @property
+    def dtype(self) -> str:
+        """The wire's."""
+        return self.handoff.grant.geometry.dtype_for(self.handoff.grant.layout)
 
 
 def own_units(grant: Grant, num_tokens: int, layout: KVLayout) -> list[Unit]:

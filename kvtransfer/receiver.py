@@ -11,15 +11,17 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
+from kvtransfer.block_memory import ArrivedUnit, BlockMemory
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.outcomes import Outcome
-from kvtransfer.relay import place_of, scatter
-from kvtransfer.transport import BlockMemory, TransferStats
+from kvtransfer.relay import place_of
+from kvtransfer.transport import TransferStats
 from kvtransfer.units import Unit, unit_bytes, units_of
 from telemetry.causes import known_cause
 from wire.errors import TransferError, WireError
@@ -189,59 +191,63 @@ class KVReceiver:
             self._settle()
             self._drop(sender, header, "stale")
             return None
-        sealer = self._incoming[lease.number].sealer
-        return _BlockLanding(self, lease, [lease.units[i] for i in indices], header, sealer)
+        hashes = self._incoming[lease.number].sealer if self._memory.in_place else None
+        return _BlockLanding(self, lease, [lease.units[i] for i in indices], header, hashes)
 
     def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
+        """So many bytes have arrived: have them put into the block, and go on when they are."""
+        incoming = self._incoming.get(landing.lease.number)
+        told = partial(self._written, landing, num_bytes)
+        if incoming is None or not _is_whole(landing, num_bytes):
+            told(None)
+            return
+        block_id = landing.header.handle.block_id
+        units = [
+            ArrivedUnit(unit, block_id, part, landing.contents.get(unit.index))
+            for unit, part in landing.parts()
+        ]
+        dtype = incoming.geometry.dtype_for(self._memory.layout)
+        try:
+            self._memory.write(units, dtype, told, seed=incoming.sealer.seed)
+        except Exception:
+            told(None)
+            raise
+
+    def _written(
+        self, landing: _BlockLanding, num_bytes: int, contents: Sequence[bytes] | None
+    ) -> None:
+        """Nothing writes the block any more; `contents` are the hashes of what it holds."""
+        if landing.over:
+            return
+        landing.over = True
+        incoming = self._incoming.get(landing.lease.number)
         digests: dict[int, bytes | None] = dict.fromkeys(unit.index for unit in landing.units)
         try:
-            digests |= self._place(landing, num_bytes)
+            if contents is not None and incoming is not None:
+                for unit, content in zip(landing.units, contents, strict=True):
+                    digests[unit.index] = incoming.sealer.seal(unit, content)
         finally:
             self._memory.end_io(landing.header.handle)
             self._stats.units_received += len(digests)
             self._stats.bytes_received += num_bytes
-            if incoming := self._incoming.get(landing.lease.number):
+            if incoming is not None:
                 incoming.num_bytes += num_bytes
                 self._acknowledge(incoming)
             self.table.end_units(landing.lease, digests, self._clock())
             self._settle()
 
-    def _place(self, landing: _BlockLanding, num_bytes: int) -> dict[int, bytes]:
-        """Finish the write and compute what the bytes are; nothing if some are missing."""
-        incoming = self._incoming.get(landing.lease.number)
-        if num_bytes != len(landing.view) or incoming is None:
-            return {}
-        parts = landing.parts()
-        block_id = landing.header.handle.block_id
-        if landing.place is None:
-            layout = self._memory.layout
-            dtype = incoming.geometry.dtype_for(layout)
-            block = self._memory.part_bytes(block_id, slice(layout.block_bytes))
-            for unit, part in parts:
-                scatter(unit, part, block, layout, dtype)
-            self._memory.written(block_id, slice(layout.block_bytes), block)
-        else:
-            self._memory.written(block_id, landing.place, landing.view)
-        digest, contents = incoming.sealer.digest, landing.contents
-        return {unit.index: digest(unit, part, contents.get(unit.index)) for unit, part in parts}
+    def _room_for(self, units: Sequence[Unit], header: UnitHeader) -> memoryview:
+        """Room for the units as they travel.
 
-    def _landing_view(
-        self, units: Sequence[Unit], header: UnitHeader
-    ) -> tuple[memoryview, slice | None]:
-        """Room for the units, and which part of the block it is for.
-
-        None: what is put there is spread over the slots by `scatter`. Units that follow each other
-        do so in the block, if each of them lies there in one piece: then they have all heads, and
-        are cut by layers alone.
+        Units that follow each other do so in the block, if each of them lies there in one piece:
+        then they have all heads, and are cut by layers alone.
         """
         layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
         dtype = geometry.dtype_for(layout)
         first, last = place_of(units[0], layout, dtype), place_of(units[-1], layout, dtype)
-        if first is None or last is None:
-            size = sum(unit_bytes(unit, layout, geometry) for unit in units)
-            return memoryview(bytearray(size)), None
-        place = slice(first.start, last.stop)
-        return self._memory.room_for(header.handle.block_id, place), place
+        part = None if first is None or last is None else slice(first.start, last.stop)
+        num_bytes = sum(unit_bytes(unit, layout, geometry) for unit in units)
+        return self._memory.room(header.handle.block_id, part, num_bytes)
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1
@@ -296,11 +302,15 @@ class KVReceiver:
 
 
 class _BlockLanding:
-    """See Landing: the place of units of one block under one lease."""
+    """See Landing: the place of units of one block under one lease.
+
+    Args:
+        sealer: hashes what `fill` copies; None: whoever writes the block will.
+    """
 
     __slots__ = (
         *("_receiver", "_sealer", "contents", "header"),
-        *("lease", "place", "units", "view"),
+        *("lease", "over", "units", "view"),
     )
 
     def __init__(
@@ -309,13 +319,14 @@ class _BlockLanding:
         lease: Lease,
         units: Sequence[Unit],
         header: UnitHeader,
-        sealer: UnitSealer,
+        sealer: UnitSealer | None,
     ) -> None:
         self.lease = lease
         self.units = units
         self.header = header
-        self.view, self.place = receiver._landing_view(units, header)
+        self.view = receiver._room_for(units, header)
         self.contents: dict[int, bytes] = {}  # the units' hashes, where `fill` computed them
+        self.over = False  # nothing writes the block any more
         self._receiver = receiver
         self._sealer = sealer
 
@@ -332,15 +343,19 @@ class _BlockLanding:
         ]
 
     def fill(self, data: memoryview) -> None:
-        if len(data) == len(self.view):
+        if self._sealer is not None and len(data) == len(self.view):
             for (unit, part), (_, target) in zip(self.parts(data), self.parts(), strict=True):
                 self.contents[unit.index] = self._sealer.copy(part, target)
-        else:  # never verified
+        else:  # verified later, or never: it is too short or too long
             size = min(len(data), len(self.view))
             self.view[:size] = data[:size]
 
     def end(self, num_bytes: int) -> None:
         self._receiver._landed(self, num_bytes)
+
+
+def _is_whole(landing: _BlockLanding, num_bytes: int) -> bool:
+    return num_bytes == len(landing.view)
 
 
 def _answer(message: Commit, outcome: Outcome) -> Message:

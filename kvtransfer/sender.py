@@ -1,22 +1,25 @@
 """The prefill node's end of the handoff: seals, sends and commits.
 
 Runs in the event loop. Units are sealed when they are computed, while the request still holds their
-blocks; from then on an io reference keeps each block from being reused until its send is over.
+blocks; from then on an io reference keeps each block from being reused until its send is over. The
+memory may take its time to digest and to read them (`block_memory`): the commit waits for that.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
+from kvtransfer.block_memory import BlockMemory, HeldUnit
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
 from kvtransfer.outgoing import Outgoing, own_units
-from kvtransfer.transport import BlockMemory, TransferStats, UnitSender
-from kvtransfer.units import Unit, bounds
+from kvtransfer.transport import TransferStats, UnitSender
+from kvtransfer.units import bounds
 from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
 from wire.logprobs import Logprobs
@@ -33,6 +36,8 @@ from wire.messages import (
     UnitsReceived,
 )
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
+
+NOTHING: Mapping[int, memoryview] = MappingProxyType({})
 
 
 class KVSender:
@@ -146,15 +151,54 @@ class KVSender:
         if num_layers is None:
             out.meter.pass_over(self._clock())
             num_layers = self._memory.layout.num_layers
-        for unit, sources in out.ready_units(blocks, num_layers):
-            # A stale source belongs to a preempted run; the block comes again when recomputed.
-            if self._begin_io(sources):
-                self._seal(out, unit, sources)
+        # A stale source belongs to a preempted run; the block comes again when recomputed.
+        ready = out.ready_units(blocks, num_layers)
+        if units := [ReadyUnit(*both) for both in ready if self._begin_io(both[1])]:
+            self._seal(out, units)
 
-    def _seal(self, out: Outgoing, unit: Unit, sources: tuple[BlockHandle, ...]) -> None:
-        payload = out.payload(unit, sources, self._memory)
-        out.handoff.offer(unit.index, sources, out.sealer.digest(unit, payload))
-        self._pump(out, {unit.index: payload})
+    def _seal(self, out: Outgoing, units: Sequence[ReadyUnit]) -> None:
+        """Have the units digested, and read in one go where they can leave at once."""
+        out.sealing.update(ready.unit.index for ready in units)
+        waiting = dict(enumerate(units))
+        try:
+            self._memory.read(
+                [_held(ready) for ready in units],
+                out.dtype,
+                partial(self._sealed, out, waiting),
+                seed=out.sealer.seed,
+                payload=self._can_leave(out, units),
+            )
+        except Exception:
+            while waiting:
+                self._end_io(waiting.popitem()[1].sources)
+            raise
+
+    def _sealed(
+        self,
+        out: Outgoing,
+        waiting: dict[int, ReadyUnit],
+        number: int,
+        payload: memoryview | None,
+        content: bytes,
+    ) -> None:
+        ready = waiting.pop(number, None)
+        if ready is None:
+            return  # others of its batch could not be read
+        out.sealing.discard(ready.unit.index)
+        if out.handoff.ended:
+            self._end_io(ready.sources)
+            return
+        index = ready.unit.index
+        out.handoff.offer(index, ready.sources, out.sealer.seal(ready.unit, content))
+        self._pump(out, {} if payload is None else {index: payload})
+        self._ask_first_commit(out)
+
+    def _can_leave(self, out: Outgoing, units: Sequence[ReadyUnit]) -> bool:
+        """Whether window and memory have room for all of them now."""
+        num_bytes = sum(out.handoff.unit_bytes(ready.unit) for ready in units)
+        limit = self._max_sending_bytes
+        fits = not limit or self._sending_bytes + num_bytes <= limit
+        return fits and out.handoff.has_room(num_bytes)
 
     def _begin_io(self, sources: Sequence[BlockHandle]) -> bool:
         """Keep all of them from being reused; False, and none is kept, if one was already."""
@@ -175,9 +219,17 @@ class KVSender:
         out = self._outgoing.get(id)
         if out is not None:
             out.meter.first_token(self._clock())
-            out.handoff.finish(tuple(output_tokens), logprobs)
-            self._pump(out)
-            self._ask_commit(out.handoff)
+            out.outputs = (tuple(output_tokens), logprobs)
+            self._ask_first_commit(out)
+
+    def _ask_first_commit(self, out: Outgoing) -> None:
+        """Once the first token is known and all units are sealed."""
+        if out.outputs is None or out.sealing or out.handoff.ended:
+            return
+        outputs, out.outputs = out.outputs, None
+        out.handoff.finish(*outputs)
+        self._pump(out)
+        self._ask_commit(out.handoff)
 
     def fail(self, id: AttemptId, cause: str) -> None:
         """End a handoff that this node cannot go on with. The router may rebind its lease."""
@@ -261,33 +313,65 @@ class KVSender:
 
     # ------------------------------------------------------------ inside
 
-    def _pump(self, out: Outgoing, made: dict[int, memoryview] | None = None) -> None:
+    def _pump(self, out: Outgoing, made: Mapping[int, memoryview] = NOTHING) -> None:
         """Send what the window admits; payloads that exist already are in `made`."""
+        unread: list[tuple[UnitHeader, ReadyUnit]] = []
         while not self._is_full() and (sendable := out.handoff.next_send()) is not None:
-            header, ready = sendable
-            payload = (made or {}).get(header.unit)
+            self._sending_bytes += sendable[0].num_bytes
+            payload = made.get(sendable[0].unit)
             if payload is None:
-                payload = out.payload(ready.unit, ready.sources, self._memory)
-            try:
-                self._send_unit(out, header, ready, payload)
-            except TransferError as error:
-                self._over(ready.sources, payload)
-                self._choice.failed(out.address, error)
-                self.fail(out.handoff.id, error.cause)
+                unread.append(sendable)
+            else:
+                self._send_unit(out, *sendable, payload)
+        if unread:
+            self._read(out, unread)
+
+    def _read(self, out: Outgoing, units: Sequence[tuple[UnitHeader, ReadyUnit]]) -> None:
+        waiting = dict(enumerate(units))
+        held = [_held(ready) for _, ready in units]
+        try:
+            self._memory.read(held, out.dtype, partial(self._was_read, out, waiting))
+        except Exception:
+            while waiting:
+                header, ready = waiting.popitem()[1]
+                self._over(ready.sources, header.num_bytes)
+            raise
+
+    def _was_read(
+        self,
+        out: Outgoing,
+        waiting: dict[int, tuple[UnitHeader, ReadyUnit]],
+        number: int,
+        payload: memoryview | None,
+        content: bytes,
+    ) -> None:
+        header, ready = waiting.pop(number, (None, None))
+        if header is None or ready is None:
+            return  # others of its batch could not be read
+        assert payload is not None
+        if out.handoff.ended:
+            self._over(ready.sources, header.num_bytes)
+        else:
+            self._send_unit(out, header, ready, payload)
 
     def _send_unit(
         self, out: Outgoing, header: UnitHeader, ready: ReadyUnit, payload: memoryview
     ) -> None:
-        self._sending_bytes += len(payload)
-        self._transports[out.address.transport].send(
-            out.address.url,
-            out.handoff.grant.decode,
-            header,
-            payload,
-            partial(self._sent, ready.sources, payload),
-        )
-        self._stats.bytes_sent += header.num_bytes
-        out.meter.sent(header.num_bytes, out.address.transport, self._clock())
+        try:
+            self._transports[out.address.transport].send(
+                out.address.url,
+                out.handoff.grant.decode,
+                header,
+                payload,
+                partial(self._sent, ready.sources, payload),
+            )
+        except TransferError as error:
+            self._over(ready.sources, header.num_bytes)
+            self._choice.failed(out.address, error)
+            self.fail(out.handoff.id, error.cause)
+        else:
+            self._stats.bytes_sent += header.num_bytes
+            out.meter.sent(header.num_bytes, out.address.transport, self._clock())
 
     def _is_full(self) -> bool:
         limit = self._max_sending_bytes
@@ -296,15 +380,15 @@ class KVSender:
 
     def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview) -> None:
         """A transport does not read `payload` any more; until now it was held for it."""
-        self._over(sources, payload)
+        self._over(sources, payload.nbytes)
         if self._held_back:
             self._held_back = False
             for out in list(self._outgoing.values()):
                 self._pump(out)
 
-    def _over(self, sources: tuple[BlockHandle, ...], payload: memoryview) -> None:
+    def _over(self, sources: tuple[BlockHandle, ...], num_bytes: int) -> None:
         self._end_io(sources)
-        self._sending_bytes -= len(payload)
+        self._sending_bytes -= num_bytes
 
     def _ask_commit(self, handoff: Handoff) -> None:
         commit = handoff.next_commit(self._clock())
@@ -331,3 +415,7 @@ class KVSender:
             self._send(grant, message)
         except (WireError, ConfigError):
             self._stats.messages_unsent += 1  # asked again by `tick`
+
+
+def _held(ready: ReadyUnit) -> HeldUnit:
+    return HeldUnit(ready.unit, tuple(handle.block_id for handle in ready.sources))

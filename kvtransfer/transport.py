@@ -14,58 +14,8 @@ from typing import Protocol, TypeAlias
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
 from wire.errors import TransferError
-from wire.layout import KVLayout
 from wire.messages import TransferRecord, UnitHeader
-from wire.types import BlockHandle, NodeId, TransportAddress
-
-
-class BlockMemory(Protocol):
-    """The block pool as a transfer sees it."""
-
-    @property
-    def layout(self) -> KVLayout: ...
-
-    def part_bytes(self, block_id: int, part: slice) -> memoryview:
-        """What a part of the block holds, flat and writable: the block's own memory or a copy.
-
-        It stays as it is as long as a view of it is held and the block keeps its content.
-        """
-        ...
-
-    def room_for(self, block_id: int, part: slice) -> memoryview:
-        """Where new bytes of a part may be put; `written` must tell when they are there."""
-        ...
-
-    def written(self, block_id: int, part: slice, data: memoryview) -> None:
-        """`data`, which one of the two above gave, holds what the part must hold from now on."""
-        ...
-
-    def begin_io(self, handle: BlockHandle) -> bool:
-        """Keep the block's memory from being reused; False if it was reused already."""
-        ...
-
-    def end_io(self, handle: BlockHandle) -> None:
-        """One transfer less touches the block."""
-        ...
-
-
-class InPlace:
-    """For block memory that the host reads and writes as it lies: nothing is copied."""
-
-    def block_bytes(self, block_id: int) -> memoryview:
-        """The block's memory, flat and writable, without a copy."""
-        raise NotImplementedError
-
-    def part_bytes(self, block_id: int, part: slice) -> memoryview:
-        """See BlockMemory."""
-        return self.block_bytes(block_id)[part]
-
-    def room_for(self, block_id: int, part: slice) -> memoryview:
-        """See BlockMemory."""
-        return self.block_bytes(block_id)[part]
-
-    def written(self, block_id: int, part: slice, data: memoryview) -> None:
-        """See BlockMemory; it is there already."""
+from wire.types import NodeId, TransportAddress
 
 
 class Landing(Protocol):

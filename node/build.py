@@ -22,13 +22,15 @@ from engine.model_info import LoadedModel
 from engine.runner import ModelRunner, at_once
 from engine.staging import Staging, staging_bytes
 from engine.stops import end_tokens
+from engine.unit_copies import UnitCopies
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
 from node.devices import is_gpu
 from node.drafting import beside_drafts, draft_layout, load_drafter, make_speculation
-from node.gpu import Gpu, LayerWaiter
+from node.gpu import CopyWaiter, Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
-from node.memory import NodeMemory, StagedMemory
+from node.memory import NodeMemory
+from node.staged_memory import StagedMemory
 from node.transports import shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
@@ -65,6 +67,11 @@ class BuiltEngine:
     def max_sending_bytes(self) -> int:
         """What transports may hold of blocks that were copied for them; 0: of none were."""
         return self.memory.max_sending_bytes
+
+    def tell_when_lost(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called, with why, when a copy finds the device lost."""
+        if isinstance(self.memory, StagedMemory):
+            self.memory.on_lost = tell
 
     def can_hold(self, num_tokens: int, num_shared: int = 0, width: int = 1) -> bool:
         """Whether the KV of so many tokens fits, if nothing else is there.
@@ -174,7 +181,14 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
 def _memory(engine: Engine, store: KVStore, pool: SharedMemory | None) -> NodeMemory | StagedMemory:
     if store.blocks.device.type == "cpu":
         return NodeMemory(engine, store)
-    return StagedMemory(engine, store, Staging(store, buffer=pool.buffer if pool else None))
+    num_bytes = staging_bytes(store.layout.block_bytes)
+    staging = Staging(num_bytes, pool.buffer if pool else None, pinned=True)
+    waiter = CopyWaiter()
+    copies = UnitCopies(store, staging, when_over=waiter)
+    copies.warm_up(store.num_blocks - 1)  # the one that padding rows write
+    memory = StagedMemory(engine, store, staging, copies)
+    waiter.on_error = memory.failed
+    return memory
 
 
 def _store(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from engine.device import is_broken
+from engine.device import first_line, is_broken
 from engine.engine import Engine
 from engine.grammar import GrammarError
 from engine.plan import OnLayers, StepResult
@@ -100,7 +100,7 @@ class EngineThread:
                 result = self._engine.step(partial(self._post, self._on_layers))
             except Exception as error:
                 if is_broken(error):
-                    self._post(self._on_death, f"the device is lost: {_first_line(error)}")
+                    self._post(self._on_death, f"the device is lost: {first_line(error)}")
                     return
                 log.exception("a step failed")
                 failures += not isinstance(error, GrammarError)  # its request's, not the engine's
@@ -154,8 +154,3 @@ class EngineThread:
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *args)
-
-
-def _first_line(error: Exception) -> str:
-    """CUDA's errors go on with advice for developers."""
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 from queue import Queue
 
 import torch
@@ -20,7 +23,7 @@ from wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
 
-_MAX_WAITING = 4096  # layers: many steps' worth
+_MAX_WAITING = 4096  # layers or copies: many steps' worth
 
 
 class Gpu:
@@ -74,29 +77,72 @@ class Gpu:
         return runner.graphs.num_failed
 
 
-class LayerWaiter:
-    """Tells of a layer once the device has done it (see engine.runner.WhenDone).
+class StreamWaiter:
+    """Calls back once the device has done what was launched on the current stream.
 
-    The engine's thread only marks the place in the stream and goes on launching; a thread of its
-    own waits, so that neither steps nor the event loop do.
+    Whoever launched it goes on; a thread waits for the events, in their order, so that neither
+    steps nor the event loop do. The callbacks are called there.
+
+    Args:
+        on_lost: called there, with the error, when the device is lost; nothing is waited for then.
     """
 
-    def __init__(self) -> None:
-        self._waiting: Queue[tuple[torch.cuda.Event, LayersDone, int]] = Queue(_MAX_WAITING)
-        self._thread = threading.Thread(target=self._run, name="layers", daemon=True)
+    def __init__(self, name: str, on_lost: Callable[[Exception], None]) -> None:
+        self._on_lost = on_lost
+        self._waiting: Queue[tuple[torch.cuda.Event, Callable[[], None]]] = Queue(_MAX_WAITING)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def __call__(self, tell: LayersDone, num_layers: int) -> None:
+    def __call__(self, tell: Callable[[], None]) -> None:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
-        self._waiting.put((event, tell, num_layers))
+        self._waiting.put((event, tell))
 
     def _run(self) -> None:
         while True:
-            event, tell, num_layers = self._waiting.get()
+            event, tell = self._waiting.get()
             try:
                 event.synchronize()
-            except RuntimeError:  # the engine's thread meets the same error and ends the node
-                log.exception("layers are not waited for any more")
+            except RuntimeError as error:
+                self._on_lost(error)
                 return
-            tell(num_layers)
+            tell()
+
+
+class CopyWaiter:
+    """Calls back in the event loop that asks (see engine.unit_copies.WhenOver).
+
+    `on_error` is called there, too, when the device is lost: what waits is never told then.
+    """
+
+    def __init__(self) -> None:
+        self.on_error: Callable[[Exception], None] = _copies_lost
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiter = StreamWaiter("copies", lambda error: self._post(self.on_error, error))
+
+    def __call__(self, tell: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiter(partial(self._post, tell))
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)
+
+
+class LayerWaiter:
+    """Tells of a layer once the device has done it (see engine.runner.WhenDone)."""
+
+    def __init__(self) -> None:
+        self._waiter = StreamWaiter("layers", _layers_lost)
+
+    def __call__(self, tell: LayersDone, num_layers: int) -> None:
+        self._waiter(partial(tell, num_layers))
+
+
+def _copies_lost(error: Exception) -> None:
+    log.error("copies are not waited for any more: %s", error)
+
+
+def _layers_lost(error: Exception) -> None:
+    """The engine's thread meets the same error and ends the node."""
+    log.error("layers are not waited for any more: %s", error)

@@ -37,6 +37,7 @@ class NodeCollector(Collector):
         role: Callable[[], Role],
         num_malformed: Callable[[], int],
         num_refused: Callable[[], int],
+        num_unstaged: Callable[[], int],
     ) -> None:
         self._model_name = model_name
         self._engine = engine
@@ -44,6 +45,7 @@ class NodeCollector(Collector):
         self._role = role
         self._num_malformed = num_malformed
         self._num_refused = num_refused
+        self._num_unstaged = num_unstaged
 
     def collect(self) -> Iterable[Prometheus]:
         yield from self._engine_metrics()
@@ -79,6 +81,7 @@ class NodeCollector(Collector):
         yield _counter(metrics.PREFIX_HITS, {model: stats.prefix_hits})
         yield _counter(metrics.NODE_MALFORMED, {(): self._num_malformed()})
         yield _counter(metrics.NODE_REFUSED, {(): self._num_refused()})
+        yield _counter(metrics.STAGING_FULL, {(): self._num_unstaged()})
 
     def _draft_metrics(self) -> Iterable[Prometheus]:
         stats, model = self._stats, (self._model_name,)

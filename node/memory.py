@@ -1,4 +1,4 @@
-"""The engine's blocks as a transfer sees them (see kvtransfer.transport.BlockMemory)."""
+"""The engine's blocks in the processor's memory, as a transfer sees them (see BlockMemory)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from engine.engine import Engine
 from engine.kv_store import KVStore
-from engine.staging import Staging
-from kvtransfer.transport import InPlace
+from kvtransfer.block_memory import InPlace
 from wire.layout import KVLayout
 from wire.types import BlockHandle
 
 
 @dataclass(frozen=True)
-class _EnginesBlocks:
-    """Whose blocks they are, and who may touch them."""
+class NodeMemory(InPlace):
+    """See BlockMemory; `staged_memory` is for those of a device."""
 
     engine: Engine
     store: KVStore
+
+    max_sending_bytes = 0  # nothing is copied, so nothing is short
+    num_unstaged = 0
 
     @property
     def layout(self) -> KVLayout:
@@ -29,33 +31,5 @@ class _EnginesBlocks:
     def end_io(self, handle: BlockHandle) -> None:
         self.engine.end_io(handle)
 
-
-@dataclass(frozen=True)
-class NodeMemory(_EnginesBlocks, InPlace):
-    """Blocks in the processor's memory."""
-
-    max_sending_bytes = 0  # nothing is copied, so nothing is short
-
     def block_bytes(self, block_id: int) -> memoryview:
         return self.store.block_bytes(block_id)
-
-
-@dataclass(frozen=True)
-class StagedMemory(_EnginesBlocks):
-    """Blocks on a device, which travel through host memory."""
-
-    staging: Staging
-
-    @property
-    def max_sending_bytes(self) -> int:
-        """Half of the regions: the other half is for what is sealed or lands, and for gaps."""
-        return self.staging.num_bytes // 2
-
-    def part_bytes(self, block_id: int, part: slice) -> memoryview:
-        return self.staging.read(block_id, part)
-
-    def room_for(self, block_id: int, part: slice) -> memoryview:
-        return self.staging.room(part.stop - part.start)
-
-    def written(self, block_id: int, part: slice, data: memoryview) -> None:
-        self.staging.write(block_id, part, data)

@@ -148,6 +148,7 @@ class NodeShell:
         closing.callback(self.context.destroy, linger=_LINGER_MS)
         closing.callback(self._life.close)
         self._begin_life(self._first_role)
+        self.built.tell_when_lost(self._die)
         self._thread = EngineThread(
             self.engine,
             on_result=self._on_step,
@@ -185,6 +186,7 @@ class NodeShell:
             lambda: self._role,
             num_malformed=self._num_malformed,
             num_refused=lambda: self.context.num_refused,
+            num_unstaged=lambda: self.built.memory.num_unstaged,
         )
 
     def _num_malformed(self) -> int:

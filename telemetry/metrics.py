@@ -256,6 +256,10 @@ NODE_MALFORMED = Metric(
 NODE_REFUSED = Metric(
     "baton_refused_connections", "Connections of other nodes without the fleet's key"
 )
+STAGING_FULL = Metric(
+    "baton_staging_full",
+    "Copies between device and host that found no pinned memory left and took slower memory",
+)
 TRANSFER_BYTES_SENT = Metric("baton_transfer_bytes_sent", "KV bytes handed to a transport")
 TRANSFER_BYTES_RECEIVED = Metric("baton_transfer_bytes_received", "KV bytes placed in blocks")
 _TRANSPORT = ("transport",)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,9 @@ from engine.model_info import LoadedModel
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.staging import Staging
+from engine.unit_copies import Copied, Cut, UnitCopies
+from kernels.block_copy import Part
+from kvtransfer.digest import content_of
 from wire.types import SamplingParams
 
 pytestmark = [
@@ -94,19 +99,49 @@ def test_what_a_model_takes_is_measured(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_blocks_travel_through_pinned_memory(tiny_llama: Path, dtype: str) -> None:
+def test_units_travel_through_pinned_memory(tiny_llama: Path, dtype: str) -> None:
     loaded = load_model(tiny_llama, dtype=dtype, device=DEVICE, max_model_len=MAX_LEN)
     layout = loaded.kv_layout(BLOCK_SIZE)
     source, target = (KVStore(layout, 8, DEVICE) for _ in range(2))
     source.blocks.normal_()
     target.blocks.zero_()
-    there, here = Staging(source), Staging(target)
-    half = layout.block_bytes // 2
-    for block in range(8):
-        for part in (slice(0, half), slice(half, layout.block_bytes)):
-            here.write(7 - block, part, there.read(block, part))
+    staging = Staging(8 * layout.block_bytes, pinned=True)
+    there, here = (UnitCopies(store, staging, when_over=at_the_end) for store in (source, target))
+    there.warm_up(7)
+    part = Part(0, layout.num_layers, 0, layout.num_kv_heads)
+    slots = np.arange(8 * BLOCK_SIZE).reshape(8, BLOCK_SIZE)
+    copied: list[Copied] = []
+    cut = Cut(part, slots, source.blocks.dtype)
+    there.read(cut, lambda _, units: copied.extend(units), seed=7, payload=True)
+    sources = [unit.payload for unit in copied if unit.payload is not None]
+    assert [unit.content for unit in copied] == [content_of(data, 7) for data in sources]
+    assert (staging.num_plain, staging.num_free) == (0, 0), "one region for all of them"
+    contents: list[bytes | None] = []
+    reverse = Cut(part, slots[::-1].copy(), target.blocks.dtype)
+    here.write(reverse, [*sources], lambda _, found: contents.extend(found), seed=7)
+    assert contents == [unit.content for unit in copied]
     assert torch.equal(target.blocks.flip(0), source.blocks)
-    assert there.num_free == there.num_bytes
+
+
+def at_the_end(tell: Callable[[], None]) -> None:
+    torch.cuda.current_stream().synchronize()
+    tell()
+
+
+def test_copies_are_told_in_the_loop_that_asked() -> None:
+    pytest.importorskip("zmq")
+    from node.gpu import CopyWaiter
+
+    async def body() -> None:
+        waiter, told = CopyWaiter(), asyncio.Event()
+        work = torch.randn(2048, 2048, device=DEVICE)
+        for _ in range(100):
+            work = work @ work
+        waiter(told.set)
+        assert not told.is_set(), "the loop does not wait for it"
+        await asyncio.wait_for(told.wait(), 20)
+
+    asyncio.run(body())
 
 
 def test_layers_are_told_in_order_once_the_device_has_done_them() -> None:

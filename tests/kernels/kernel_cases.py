@@ -13,7 +13,11 @@ from kernels.block_copy import Part
 from kernels.device_rows import DeviceRows
 from kernels.ops import HeadNorms, LayerSlots
 from kernels.triton_attention import paged_attention_triton
-from kernels.triton_blocks import gather_units_triton, scatter_units_triton
+from kernels.triton_blocks import (
+    gather_units_triton,
+    read_rows_triton,
+    scatter_units_triton,
+)
 from kernels.triton_digest import accumulate_triton
 from kernels.triton_layers import (
     add_norm_triton,
@@ -143,6 +147,7 @@ def gather_and_digest() -> object:
     part = Part(0, 2, 0, 8)
     units = gather_units_triton(pool, slots, part, torch.bfloat16)
     scatter_units_triton(units, pool.float(), slots, part)
+    read_rows_triton(units.flatten(1).view(torch.int64), torch.zeros(2, dtype=torch.int64))
     return accumulate_triton(units.flatten(1).view(torch.int64), secret_words(1))
 
 

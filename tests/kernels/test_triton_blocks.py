@@ -9,8 +9,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kernels.block_copy import Part, gather_units, scatter_units
-from kernels.triton_blocks import gather_units_triton, scatter_units_triton
+from kernels.block_copy import Part, gather_units, read_rows, scatter_units
+from kernels.triton_blocks import (
+    gather_units_triton,
+    read_rows_triton,
+    scatter_units_triton,
+)
 from kernels.triton_digest import accumulate_triton
 from kernels.xxh3 import MIN_BYTES, accumulate, finish, secret_words
 from tests.kernels.paged_cases import seeded
@@ -110,3 +114,31 @@ def test_a_units_digest_covers_what_was_gathered(device: torch.device) -> None:
     found = finish(accumulate_triton(words, secret_words(7, device)), words.shape[1] * 8, 7)
     data = units.flatten(1).view(torch.uint8).cpu()
     assert found == [xxhash.xxh3_128_digest(bytes(row.tolist()), 7) for row in data]
+
+
+@pytest.mark.parametrize("by", [read_rows, read_rows_triton])
+@pytest.mark.parametrize("num_words", [4, 2048, 5000])
+def test_rows_are_read_from_their_addresses(
+    by: Callable[[Tensor, Tensor], None], num_words: int, device: torch.device
+) -> None:
+    """Of memory that no tensor is made of; here it is one all the same."""
+    if by is read_rows and device.type != "cpu":
+        pytest.skip("the host reads its own memory only")
+    memory = torch.arange(40_000, device=device)
+    starts = [7, 20_001, 0]
+    rows = torch.full((3, num_words), -1, device=device)
+    by(rows, torch.tensor([memory.data_ptr() + 8 * start for start in starts], device=device))
+    for row, start in zip(rows, starts, strict=True):
+        assert torch.equal(row, memory[start : start + num_words])
+
+
+def test_gathered_into_what_is_given(device: torch.device) -> None:
+    pool = make_pool(4, torch.float32, device)
+    slots = make_slots(9, 4, device)
+    for gather in (gather_units, gather_units_triton):
+        if gather is gather_units and device.type != "cpu":
+            continue
+        expected = gather_units(pool, slots, PARTS[1], torch.bfloat16)
+        out = torch.full(expected.shape, torch.nan, dtype=expected.dtype, device=device)
+        assert gather(pool, slots, PARTS[1], torch.bfloat16, out).data_ptr() == out.data_ptr()
+        assert torch.equal(out, expected)

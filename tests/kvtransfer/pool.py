@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from kvtransfer.transport import InPlace
+from kvtransfer.block_memory import InPlace
 from kvtransfer.units import Unit
 from wire.layout import KVLayout
 from wire.types import BlockHandle

@@ -80,6 +80,7 @@ class Rig:
     layout: KVLayout = LAYOUT
     geometry: Geometry = WHOLE_BLOCKS
     source_layout: KVLayout | None = None  # None: the same
+    make_pool: type[Pool] = Pool
     faults: Faults = no_faults
     window_bytes: int = 32 << 20
     now: float = 0.0
@@ -91,8 +92,8 @@ class Rig:
     heard_by_prefill: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.source = Pool(self.source_layout or self.layout, epoch=11)
-        self.target = Pool(self.layout, epoch=22)
+        self.source = self.make_pool(self.source_layout or self.layout, epoch=11)
+        self.target = self.make_pool(self.layout, epoch=22)
         self.sent, self.received = TransferStats(), TransferStats()
         self.receiver = KVReceiver(
             memory=self.target,

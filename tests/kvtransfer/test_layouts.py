@@ -134,7 +134,7 @@ def test_a_flipped_bit_in_any_slice_is_caught(
         rig.check_balance()
 
     if not checked:
-        monkeypatch.setattr(UnitSealer, "digest", lambda *_: b"0" * 16)
+        monkeypatch.setattr(UnitSealer, "seal", lambda *_: b"0" * 16)
     asyncio.run(body())
 
 

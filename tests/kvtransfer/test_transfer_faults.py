@@ -35,7 +35,7 @@ def run(body: Coroutine[Any, Any, None]) -> None:
 @pytest.fixture(params=["checked", "control"])
 def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param == "control":
-        monkeypatch.setattr(UnitSealer, "digest", lambda *_: b"0" * 16)
+        monkeypatch.setattr(UnitSealer, "seal", lambda *_: b"0" * 16)
     return bool(request.param == "checked")
 
 
@@ -364,7 +364,7 @@ def test_a_landing_that_cannot_be_verified_is_rejected_and_leaks_nothing(
         job = rig.reserve(NUM_TOKENS)
         landing = rig.receiver.begin(PREFILL, _header(job, 0))
         assert landing is not None
-        monkeypatch.setattr(UnitSealer, "digest", _out_of_memory)
+        monkeypatch.setattr(UnitSealer, "seal", _out_of_memory)
         with pytest.raises(MemoryError):
             landing.end(len(landing.view))
         assert (job.lease.state, job.lease.cause) == (LeaseState.REJECTED, "transport")

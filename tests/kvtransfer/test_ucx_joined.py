@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvtransfer.block_memory import HeldUnit
 from kvtransfer.lease import LeaseState
 from kvtransfer.ucx_lane import JOINED_BYTES, header_tag, pack_headers, payload_tag
 from kvtransfer.ucx_payload import Send, take_payload
@@ -196,9 +197,10 @@ def test_joined_units_of_a_partial_block_are_spread_over_its_slots(filled: bool)
         job = rig.reserve(3)
         rig.start(job)
         out = rig.sender._outgoing[job.id]
-        parts = [
-            bytes(out.payload(unit, job.source, rig.source)) for unit in job.lease.units.values()
-        ]
+        blocks = tuple(handle.block_id for handle in job.source)
+        held = [HeldUnit(unit, blocks) for unit in job.lease.units.values()]
+        parts: list[bytes] = []
+        rig.source.read(held, out.dtype, lambda _, data, content: parts.append(bytes(data or b"")))
         landing = rig.receiver.begin(PREFILL, replace(header_of(job, 0), token_end=3), 2)
         assert landing is not None
         data = memoryview(b"".join(parts))

@@ -26,13 +26,15 @@ from engine.kv_store import KVStore
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.staging import Staging
+from engine.unit_copies import UnitCopies, WhenOver
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transport import TransferStats
 from node.build import BuiltEngine
 from node.config import NodeConfig
-from node.memory import NodeMemory, StagedMemory
+from node.memory import NodeMemory
 from node.router_link import RouterLink
 from node.shell import NodeShell
+from node.staged_memory import StagedMemory
 from node.stats import NodeStats
 from prefill_node.role import PrefillRole
 from tests.engine.hash_runner import VOCAB_SIZE, HashRunner, expected_output
@@ -57,6 +59,7 @@ LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype=
 ROUTER = NodeId("router", 1)
 SAMPLING = SamplingParams(seed=5, max_tokens=6, ignore_eos=True)
 ID = AttemptId("request", 1)
+SCRATCH_BYTES = 2 * LAYOUT.block_bytes  # so that larger copies come in pieces
 PROMPT = tuple(range(1, 11))  # two full blocks and a half
 
 
@@ -101,8 +104,18 @@ class StoreRunner(HashRunner):
             self._written.append((block, slot))
 
 
+def later(tell: Callable[[], None]) -> None:
+    """Copies of a device are over some time after they were launched."""
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.002, tell)
+
+
 def build(
-    config: NodeConfig, num_blocks: int, max_model_len: int, staging_blocks: int = 0
+    config: NodeConfig,
+    num_blocks: int,
+    max_model_len: int,
+    staging_blocks: int = 0,
+    when_over: WhenOver = later,
 ) -> BuiltEngine:
     """With `staging_blocks` as on a device: blocks travel through memory for so many."""
     store = KVStore(LAYOUT, num_blocks)
@@ -131,7 +144,9 @@ def build(
     if not staging_blocks:
         return BuiltEngine(config, cast(Any, model), engine, NodeMemory(engine, store), num_blocks)
     pool = SharedMemory(staging_blocks * LAYOUT.block_bytes)
-    memory = StagedMemory(engine, store, Staging(store, buffer=pool.buffer))
+    staging = Staging(len(pool), pool.buffer, pinned=False)
+    copies = UnitCopies(store, staging, when_over=when_over, scratch_bytes=SCRATCH_BYTES)
+    memory = StagedMemory(engine, store, staging, copies)
     return BuiltEngine(config, cast(Any, model), engine, memory, num_blocks, pool)
 
 
@@ -257,10 +272,17 @@ class Pair:
         decode_blocks: int,
         max_model_len: int,
         staging_blocks: int = 0,
+        when_over: WhenOver = later,
         **settings: Any,
     ) -> None:
         config = NodeConfig(Path(), "node", **settings)
-        built = partial(build, config, max_model_len=max_model_len, staging_blocks=staging_blocks)
+        built = partial(
+            build,
+            config,
+            max_model_len=max_model_len,
+            staging_blocks=staging_blocks,
+            when_over=when_over,
+        )
         self.prefill: Node[PrefillRole] = Node(
             PrefillRole,
             FakeShell("prefill", context, built(prefill_blocks)),

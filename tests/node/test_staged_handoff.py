@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine.kv_store import KVStore
 from engine.staging import FreeRanges, Staging
-from node.memory import StagedMemory
+from engine.unit_copies import UnitCopies, at_once
+from node.staged_memory import StagedMemory
 from tests.node.pair import ID, LAYOUT, Pair, expected, pair
 from wire.types import AttemptId, SamplingParams
 
@@ -60,7 +60,7 @@ def test_no_more_leaves_at_one_time_than_there_is_memory_for() -> None:
     """The decode node does not read; what is on the way stays below half of the memory."""
 
     async def scenario() -> None:
-        async with staged(transport="shm", staging_blocks=4) as p:
+        async with staged(transport="shm", staging_blocks=4, when_over=at_once) as p:
             p.start(p.grant(tokens=LONG), tokens=LONG)
             sender = p.prefill.role._sender
             for _ in range(4):
@@ -73,8 +73,15 @@ def test_no_more_leaves_at_one_time_than_there_is_memory_for() -> None:
 
 
 def test_bytes_that_do_not_reach_the_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: the test above sees what does not arrive."""
-    monkeypatch.setattr(Staging, "write", lambda self, block_id, part, data: None)
+    """The control: the tests above see what does not arrive."""
+    write = UnitCopies.write
+
+    def into_nothing(copies: UnitCopies, *args: Any, **more: Any) -> None:
+        before = copies._store.blocks.clone()
+        write(copies, *args, **more)
+        copies._store.blocks.copy_(before)
+
+    monkeypatch.setattr(UnitCopies, "write", into_nothing)
 
     async def scenario() -> None:
         async with pair(staging_blocks=8) as p:
@@ -89,36 +96,21 @@ def test_bytes_that_do_not_reach_the_device_are_noticed(monkeypatch: pytest.Monk
 
 
 def test_a_region_is_free_when_the_last_view_is_let_go_of() -> None:
-    staging = Staging(KVStore(LAYOUT, 4), 2 * LAYOUT.block_bytes)
-    first = staging.read(1, slice(LAYOUT.block_bytes))
+    staging = Staging(200, pinned=False)
+    first = staging.room(100)
     part = first[3:5]
-    second = staging.room(LAYOUT.block_bytes)
+    second = staging.region(100)
     assert staging.num_free == 0
-    overflow = staging.read(2, slice(4, 12))
+    assert staging.region(8) is None
+    overflow = staging.room(8)
     assert len(overflow) == 8
-    assert staging.num_free == 0, "it lies in plain memory"
+    assert (staging.num_free, staging.num_plain) == (0, 1), "it lies in plain memory"
     del first
     assert staging.num_free == 0, "a part of it is still held"
     del part
-    assert staging.num_free == LAYOUT.block_bytes
+    assert staging.num_free == 100
     del second
-    assert staging.num_free == 2 * LAYOUT.block_bytes
-
-
-def test_parts_of_blocks_go_there_and_back() -> None:
-    store = KVStore(LAYOUT, 3)
-    store.blocks.zero_()
-    staging = Staging(store, 4 * LAYOUT.block_bytes)
-    room = staging.room(6)
-    room[:] = b"abcdef"
-    staging.write(2, slice(10, 16), room)
-    assert bytes(staging.read(2, slice(9, 17))) == b"\0abcdef\0"
-    assert bytes(store.block_bytes(2)[9:17]) == b"\0abcdef\0"
-    copy = staging.read(2, slice(10, 16))
-    store.blocks.zero_()
-    assert bytes(copy) == b"abcdef", "a copy stays as it is"
-    with pytest.raises(IndexError):
-        staging.read(3, slice(1))
+    assert staging.num_free == 200
 
 
 def test_free_ranges_join_their_neighbours() -> None:

@@ -12,10 +12,11 @@ import kvtransfer.receiver
 from engine.block_pool import BlockPool, BlockState, Owner
 from engine.prefix_cache import PrefixCache
 from engine.reservations import Reservation, Reservations
+from kvtransfer.block_memory import InPlace
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.receiver import KVReceiver
-from kvtransfer.transport import InPlace, Landing, TransferStats
+from kvtransfer.transport import Landing, TransferStats
 from tests.kvtransfer.pool import filled
 from tests.proof.packets import (
     ADDRESS,

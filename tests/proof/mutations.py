@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 from engine.block_pool import BlockPool, BlockState, _Block
 from engine.reservations import Reservation, Reservations
-from kvtransfer.digest import UnitSealer
+from kvtransfer.block_memory import ArrivedUnit, InPlace, TellWritten
+from kvtransfer.digest import UnitSealer, content_of
 from kvtransfer.handoff import Handoff
 from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.lease_table import LeaseTable
 from kvtransfer.outcomes import Outcome, Outcomes
-from kvtransfer.receiver import KVReceiver
 from kvtransfer.sender import KVSender
 from wire.codec import decode
 from wire.errors import TransferError
@@ -156,14 +156,14 @@ def _hear_everything(inbox: Inbox, data: bytes, routing_id: bytes | None) -> Non
     inbox.on_message(decode(data))
 
 
-def _place_anyway(receiver: KVReceiver, landing: Any, num_bytes: int) -> dict[int, bytes]:
-    incoming = receiver._incoming.get(landing.lease.number)
-    if incoming is None:
-        return {}
-    return {unit.index: incoming.sealer.digest(unit, part) for unit, part in landing.parts()}
+def _not_put_there(
+    memory: InPlace, units: Sequence[ArrivedUnit], dtype: str, tell: TellWritten, *, seed: int
+) -> None:
+    """Digested where it arrived, and never put into its slots."""
+    tell([content_of(cast(memoryview, unit.data), seed) for unit in units])
 
 
-def _sealed_loosely(sealer: UnitSealer, unit: Any, data: bytes | memoryview, *_: Any) -> bytes:
+def _sealed_loosely(sealer: UnitSealer, unit: Any, content: bytes) -> bytes:
     """A digest that binds nothing."""
     return b"0" * 16
 
@@ -256,8 +256,10 @@ MUTATIONS = (
         ((LeaseTable, "begin_unit", _any_handle), (BlockPool, "_named", _any_generation)),
     ),
     Mutation("digests not compared", DAMAGE, ((LeaseTable, "_judge", _no_comparison),)),
-    Mutation("digest binds nothing", DAMAGE, ((UnitSealer, "digest", _sealed_loosely),)),
-    Mutation("truncation ignored", DAMAGE, ((KVReceiver, "_place", _place_anyway),)),
+    Mutation("digest binds nothing", DAMAGE, ((UnitSealer, "seal", _sealed_loosely),)),
+    Mutation(
+        "arrived units not put into their blocks", DAMAGE, ((InPlace, "write", _not_put_there),)
+    ),
     Mutation("a unit written twice", TWO, ((LeaseTable, "begin_unit", _twice),)),
     Mutation(
         "committed with units missing", DAMAGE, ((Lease, "complete", property(_something_landed)),)
@@ -297,7 +299,7 @@ MUTATIONS = (
         REBOUND,
         (
             (LeaseTable, "grant", _rebound_with(LeaseTable.grant, ("landed",))),
-            (UnitSealer, "digest", _sealed_loosely),
+            (UnitSealer, "seal", _sealed_loosely),
         ),
     ),
     Mutation(

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.block_pool import BlockPool, BlockState, Owner
+from kvtransfer.block_memory import InPlace
 from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
-from kvtransfer.transport import InPlace, TransferStats
+from kvtransfer.transport import TransferStats
 from tests.proof.packets import ADDRESS, DEADLINE_S, LAYOUT, Packet, content, must
 from wire.codec import Envelope
 from wire.errors import CapacityError

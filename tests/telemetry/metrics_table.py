@@ -68,6 +68,7 @@ def _families() -> Iterable[tuple[str, Iterable[Family]]]:
             partial(_the, standing),
             int,
             int,
+            int,
         )
         yield role.value, collector.collect()
 

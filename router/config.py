@@ -10,6 +10,8 @@ from router.access_config import AccessConfig
 from router.checks import ServerLimits
 from router.dispatch import DispatchLimits
 from router.place import Place
+from router.way import Mode, Rules
+from tuner.goodput import Slo
 from wire.errors import ConfigError
 from wire.logprobs import MAX_TOP_LOGPROBS
 from wire.messages import MAX_WORKERS
@@ -53,6 +55,7 @@ class RouterConfig:
     hold_headers_s: float = 10.0
     debug_requests: int = 1000
     console: bool = True
+    handoff: Mode = Mode.AUTO
     tune: str = "off"
     tune_profile: Path | None = None
     slo_ttft_ms: float = 0.0
@@ -85,6 +88,8 @@ class RouterConfig:
             self.tune_profile and self.slo_ttft_ms > 0 and self.slo_tpot_ms > 0
         ):
             raise ConfigError("--tune needs --tune-profile, --slo-ttft-ms and --slo-tpot-ms")
+        if (self.slo_ttft_ms > 0) != (self.slo_tpot_ms > 0):
+            raise ConfigError("--slo-ttft-ms and --slo-tpot-ms are given together, or none of them")
         if not 1 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"--workers must be between 1 and {MAX_WORKERS}")
         if self.node_timeout_s <= self.heartbeat_s:
@@ -113,6 +118,13 @@ class RouterConfig:
     @property
     def server_limits(self) -> ServerLimits:
         return ServerLimits(self.max_logprobs, self.trust_request_chat_template)
+
+    @property
+    def rules(self) -> Rules:
+        """What the choice between handing over and serving in place goes by."""
+        if not self.slo_ttft_ms:
+            return Rules(self.handoff)
+        return Rules(self.handoff, Slo(self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3))
 
     @property
     def limits(self) -> DispatchLimits:

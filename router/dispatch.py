@@ -44,6 +44,7 @@ from router.phase import ASKING, ON_NODES, WORKING, Phase
 from router.placement import Handoff, InPlace, Nowhere, Place, Placer
 from router.policy import Wishes
 from router.token_log import Accepted, Divergence, Gap, TokenLog
+from router.way import Verdict
 from router.work import Work
 from wire.messages import (
     Abort,
@@ -96,6 +97,7 @@ class Dispatch:
         self._last_word = "No node is free to serve the request."
         self._failures = Failures()
         self._refused: set[NodeId] = set()
+        self.verdict: Verdict | None = None  # why the attempt is where it is
         self.near: frozenset[NodeId] = frozenset()  # where its prompt is, as far as is known here
 
     # ------------------------------------------------------------ forward
@@ -128,6 +130,7 @@ class Dispatch:
 
     def _ask(self, place: Place, now: float) -> list[Effect]:
         """Ask the first of the nodes that this attempt has now."""
+        self.verdict = place.verdict
         if isinstance(place, InPlace):
             return self._offer(place.node, now)
         self.prefill, self.decode = place.prefill, place.decode

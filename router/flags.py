@@ -10,6 +10,7 @@ from typing import Any
 from router.access_config import access_from_args, add_access_arguments
 from router.config import RouterConfig
 from router.tools.choose import FORMATS
+from router.way import Mode
 from wire.types import Pooling
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RouterConfig)}
@@ -160,18 +161,26 @@ def _add_tuner_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the nodes' steps take, as `baton profile` measured it",
     )
     parser.add_argument(
+        "--handoff",
+        choices=[mode.value for mode in Mode],
+        default=_DEFAULTS["handoff"].value,
+        help="whether prompts are computed by another node than the one that answers: auto "
+        "predicts both ways for each request, by what was measured of earlier ones, and keeps "
+        "streams from waiting; always and never do so wherever nodes allow (default: %(default)s)",
+    )
+    parser.add_argument(
         "--slo-ttft-ms",
         type=float,
         default=0.0,
         metavar="MS",
-        help="the tuner's limit of the time to first token",
+        help="limit of the time to first token, for the tuner and for --handoff auto",
     )
     parser.add_argument(
         "--slo-tpot-ms",
         type=float,
         default=0.0,
         metavar="MS",
-        help="its limit of the time per further token",
+        help="limit of the time per further token, for both",
     )
 
 
@@ -181,6 +190,7 @@ def from_args(args: argparse.Namespace) -> RouterConfig:
     given = {name: getattr(args, name) for name in names}
     given["access"] = access_from_args(args)
     given["place"] = getattr(args, "place", None)
+    given["handoff"] = Mode(args.handoff)
     given["pooling"] = Pooling(args.pooling)
     given["served_model_name"] = tuple(args.served_model_name)
     return RouterConfig(**given)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from router.breaker import Breaker, Pair
 from router.cache_index import CacheIndex
-from router.placement import Handoff, Nowhere, Place, Ways, choose_place, hands_over
+from router.judge import Judge, Taken, Told
+from router.placement import Handoff, Nowhere, Place, Ways, hands_over
 from router.policy import Candidate, Wishes, choose_decode, choose_in_place, choose_prefill
+from router.way import Mode, Rules
 from router.work import Work
 from wire.messages import ModelInfo, Register
 from wire.types import NodeId, NodeLoad, Role
@@ -38,6 +40,7 @@ class Node:
     num_unreachable: int = 0  # heartbeats in a row that found no connection
     pending_blocks: int = 0
     assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
+    taken: Taken = field(default_factory=Taken)  # of its streams, by prompts of this router
 
     @property
     def serves(self) -> bool:
@@ -56,7 +59,10 @@ class Registration:
 class Fleet:
     """All nodes of one router. One fleet serves one model."""
 
-    def __init__(self, node_timeout_s: float, node_stall_s: float) -> None:
+    def __init__(
+        self, node_timeout_s: float, node_stall_s: float, judge: Judge | None = None
+    ) -> None:
+        self.judge = judge or Judge(Rules(Mode.ALWAYS), Told(None))
         self._timeout = node_timeout_s
         self._stall = node_stall_s
         self._nodes: dict[NodeId, Node] = {}
@@ -194,7 +200,7 @@ class Fleet:
         handoff = None if prefill is None or decode is None else (prefill, decode)
         candidates = _least_bad(receivers, wishes, lambda node: False)
         alone = choose_in_place(candidates, work.num_tokens, work.max_num_tokens)
-        place = choose_place(Ways(handoff, alone))
+        place = self.judge.choose(Ways(handoff, alone), work.num_tokens)
         return place or Nowhere("There is no decode node to serve the request.")
 
     def pick_prefill(
@@ -268,12 +274,14 @@ class Fleet:
             role=node.info.role,
             load=node.load,
             block_size=_block_size(node),
+            block_bytes=node.info.layout.block_bytes,
             num_cached_tokens=_num_cached_tokens(node, work, near),
             pending_tokens=sum(node.assigned.values()),
             pending_blocks=node.pending_blocks,
             num_assigned=len(node.assigned),
             same_numerics=wishes.numerics in ("", node.info.model.numerics),
             near=near,
+            taken_s=node.taken.lately_s(wishes.now, self.judge.stream_s),
         )
 
     def num_to_compute(
@@ -291,6 +299,12 @@ class Fleet:
         if known is not None:
             known.assigned[request] = num_tokens
             known.pending_blocks += num_blocks
+
+    def taken(self, node: NodeId, seconds: float, now: float) -> None:
+        """A prompt that was given to `node` takes so much of its streams' time."""
+        known = self._nodes.get(node)
+        if known is not None:
+            known.taken.add(seconds, now, self.judge.stream_s)
 
     def unassign(self, node: NodeId, request: str) -> None:
         known = self._nodes.get(node)

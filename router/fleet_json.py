@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from router.fleet import Fleet, Node
+from router.judge import Judge
 from router.role_switch import RoleSwitch
 
 
@@ -27,9 +28,20 @@ def fleet_json(
         "running": num_running,
         "waiting": num_waiting,
         "open_pairs": fleet.breaker.num_open,
+        "handoff": _judge(fleet.judge),
         "nodes": [_node(node, now) for node in nodes],
         "role_switches": [switch_json(switch, now) for switch in switches],
         "tuner": tuner,
+    }
+
+
+def _judge(judge: Judge) -> dict[str, Any]:
+    """How it is chosen between a handoff and serving in place, and what is known for it."""
+    rules = judge.rules
+    return {
+        "mode": rules.mode.value,
+        "slo": None if rules.slo is None else asdict(rules.slo),
+        "pace": None if judge.pace is None else asdict(judge.pace),
     }
 
 

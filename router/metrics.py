@@ -20,6 +20,7 @@ class RouterMetrics:
         self.streams = names.ROUTER_STREAMS.gauge(registry)
         self.attempts = names.ROUTER_ATTEMPTS.counter(registry)
         self.attempts_ended = names.ROUTER_ATTEMPTS_ENDED.counter(registry)
+        self.ways = names.ROUTER_WAYS.counter(registry)
         self.rebinds = names.ROUTER_REBINDS.counter(registry)
         self.role_switches = names.ROUTER_ROLE_SWITCHES.counter(registry)
         self.role_switch_seconds = names.ROUTER_ROLE_SWITCH_SECONDS.histogram(registry)

@@ -96,9 +96,9 @@ class LivePace:
         self._handoff.add(Sample((1.0, num_bytes), seconds))
         self._stale = True
 
-    def streamed(self, num_tokens: int, seconds: float) -> None:
+    def streamed(self, num_tokens: int, seconds: float | None) -> None:
         """A stream has ended: tokens after its first one, and the time they took."""
-        if num_tokens <= 0 or seconds <= 0:
+        if num_tokens <= 0 or not seconds:
             return
         token_s = seconds / num_tokens
         self._token_s = _followed(self._token_s, token_s)

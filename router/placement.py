@@ -1,17 +1,18 @@
 """Where a request is served: handed over from one node to another, or by one node alone.
 
-`Fleet.place` finds the best way of either kind; `choose_place`, a pure function, chooses between
-the two. Who has computed a prompt hands it over to a decode node or to a mixed one; a mixed node
-hands over to decode nodes alone, so that no two nodes ever wait for each other's blocks.
+`Fleet.place` finds the best way of either kind, and `judge` chooses between the two. Who has
+computed a prompt hands it over to a decode node or to a mixed one; a mixed node hands over to
+decode nodes alone, so that no two nodes ever wait for each other's blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from router.policy import Candidate, Wishes
+from router.way import Verdict
 from router.work import Work
 from wire.types import NodeId, Role
 
@@ -25,6 +26,7 @@ class Handoff:
 
     prefill: NodeId
     decode: NodeId | None
+    verdict: Verdict | None = field(default=None, compare=False)  # why, where there was a choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class InPlace:
     """One node does everything."""
 
     node: NodeId
+    verdict: Verdict | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +53,6 @@ class Ways:
 
     handoff: tuple[Candidate, Candidate] | None  # who computes the prompt, who answers
     in_place: Candidate | None
-
-
-def choose_place(ways: Ways) -> Place | None:
-    """How a request is served; None if there is no way.
-
-    It is handed over where a prefill node computes its prompt; else it stays on one node.
-    """
-    prefers_alone = ways.handoff is None or ways.handoff[0].role is Role.MIXED
-    if ways.in_place is not None and prefers_alone:
-        return InPlace(ways.in_place.id)
-    if ways.handoff is None:
-        return None
-    prefill, decode = ways.handoff
-    return Handoff(prefill.id, decode.id)
 
 
 def hands_over(sender: Role, receiver: Role) -> bool:

@@ -45,12 +45,14 @@ class Candidate:
     role: Role
     load: NodeLoad
     block_size: int
+    block_bytes: int = 0
     num_cached_tokens: int = 0  # of this request's prompt
     pending_tokens: int = 0  # prompt tokens that this router sent here and that are not done
     pending_blocks: int = 0  # blocks that this router asked for since the node's last heartbeat
     num_assigned: int = 0  # choices of this router that run here
     same_numerics: bool = True  # computes bit-equally to who produced what the client has
     near: bool = False  # other choices of the request share this one's prompt there
+    taken_s: float = 0.0  # that prompts took lately of its streams' time
 
 
 def choose_prefill(candidates: Iterable[Candidate], num_tokens: int) -> Candidate | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from router.request_log import RequestRecord
 from router.trace import RUNNING, AttemptTrace, ChoiceTrace
+from router.way import Verdict
 from telemetry.timeline import Span
 
 
@@ -64,6 +65,7 @@ def _attempt(attempt: AttemptTrace) -> dict[str, Any]:
     return {
         "attempt": attempt.number,
         "prefill": str(attempt.prefill),
+        "way": None if attempt.verdict is None else _way(attempt.verdict),
         "decode": None if attempt.decode is None else str(attempt.decode),
         "start_s": seconds(attempt.began),
         "end_s": seconds(attempt.ended),
@@ -72,6 +74,16 @@ def _attempt(attempt: AttemptTrace) -> dict[str, Any]:
         "decode_messages": attempt.num_decode_messages,
         "prefill_timing": None if attempt.timing is None else asdict(attempt.timing),
         "transfer": None if attempt.transfer is None else asdict(attempt.transfer),
+    }
+
+
+def _way(verdict: Verdict) -> dict[str, Any]:
+    """What was chosen, and why; predicted are times to the first token, and from it to the next."""
+    return {
+        "chosen": "handoff" if verdict.hand_over else "in_place",
+        "reason": verdict.reason.value,
+        "handoff_s": verdict.over_s,
+        "in_place_s": verdict.in_place_s,
     }
 
 

@@ -29,6 +29,7 @@ from router.effects import (
 from router.errors import ApiError, server_error
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
+from router.pace import LivePace
 from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
@@ -60,6 +61,7 @@ class Requests:
     """Serves choices over the fleet.
 
     Args:
+        pace: is told what requests show of it.
         send: queues a message for a node; raises WireError.
         clock: monotonic seconds.
     """
@@ -70,6 +72,7 @@ class Requests:
         admission: Admission[Choice],
         metrics: RouterMetrics,
         log: RequestLog,
+        pace: LivePace,
         send: Callable[[NodeId, Message], None],
         clock: Callable[[], float],
     ) -> None:
@@ -77,6 +80,7 @@ class Requests:
         self._admission = admission
         self._metrics = metrics
         self._log = log
+        self._pace = pace
         self._send = send
         self._clock = clock
         self._choices: dict[str, Choice] = {}
@@ -160,6 +164,9 @@ class Requests:
             choice.num_cached_tokens = min(update.num_cached_tokens, choice.work.num_tokens)
         if update.id == choice.dispatch.id:
             choice.trace.heard(update, sender == choice.dispatch.decode, now)
+            if update.timing is not None and sender == choice.dispatch.prefill:
+                num_cached, num_tokens = update.num_cached_tokens or 0, choice.work.num_tokens
+                self._pace.prefilled(num_cached, num_tokens, update.timing.compute_s)
         self._perform(choice, choice.dispatch.tokens(sender, update, now))
 
     def _answer_unknown(self, sender: NodeId, update: TokenUpdate) -> None:
@@ -195,6 +202,8 @@ class Requests:
             self._perform(choice, choice.dispatch.attempt_failed(sender, message, self._clock()))
 
     def handoff_done(self, message: HandoffDone) -> None:
+        transfer = message.transfer
+        self._pace.handed_over(transfer.num_bytes, transfer.commit_wait_s)
         self._log.handoff_done(message)
 
     def node_lost(self, node: NodeId, alive: bool = False) -> None:
@@ -296,6 +305,7 @@ class Requests:
             self._fleet.unassign(node, choice.work.request)
 
     def _observe_end(self, choice: Choice, now: float) -> None:
+        self._pace.streamed(choice.trace.num_output_tokens - 1, choice.trace.timeline.decode_s)
         if self.observed is not None:
             num_output, num_cached = choice.trace.num_output_tokens, choice.num_cached_tokens
             self.observed.ended(now, choice.work.num_tokens, num_output, num_cached)
@@ -369,11 +379,23 @@ class Requests:
             self._note_offer(choice, send.to, message)
 
     def _note_offer(self, choice: Choice, node: NodeId, message: Generate) -> None:
-        choice.trace.offering(message.id.attempt, node, self._clock())
+        now, verdict = self._clock(), choice.dispatch.verdict
+        choice.trace.offering(message.id.attempt, node, now)
+        self._note_verdict(choice, "in_place")
+        if verdict is not None:
+            self._fleet.taken(node, verdict.taken_s, now)
         choice.assigned_decode = node
         self._metrics.attempts.inc()
         self._fleet.assign(node, choice.work.request, 0, self._num_blocks(node, choice))
         self._note_prefill(choice, node, len(message.tokens))
+
+    def _note_verdict(self, choice: Choice, way: str) -> None:
+        """Once per choice of nodes: a reservation may be asked of several."""
+        attempt, verdict = choice.trace.attempt, choice.dispatch.verdict
+        if attempt is None or verdict is None or attempt.verdict is verdict:
+            return
+        attempt.verdict = verdict
+        self._metrics.ways.labels(way, verdict.reason.value).inc()
 
     def _note_reservation(
         self,
@@ -387,6 +409,7 @@ class Requests:
         now = self._clock()
         self._fleet.breaker.began(Pair(message.prefill, node), now)
         choice.trace.reserving(message.id.attempt, message.prefill, node, now)
+        self._note_verdict(choice, "handoff")
         choice.assigned_decode = node
         self._metrics.attempts.inc()
         self._fleet.assign(node, choice.work.request, 0, num_blocks)

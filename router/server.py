@@ -19,7 +19,9 @@ from router.control import Control
 from router.debug_pages import DebugPages
 from router.errors import unavailable
 from router.fleet import Fleet
+from router.judge import Judge
 from router.metrics import RouterMetrics
+from router.pace import LivePace
 from router.request_log import RequestLog
 from router.requests import Requests
 from router.responses.sqlite_store import SqliteStore, StoreLimits
@@ -52,12 +54,13 @@ class RouterServer:
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._access = Access(config.access, clock, config.place)
+        self._pace = LivePace()
         self._worker = None if config.place is None else WorkerSites(config.place)
         self._ssl = config.access.ssl_context()
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
         self.control = Control(
             config.control_url,
-            Fleet(config.node_timeout_s, config.node_stall_s),
+            Fleet(config.node_timeout_s, config.node_stall_s, Judge(config.rules, self._pace)),
             self._make_requests,
             heartbeat_s=config.heartbeat_s,
             tokenizer=tokenizer,
@@ -75,7 +78,7 @@ class RouterServer:
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
         admission: Admission[Choice] = Admission(self._config.max_streams, self._config.max_queue)
-        return Requests(fleet, admission, self._metrics, self._log, send, self._clock)
+        return Requests(fleet, admission, self._metrics, self._log, self._pace, send, self._clock)
 
     def _make_tuner(self) -> FleetTuner | None:
         """Of several workers the first one tunes. Raises ConfigError."""

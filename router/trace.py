@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router.way import Verdict
 from telemetry.timeline import Timeline
 from wire.messages import Embedding, PrefillTiming, TokenUpdate, TransferRecord
 from wire.types import NodeId
@@ -24,6 +25,7 @@ class AttemptTrace:
     began: int
     ended: int | None = None
     cause: str = RUNNING  # why it ended; `finished`: well
+    verdict: Verdict | None = None  # why it was there
     num_cached_tokens: int | None = None
     num_decode_messages: int = 0  # one per step that produced tokens
     timing: PrefillTiming | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from router.request_log import RequestRecord
 from router.trace import AttemptTrace, ChoiceTrace
+from router.way import Verdict
 from telemetry.timeline import MEANING, Span
 
 WIDTH = 48  # characters of the picture
@@ -103,6 +104,8 @@ def _attempt(attempt: AttemptTrace) -> list[str]:
         f"  attempt {attempt.number}: {attempt.prefill.name} {decode}, "
         f"{attempt.cause or 'running'}{end}"
     ]
+    if attempt.verdict is not None:
+        lines.append(f"    way      {_way(attempt.verdict)}")
     if attempt.timing is not None:
         timing, cached = attempt.timing, attempt.num_cached_tokens or 0
         lines.append(
@@ -114,6 +117,17 @@ def _attempt(attempt: AttemptTrace) -> list[str]:
     if attempt.num_decode_messages:
         lines.append(f"    decode   {attempt.num_decode_messages} messages with tokens")
     return lines
+
+
+def _way(verdict: Verdict) -> str:
+    """What was chosen, why, and what either way would have taken by prediction."""
+    chosen = "handed over" if verdict.hand_over else "served in place"
+    text = f"{chosen} ({verdict.reason.value})"
+    if verdict.over_s is None or verdict.in_place_s is None:
+        return text
+    ways = (verdict.over_s, verdict.in_place_s)
+    over, here = (f"{_s(first)} + {_s(gap)}" for first, gap in ways)
+    return f"{text}; predicted to the first token and the next: handoff {over}, in place {here}"
 
 
 def _transfer(attempt: AttemptTrace) -> str:

@@ -36,8 +36,8 @@ class Reason(StrEnum):
 
     ONLY = "only_way"
     FORCED = "forced"
-    UNKNOWN = "unknown"  # nothing is measured yet: a handoff, unless the prompt is short
-    SHORT = "short"
+    UNKNOWN = "unknown"  # nothing is measured yet
+    SHORT = "short"  # almost all of it is cached where it is answered
     STREAMS = "streams"  # they would wait too long
     IDLE = "idle"  # nobody waits on the node that answers, and many do elsewhere
     SOONER = "sooner"
@@ -51,7 +51,8 @@ class Rules:
     Args:
         slo: limits that requests should keep, if there are any.
         share: of their time that prompts in place may take from a node's streams.
-        short: tokens that cost less than a handoff, for as long as nothing is measured.
+        short: what may be missing of a prompt that the answering node has in its cache, to be
+            computed there as long as nothing is measured.
     """
 
     mode: Mode = Mode.AUTO
@@ -136,7 +137,8 @@ def choose_way(
     if rules.mode is not Mode.AUTO:
         return Verdict(rules.mode is Mode.ALWAYS, Reason.FORCED)
     if pace is None:
-        short = in_place.num_tokens - in_place.num_known <= rules.short
+        rest = in_place.num_tokens - in_place.num_known
+        short = in_place.num_known > 0 and rest <= rules.short
         return Verdict(not short, Reason.SHORT if short else Reason.UNKNOWN)
     there, here = _handed_over(over, pace), _in_place(in_place, pace)
     hand_over, reason = _compare(there, here, in_place.is_idle, rules)

@@ -130,6 +130,11 @@ ROUTER_ATTEMPTS = Metric("baton_router_attempts", "Attempts begun")
 ROUTER_ATTEMPTS_ENDED = Metric(
     "baton_router_attempts_ended", "Attempts given up before their end, by cause", ("cause",)
 )
+ROUTER_WAYS = Metric(
+    "baton_router_ways",
+    "Attempts by how they are served (handoff, in_place) and why it was chosen",
+    ("way", "reason"),
+)
 ROUTER_REBINDS = Metric(
     "baton_router_rebinds", "Attempts that asked for the reservation of a failed prefill node"
 )

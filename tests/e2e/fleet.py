@@ -156,7 +156,9 @@ class Fleet:
         return self.router.url
 
     def start_router(self, *flags: str, orders: Orders = ()) -> Process:
+        """Its prompts are too short to be worth a handoff, which most tests are about."""
         argv = ["--port", "0", "--control-port", "0", "--tokenizer", str(self.model)]
+        argv += ["--handoff", "always"]
         self.router = self._start("router", "router.__main__", [*argv, *flags], orders)
         self.router.wait_ready()
         return self.router

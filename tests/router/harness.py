@@ -15,6 +15,7 @@ from aiohttp import web
 from benchmarks.stub_node import Script, StubPair, model_info
 from router.config import RouterConfig
 from router.server import RouterServer
+from router.way import Mode
 from tests.router import tiny_tokenizer
 from wire.messages import Message, Prefill
 from wire.types import FinishReason
@@ -26,6 +27,7 @@ CONFIG = RouterConfig(
     node_timeout_s=0.5,
     queue_timeout_s=2.0,
     shutdown_timeout_s=0.2,
+    handoff=Mode.ALWAYS,
 )
 MODEL = model_info(tiny_tokenizer.VOCAB_SIZE, max_model_len=512)
 

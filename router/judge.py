@@ -1,0 +1,95 @@
+"""Chooses between the ways that the fleet has found, by rules and by the pace that is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+from typing import Protocol
+
+from router.pace import STREAM_S, Pace
+from router.placement import Handoff, InPlace, Place, Ways
+from router.policy import Candidate
+from router.way import NO_STREAMS, Over, Part, Rules, choose_way
+from tuner.latency import StepWork
+from wire.types import Role
+
+
+class KnowsPace(Protocol):
+    """A router's `LivePace`, or what a planner was told."""
+
+    @property
+    def pace(self) -> Pace | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A pace that does not change."""
+
+    pace: Pace | None
+
+
+class Judge:
+    """One router's choice. Which node of a kind is best has been decided before."""
+
+    def __init__(self, rules: Rules, known: KnowsPace) -> None:
+        self.rules = rules
+        self._known = known
+
+    @property
+    def pace(self) -> Pace | None:
+        return self._known.pace
+
+    def choose(self, ways: Ways, num_tokens: int) -> Place | None:
+        """How a prompt is served; None if there is no way."""
+        if ways.handoff is None and ways.in_place is None:
+            return None
+        over = None if ways.handoff is None else _over(*ways.handoff, num_tokens)
+        here = None if ways.in_place is None else _part(ways.in_place, num_tokens)
+        verdict = choose_way(over, here, self.pace, self.rules)
+        if verdict.hand_over:
+            assert ways.handoff is not None
+            prefill, decode = ways.handoff
+            return Handoff(prefill.id, decode.id, verdict)
+        assert ways.in_place is not None
+        return InPlace(ways.in_place.id, verdict)
+
+    @property
+    def stream_s(self) -> float:
+        """How long streams last: what prompts took of a node's time is forgotten with them."""
+        pace = self.pace
+        return STREAM_S if pace is None else pace.stream_s
+
+
+class Taken:
+    """Seconds that prompts took of a node's streams, forgotten as the streams end."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._at = 0.0
+
+    def lately_s(self, now: float, stream_s: float) -> float:
+        return self._seconds * exp(-max(0.0, now - self._at) / stream_s)
+
+    def add(self, seconds: float, now: float, stream_s: float) -> None:
+        self._seconds = self.lately_s(now, stream_s) + seconds
+        self._at = now
+
+
+def _over(prefill: Candidate, decode: Candidate, num_tokens: int) -> Over:
+    missing = num_tokens - min(decode.num_cached_tokens, num_tokens)
+    num_bytes = -(-missing // decode.block_size) * decode.block_bytes
+    return Over(_part(prefill, num_tokens), _streams(decode), decode.taken_s, num_bytes)
+
+
+def _part(node: Candidate, num_tokens: int) -> Part:
+    queued = max(node.load.queued_tokens, node.pending_tokens)
+    return Part(num_tokens, node.num_cached_tokens, queued, _streams(node), node.taken_s)
+
+
+def _streams(node: Candidate) -> StepWork:
+    """As far as it is known here: the last heartbeat's, and what this router sent since."""
+    if node.role is Role.PREFILL:
+        return NO_STREAMS
+    num_blocks = node.load.blocks_total - node.load.blocks_free
+    batch = max(node.load.num_running, node.num_assigned)
+    return StepWork(decode_batch=batch, decode_context=num_blocks * node.block_size)

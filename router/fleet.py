@@ -190,18 +190,21 @@ class Fleet:
         self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
     ) -> Place | Nowhere:
         """See router.placement.Placer."""
-        prefill = self._best_sender(work, wishes)
-        if prefill is not None and one_token:
+        if one_token and (prefill := self._best_sender(work, wishes)) is not None:
             return Handoff(prefill.id, None)
         if work.pooling is not None:
             return Nowhere("There is no prefill node to serve the request.")
+        place = self.judge.choose(self._ways(work, wishes, refused), work.num_tokens)
+        return place or Nowhere("There is no decode node to serve the request.")
+
+    def _ways(self, work: Work, wishes: Wishes, refused: Collection[NodeId]) -> Ways:
+        """Who has computed a prompt in place goes on with it: others hand over."""
         receivers = self._receivers(work, wishes, refused)
-        decode = None if prefill is None else self._best_receiver(prefill, receivers, work, wishes)
-        handoff = None if prefill is None or decode is None else (prefill, decode)
         candidates = _least_bad(receivers, wishes, lambda node: False)
         alone = choose_in_place(candidates, work.num_tokens, work.max_num_tokens)
-        place = self.judge.choose(Ways(handoff, alone), work.num_tokens)
-        return place or Nowhere("There is no decode node to serve the request.")
+        prefill = self._best_sender(work, wishes, apart=alone is not None)
+        decode = None if prefill is None else self._best_receiver(prefill, receivers, work, wishes)
+        return Ways(None if prefill is None or decode is None else (prefill, decode), alone)
 
     def pick_prefill(
         self, work: Work, wishes: Wishes, decode: NodeId | None = None
@@ -222,8 +225,9 @@ class Fleet:
         return None if best is None else best.id
 
     def _best_sender(
-        self, work: Work, wishes: Wishes, decode: NodeId | None = None
+        self, work: Work, wishes: Wishes, decode: NodeId | None = None, *, apart: bool = False
     ) -> Candidate | None:
+        """`apart`: of those that generate nothing themselves."""
         partners = [
             node
             for node in self
@@ -242,6 +246,7 @@ class Fleet:
             for node in self
             if node.serves
             and node.info.role.sends
+            and not (apart and node.info.role.receives)
             and (decode is None or any(hands_over(node.info.role, p.info.role) for p in partners))
         ]
         return choose_prefill(_least_bad(candidates, wishes, is_worse), work.num_tokens)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_a_dead_attempt_is_a_phase_of_its_own() -> None:
 def test_what_the_nodes_tell_is_shown() -> None:
     async def scenario() -> None:
         async with router(endless) as harness:
-            harness.pair.timing = TIMING
+            harness.pair.timing = replace(TIMING, compute_s=1e-4)
             answer = await harness.complete(max_tokens=5)
             id = answer.json["id"]
             (sent,) = harness.sent(Prefill)
@@ -136,9 +137,16 @@ def test_what_the_nodes_tell_is_shown() -> None:
             assert told["prefill_timing"]["num_steps"] == 2
             assert told["decode_messages"] >= 1
             assert told["prefill"].startswith("prefill#")
+            assert (told["way"]["chosen"], told["way"]["reason"]) == ("handoff", "forced")
             text = (await harness.get(f"/debug/requests/{id}-0?format=text")).body.decode()
             assert "steps: 2" in text
             assert "by shm" in text
+            assert "handed over (forced)" in text
+            exposed = (await harness.get("/metrics")).body.decode()
+            assert 'baton_router_ways_total{reason="forced",way="handoff"} 1.0' in exposed
+            handoff = (await harness.get("/debug/fleet")).json["handoff"]
+            assert handoff["mode"] == "always"
+            assert handoff["pace"]["handoff"][0] == pytest.approx(0.0625)
 
     asyncio.run(scenario())
 

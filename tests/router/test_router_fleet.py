@@ -13,9 +13,13 @@ from router.cache_index import CacheIndex
 from router.errors import ApiError
 from router.failures import Failures
 from router.fleet import Fleet
+from router.judge import Judge, Told
+from router.pace import Pace
 from router.placement import Handoff, InPlace, Nowhere
 from router.policy import Candidate, Wishes, choose_decode, choose_prefill
+from router.way import Mode, Rules
 from router.work import Prompt, Work
+from tuner.latency import LatencyModel
 from wire.messages import CacheEvents, Register
 from wire.prefix import block_hashes, root_hash
 from wire.types import NodeId, NodeLoad, Pooling, Role, SamplingParams
@@ -248,12 +252,18 @@ def test_a_cached_prefix_attracts() -> None:
 # ---------------------------------------------------------------- in place
 
 
-def placed(fleet: Fleet, *refused: NodeId, work: Work = WORK, one_token: bool = False) -> object:
-    return fleet.place(work, ANY, refused, one_token=one_token)
+def placed(
+    fleet: Fleet,
+    *refused: NodeId,
+    work: Work = WORK,
+    one_token: bool = False,
+    now: float = 0.0,
+) -> object:
+    return fleet.place(work, replace(ANY, now=now), refused, one_token=one_token)
 
 
-def fleet_of(**roles: Role) -> Fleet:
-    fleet = Fleet(node_timeout_s=3, node_stall_s=60)
+def fleet_of(judge: Judge | None = None, **roles: Role) -> Fleet:
+    fleet = Fleet(node_timeout_s=3, node_stall_s=60, judge=judge)
     for name, role in roles.items():
         fleet.register(NodeId(name, 1), register(role), 0)
     return fleet
@@ -297,11 +307,37 @@ def test_a_mixed_node_takes_what_a_prefill_node_sends() -> None:
     assert isinstance(placed(fleet, B), Nowhere)
 
 
-def test_a_busy_prefill_node_leaves_prompts_to_a_mixed_one() -> None:
-    fleet = fleet_of(a=Role.PREFILL, b=Role.DECODE, c=Role.MIXED)
+PACE = Pace(LatencyModel((0.01, 1e-3, 0.0), (0.02, 0.0, 1e-3), (0.0, 0.0)), (0.01, 0.0), 2.0)
+
+
+def test_a_busy_prefill_node_leaves_prompts_to_who_answers() -> None:
+    for role in (Role.MIXED, Role.DECODE):
+        fleet = fleet_of(Judge(Rules(), Told(PACE)), a=Role.PREFILL, b=role)
+        for number in range(4):
+            fleet.assign(B, f"stream {number}", 0, 0)
+        assert placed(fleet) == Handoff(A, B)
+        fleet.assign(A, "another", 5000, 0)
+        assert placed(fleet) == InPlace(B)
+        fleet.taken(B, 1.5, now=0.0)
+        assert placed(fleet) == Handoff(A, B), "its streams have waited enough"
+        assert placed(fleet, now=10.0) == InPlace(B), "and those have ended"
+
+
+def test_what_is_cached_where_it_is_answered_is_not_sent_again() -> None:
+    fleet = fleet_of(Judge(Rules(), Told(None)), a=Role.PREFILL, b=Role.DECODE)
     assert placed(fleet) == Handoff(A, B)
-    fleet.assign(A, "another", 5000, 0)
-    assert placed(fleet) == InPlace(C)
+    hashes = block_hashes(WORK.prompt.tokens, 16, root_hash(MODEL.fingerprint))
+    fleet[B].cache.apply(CacheEvents(1, tuple(hashes), snapshot=True))
+    assert placed(fleet) == InPlace(B)
+
+
+def test_the_wish_for_handoffs_or_none_is_kept() -> None:
+    always, never = (Judge(Rules(mode), Told(PACE)) for mode in (Mode.ALWAYS, Mode.NEVER))
+    fleet = fleet_of(always, a=Role.PREFILL, b=Role.DECODE, c=Role.MIXED)
+    fleet.assign(A, "another", 50_000, 0)
+    assert placed(fleet) == Handoff(A, B)
+    fleet = fleet_of(never, a=Role.PREFILL, b=Role.DECODE)
+    assert placed(fleet) == InPlace(B)
 
 
 def test_mixed_nodes_never_wait_for_each_others_blocks() -> None:

@@ -44,7 +44,7 @@ def measure_fleet(folder: Path, quick: bool) -> Figures:
     model = folder / "m88"
     make_random_model(model)
     weight_bytes = (model / "model.safetensors").stat().st_size
-    flags = [model, "--kv-memory", str(KV_POOL_BYTES), "--handoff", "always"]
+    flags: list[str | Path] = [model, "--kv-memory", str(KV_POOL_BYTES), "--handoff", "always"]
     with serving(folder, flags) as (process, url):
         overheads = node_overheads_mb(process.pid, weight_bytes)
         handoff = first_to_second(url, 3 if quick else 9)

@@ -19,11 +19,10 @@ from engine.plan import StepPlan
 
 
 class StateReader(Protocol):
-    """Is shown the states of all rows of every step."""
+    """Is shown the states of all rows of the steps that it reads."""
 
-    @property
-    def reads(self) -> bool:
-        """Whether it wants to be."""
+    def reads(self, plan: StepPlan) -> bool:
+        """Whether it wants those of this step; it is asked before."""
         ...
 
     @property

@@ -51,7 +51,7 @@ class ModelRunner:
     Args:
         packed: the step's numbers travel as one buffer, as they do on devices.
         when_done: how a layer's end is waited for.
-        reader: is shown every step's states; steps that it reads replay no graph.
+        reader: is shown a step's states; a step that it reads replays no graph.
     """
 
     def __init__(
@@ -104,7 +104,9 @@ class ModelRunner:
         sampled: Tensor | None = None,
     ) -> Tensor:
         """See in_flight.Runner. One forward pass; fp32 logits [needed rows, vocab]."""
-        reader = self._reader if self._reader is not None and self._reader.reads else None
+        reader = self._reader
+        if reader is not None and not reader.reads(plan):
+            reader = None
         plain = on_hidden is None and reader is None
         with self._spans("batch"):
             self._store.copy_blocks(plan.copied_blocks)

@@ -52,6 +52,10 @@ class ReadingDrafter(Drafter, Protocol):
         """Of which it reads the input; none: what the target's head is given."""
         ...
 
+    def reads(self, plan: StepPlan) -> bool:
+        """Whether there is anything in a step that is to be drafted for, now or later."""
+        ...
+
     def saw(self, plan: StepPlan, states: Tensor) -> None:
         """What the step that runs has computed."""
         ...

@@ -120,7 +120,7 @@ class _Shadow:
 
 
 class HeadDrafter:
-    """See engine.drafting.drafter.Drafter and StateReader.
+    """See engine.drafting.drafter.ReadingDrafter.
 
     Args:
         runner: of the head.
@@ -149,9 +149,13 @@ class HeadDrafter:
 
     # ------------------------------------------------------------ the target's states
 
+    def reads(self, plan: StepPlan) -> bool:
+        """See ReadingDrafter."""
+        return any(_may_be_drafted(item.request) for item in plan.scheduled)
+
     @torch.inference_mode()
     def saw(self, plan: StepPlan, states: Tensor) -> None:
-        """See StateReader. Prompts are computed at once: their states are many."""
+        """See ReadingDrafter. Prompts are computed at once: their states are many."""
         self._forget_ended()
         items = plan.scheduled
         parts = torch.split(states, [item.num_new_tokens for item in items])

@@ -115,10 +115,9 @@ class Speculation:
 
     # ------------------------------------------------------------ engine.final_states.StateReader
 
-    @property
-    def reads(self) -> bool:
-        """Whether the drafter goes on from the target's states."""
-        return self._reading is not None
+    def reads(self, plan: StepPlan) -> bool:
+        """Whether the drafter goes on from this step's states."""
+        return self._reading is not None and self._reading.reads(plan)
 
     @property
     def layers(self) -> tuple[int, ...]:

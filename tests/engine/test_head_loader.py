@@ -17,7 +17,7 @@ from engine.drafting.head_loader import load_head
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.request import Request
-from tests.engine.test_heads import make_drafter, make_engine, num_drafted, run_all
+from tests.engine.head_engines import make_drafter, make_engine, num_drafted, run_all
 from tests.engine.tiny_heads import GLM, add_mtp, save_eagle, save_eagle3, save_llama
 from tests.engine.tiny_models import ARCHITECTURES, save_random_model
 from wire.errors import ConfigError

@@ -400,8 +400,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculative-config",
         default="",
         metavar="JSON",
-        help='who drafts tokens ahead, e.g. {"method": "ngram"} or {"model": "./draft", '
-        '"num_speculative_tokens": 5}; outputs stay the same (nobody)',
+        help='who drafts tokens ahead, e.g. {"method": "ngram"}, {"model": "./draft", '
+        '"num_speculative_tokens": 5}, {"method": "eagle3", "model": "./head"} or {"method": '
+        '"mtp"}; outputs stay the same (nobody)',
     )
 
 

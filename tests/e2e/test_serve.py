@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.e2e.fleet import ROOT
+from tests.engine.tiny_heads import save_eagle_for_bundled
 from wire.fleet_key import make_key, write_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -85,7 +86,8 @@ def complete(url: str, prompt: str, headers: dict[str, str] | None = None) -> st
 
 
 def test_one_command_serves_survives_a_dead_node_and_stops(folder: Path) -> None:
-    serve = Serve(folder, "--port", "0")
+    head = {"method": "eagle", "model": save_eagle_for_bundled(folder / "head").name}
+    serve = Serve(folder, "--port", "0", "--speculative-config", json.dumps(head))
     try:
         url = serve.wait_ready()
         first = complete(url, "import os\n\ndef ")

@@ -51,7 +51,8 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
 
 
 def _layer(prefix: str, *, width: int = 32, wide: int = 1, mlp: int = 48) -> dict[str, Tensor]:
-    attention = {"q": (width, wide * width), "k": (16, wide * width), "v": (16, wide * width)}
+    half = width // 2  # of four heads' queries, two heads' keys
+    attention = {"q": (width, wide * width), "k": (half, wide * width), "v": (half, wide * width)}
     tensors = {f"self_attn.{n}_proj.weight": _random(*shape) for n, shape in attention.items()}
     tensors["self_attn.o_proj.weight"] = _random(width, width)
     for name in ("gate", "up"):
@@ -61,16 +62,31 @@ def _layer(prefix: str, *, width: int = 32, wide: int = 1, mlp: int = 48) -> dic
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def save_eagle(folder: Path, *, num_layers: int = 1, bias: bool = True) -> Path:
+def save_eagle(
+    folder: Path,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    width: int = 32,
+    mlp: int = 48,
+    vocab_size: int = 97,
+) -> Path:
     torch.manual_seed(5)
-    tensors = {"fc.weight": _random(32, 64), "embed_tokens.weight": _random(97, 32)}
+    tensors = {"fc.weight": _random(width, 2 * width)}
+    tensors["embed_tokens.weight"] = _random(vocab_size, width)
     if bias:
-        tensors["fc.bias"] = _random(32)
+        tensors["fc.bias"] = _random(width)
     for layer in range(num_layers):
-        tensors |= _layer(f"layers.{layer}.")
+        tensors |= _layer(f"layers.{layer}.", width=width, mlp=mlp)
         if layer:
-            tensors[f"layers.{layer}.input_layernorm.weight"] = _random(32)
-    return _write(folder, {**LLAMA, "num_hidden_layers": num_layers}, tensors)
+            tensors[f"layers.{layer}.input_layernorm.weight"] = _random(width)
+    sizes = {"hidden_size": width, "intermediate_size": mlp, "vocab_size": vocab_size}
+    return _write(folder, {**LLAMA, **sizes, "num_hidden_layers": num_layers}, tensors)
+
+
+def save_eagle_for_bundled(folder: Path) -> Path:
+    """For the model that comes with Baton."""
+    return save_eagle(folder, width=256, mlp=704, vocab_size=4096)
 
 
 def save_eagle3(folder: Path, layers: list[int], **changes: Any) -> Path:

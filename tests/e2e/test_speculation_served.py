@@ -1,4 +1,4 @@
-"""Decode nodes that draft, by three methods: the same answers as without, whoever dies meanwhile."""
+"""Decode nodes that draft, each in its own way: the same answers as without, whoever dies."""
 
 from __future__ import annotations
 

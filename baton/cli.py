@@ -28,6 +28,7 @@ COMMANDS = {
     "router": Command("baton.router", "start a router: the HTTP API, in front of the nodes"),
     "prefill": Command("baton.node", "start a prefill node", entry="prefill"),
     "decode": Command("baton.node", "start a decode node", entry="decode"),
+    "mixed": Command("baton.node", "start a node that serves requests alone", entry="mixed"),
     "keygen": Command("baton.keygen", "make the key that routers and nodes of a fleet share"),
     "run-batch": Command("baton.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": Command("baton.bench", "measure any OpenAI-compatible server, or the engine alone"),

@@ -1,4 +1,4 @@
-"""`baton serve`: router, prefill nodes and decode nodes as processes on this machine.
+"""`baton serve`: a router and nodes of each role as processes on this machine.
 
 start      router first (the nodes register with it), then all nodes at once
 supervise  a node that dies is reported and started again; the router's end is everybody's
@@ -48,6 +48,8 @@ def check_model(args: argparse.Namespace) -> None:
     if not Path(args.model).is_dir():
         raise ConfigError(f"there is no model folder {args.model!r}")
     parse_speculative_config(args.speculative_config)
+    if not any(spec.role != "prefill" for spec in node_specs(args)):
+        raise ConfigError("prefill nodes alone answer nothing: give --decode or --mixed")
     args.device = (
         "cuda" if args.device == "auto" and is_gpu(resolve_device("auto")) else args.device
     )
@@ -61,11 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="baton serve",
         description="""\
-Serve a model on this machine: one router, prefill nodes and decode nodes, each a process.
+Serve a model on this machine: one router, prefill nodes and decode nodes, each a process; or
+mixed nodes, each of which serves requests alone.
 Without MODEL it serves the small Python-writing model that ships with Baton.
 
   baton serve
   baton serve ./my-model --prefill 1 --decode 2 --port 9000
+  baton serve ./my-model --mixed 2
   baton serve ./my-model --flex 2""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,8 +89,20 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a Hugging Face model (the bundled one)",
     )
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--prefill", type=_positive, default=1, metavar="N", help="prefill nodes")
-    fleet.add_argument("--decode", type=_positive, default=1, metavar="N", help="decode nodes")
+    for role in ("prefill", "decode"):
+        fleet.add_argument(
+            f"--{role}",
+            type=_count,
+            metavar="N",
+            help=f"{role} nodes (1; 0 where there are mixed nodes)",
+        )
+    fleet.add_argument(
+        "--mixed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="nodes that serve requests alone, from prompt to end, and beside others do both (0)",
+    )
     fleet.add_argument(
         "--flex",
         type=_count,
@@ -114,7 +130,7 @@ def _kv_memory(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"too little memory: {num_nodes} nodes need {machine.size(needed)} (each weights of "
             f"{machine.size(weight_bytes)} in float32 and {machine.size(machine.WORK_BYTES)} to "
-            f"work), available {machine.size(available)}; start fewer with --prefill and --decode, "
+            f"work), available {machine.size(available)}; start fewer nodes, "
             "set --dtype bfloat16, or take a smaller model"
         )
     return machine.kv_memory_of_each(num_nodes, weight_bytes, available)
@@ -190,13 +206,24 @@ class NodeSpec:
     role: str
 
 
+def node_counts(args: argparse.Namespace) -> dict[str, int]:
+    """How many nodes of each kind the flags ask for."""
+    other = 0 if args.mixed else 1
+    return {
+        "prefill": other if args.prefill is None else args.prefill,
+        "decode": other if args.decode is None else args.decode,
+        "mixed": args.mixed,
+        "flex": args.flex,
+    }
+
+
 def node_specs(args: argparse.Namespace) -> list[NodeSpec]:
     """The nodes that the flags ask for; `role` is the one that a node begins with."""
-    roles = ("decode", "prefill")
+    flex = ("decode", "prefill")
     return [
-        *(NodeSpec(f"prefill-{i}", "prefill") for i in range(args.prefill)),
-        *(NodeSpec(f"decode-{i}", "decode") for i in range(args.decode)),
-        *(NodeSpec(f"flex-{i}", roles[i % 2]) for i in range(args.flex)),
+        NodeSpec(f"{kind}-{i}", flex[i % 2] if kind == "flex" else kind)
+        for kind, count in node_counts(args).items()
+        for i in range(count)
     ]
 
 
@@ -247,8 +274,8 @@ class Launcher:
         return await self._supervise(control)
 
     def _describe(self) -> str:
-        flex = f", {self._args.flex} flex" if self._args.flex else ""
-        return f"({self._args.prefill} prefill, {self._args.decode} decode{flex})"
+        counts = node_counts(self._args).items()
+        return f"({', '.join(f'{count} {kind}' for kind, count in counts if count)})"
 
     async def _all_ready(self) -> bool:
         """Wait for all nodes; False as soon as any process has ended, which is then said."""
@@ -344,13 +371,6 @@ class Launcher:
         for child in (self._router, *self._nodes.values()):
             if child is not None:
                 child.kill()
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
 
 
 def _count(text: str) -> int:

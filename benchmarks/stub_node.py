@@ -34,6 +34,7 @@ from wire.messages import (
     Embedding,
     FetchCacheSnapshot,
     FetchTokenizer,
+    Generate,
     Gone,
     Grant,
     Granted,
@@ -276,6 +277,8 @@ class StubPair:
     def on_decode_message(self, message: Message) -> None:
         if isinstance(message, Reserve | Rebind):
             self._answer(message.id)
+        elif isinstance(message, Generate):
+            self._serve_alone(message)
         elif isinstance(message, Abort | Ack):
             self.running.pop(message.id, None)
         elif isinstance(message, Resend) and message.id in self.running:
@@ -286,6 +289,16 @@ class StubPair:
             self.decode.send(Refused(id, self.refuse_with, "no room in the stub", 0.05))
         else:
             self.decode.send(Granted(id, self._grant()))
+
+    def _serve_alone(self, message: Generate) -> None:
+        if self.refuse_with is not None:
+            self.decode.send(Refused(message.id, self.refuse_with, "no room in the stub", 0.05))
+            return
+        known = message.tokens[message.num_prompt_tokens :]
+        self.decode.send(Tokens((TokenUpdate(message.id, 0, known),)))
+        prompt = (message.tokens, message.num_prompt_tokens)
+        request = Prefill(message.id, *prompt, message.sampling, None, message.cache_salt)
+        self.running[message.id] = _Running(request, list(known), len(known))
 
     def _grant(self) -> Grant:
         secret = bytes(16)

@@ -20,9 +20,11 @@ from engine.request import Request
 from kvtransfer.lease import Lease
 from kvtransfer.transport import TransferStats
 from node.attempt_clock import AttemptClock
+from node.role import OpenTransfers
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
+from telemetry.metrics import LEASES
 from wire.errors import CapacityError
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
@@ -69,12 +71,15 @@ class DecodeRole:
         self.draining = False
 
     @property
-    def open_transfers(self) -> dict[str, int]:
-        return self._receiver.table.num_by_state()
+    def open_transfers(self) -> OpenTransfers:
+        return {LEASES: self._receiver.table.num_by_state()}
 
     @property
     def num_attempts(self) -> int:
         return len(self._arrivals) + len(self._running)
+
+    def knows(self, id: AttemptId) -> bool:
+        return id in self._outbox or id in self._arrivals
 
     # ------------------------------------------------------------ messages of routers
 

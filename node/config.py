@@ -192,7 +192,7 @@ def parse_transport(text: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `baton prefill` and `baton decode`."""
+    """Flags of `baton prefill`, `baton decode` and `baton mixed`."""
     parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model")
     add_connection_arguments(parser)
     add_engine_arguments(parser)

@@ -20,7 +20,6 @@ from node.stats import NodeStats
 from telemetry import metrics
 from telemetry.histogram import Buckets
 from wire.errors import ConfigError
-from wire.types import Role as RoleName
 
 _IDLE_CONNECTION_S = 75.0  # strangers' idle connections must not use up the descriptors
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -97,9 +96,9 @@ class NodeCollector(Collector):
 
     def _transfer_metrics(self) -> Iterable[Prometheus]:
         role = self._role()
-        stats, is_decode = role.stats, role.name is RoleName.DECODE
-        states = metrics.LEASES if is_decode else metrics.HANDOFFS_OPEN
-        yield _gauge(states, _by_label(role.open_transfers))
+        stats = role.stats
+        for metric, states in role.open_transfers.items():
+            yield _gauge(metric, _by_label(states))
         for metric, by_transport in stats.histograms.items():
             yield _histogram(metric, {(name,): it for name, it in by_transport.items()})
         yield _counter(metrics.TRANSFER_BYTES_SENT, {(): stats.bytes_sent})

@@ -1,4 +1,4 @@
-"""What `baton prefill` and `baton decode` do, and `python -m prefill_node` for one role alone."""
+"""What `baton prefill`, `decode` and `mixed` do; `python -m prefill_node` has one role alone."""
 
 from __future__ import annotations
 
@@ -140,4 +140,9 @@ Start a prefill node: it computes the KV cache of prompts and hands it to decode
 Start a decode node: it receives the KV cache of prompts and generates the answers.
 
   baton decode ./my-model --router tcp://127.0.0.1:7400""",
+    RoleName.MIXED: """\
+Start a mixed node: it serves requests alone, from the prompt to the answer's end. Beside prefill
+and decode nodes it takes what prefill nodes hand over, and computes prompts where they are busy.
+
+  baton mixed ./my-model --router tcp://127.0.0.1:7400""",
 }

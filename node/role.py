@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Protocol, TypeAlias
 
 from engine.plan import LayerProgress, StepResult
 from kvtransfer.transport import TransferStats
 from node.router_link import RouterLink
+from telemetry.metrics import Metric
 from wire.messages import Message
-from wire.types import NodeId, TransportAddress
+from wire.types import AttemptId, NodeId, TransportAddress
 from wire.types import Role as RoleName
+
+OpenTransfers: TypeAlias = "Mapping[Metric, dict[str, int]]"
 
 
 class Role(Protocol):
-    """Prefill or decode. Every method is called in the event loop."""
+    """Prefill, decode or mixed. Every method is called in the event loop."""
 
     @property
     def name(self) -> RoleName: ...
@@ -23,8 +26,8 @@ class Role(Protocol):
     def stats(self) -> TransferStats: ...
 
     @property
-    def open_transfers(self) -> dict[str, int]:
-        """How many transfers are in which state: handoffs or leases, as the role has them."""
+    def open_transfers(self) -> OpenTransfers:
+        """How many transfers are in which state: handoffs, leases, as the role has them."""
         ...
 
     @property
@@ -35,6 +38,10 @@ class Role(Protocol):
     @property
     def num_attempts(self) -> int:
         """Attempts that hold anything here."""
+        ...
+
+    def knows(self, id: AttemptId) -> bool:
+        """Whether the attempt is here, or its end was not acknowledged yet."""
         ...
 
     def handle(self, link: RouterLink, message: Message) -> None:

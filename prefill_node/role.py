@@ -22,11 +22,13 @@ from kvtransfer.handoff import Handoff, HandoffState
 from kvtransfer.sender import KVSender
 from kvtransfer.transport import TransferStats
 from node.attempt_clock import AttemptClock
+from node.role import OpenTransfers
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.token_outbox import TokenOutbox
 from node.transports import unit_senders
 from prefill_node.peers import PeerLinks
+from telemetry.metrics import HANDOFFS_OPEN
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs
 from wire.messages import (
@@ -87,12 +89,16 @@ class PrefillRole:
         self._next_renewal = 0.0
 
     @property
-    def open_transfers(self) -> dict[str, int]:
-        return self._sender.num_by_state()
+    def open_transfers(self) -> OpenTransfers:
+        return {HANDOFFS_OPEN: self._sender.num_by_state()}
 
     @property
     def num_attempts(self) -> int:
         return len(self._work)
+
+    def knows(self, id: AttemptId) -> bool:
+        work = self._work.get(id.request)
+        return id in self._outbox or (work is not None and work.id == id)
 
     # ------------------------------------------------------------ messages of routers
 

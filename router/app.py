@@ -146,6 +146,7 @@ class _Pages:
             "ready": ready,
             "prefill_nodes": self._control.fleet.num_serving(Role.PREFILL),
             "decode_nodes": self._control.fleet.num_serving(Role.DECODE),
+            "mixed_nodes": self._control.fleet.num_serving(Role.MIXED),
             "tokenizer": self._control.tokenizer is not None,
         }
         return web.json_response(body, status=200 if ready else 503)

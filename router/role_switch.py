@@ -136,9 +136,16 @@ class RoleSwitches:
             raise SwitchImpossible(f"node {name!r} is a {role} node already")
         if not node.serves:
             raise SwitchImpossible(f"node {name!r} does not serve now")
-        if self._fleet.num_serving(old) == 1:
+        if not self._can_spare(node, role):
             raise SwitchImpossible(f"node {name!r} is the only {old} node that serves")
         return node
+
+    def _can_spare(self, node: Node, role: Role) -> bool:
+        """Whether requests can be answered meanwhile, and prompts still be computed for others."""
+        others = [other.info.role for other in self._fleet if other is not node and other.serves]
+        answers = any(other.receives for other in others)
+        computes = role.sends or not node.info.role.sends or any(other.sends for other in others)
+        return answers and computes
 
     # ------------------------------------------------------------ what happens
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 _START_TIMEOUT_S = 60.0
 
 _SERVING = [
-    f'baton_router_nodes{{role="{role}",state="serving"}}' for role in ("prefill", "decode")
+    f'baton_router_nodes{{role="{role}",state="serving"}}'
+    for role in ("prefill", "decode", "mixed")
 ]
 
 Orders = Sequence[tuple[str, dict[str, Any]]]

@@ -45,12 +45,15 @@ class Inside:
     @property
     def leases(self) -> list[tuple[int, str]]:
         """Number and state of a decode node's live leases, or of a prefill node's handoffs."""
-        role = self.role
-        if role.name == "decode":
-            leases = role._receiver.table._leases.values()
-            return [(lease.number, lease.state.name) for lease in leases]
-        handoffs = [out.handoff for out in role._sender._outgoing.values()]
-        return [(handoff.grant.lease, handoff.state.name) for handoff in handoffs]
+        told = []
+        for role in getattr(self.role, "_halves", [self.role]):
+            if role.name == "decode":
+                leases = role._receiver.table._leases.values()
+                told += [(lease.number, lease.state.name) for lease in leases]
+            else:
+                handoffs = [out.handoff for out in role._sender._outgoing.values()]
+                told += [(handoff.grant.lease, handoff.state.name) for handoff in handoffs]
+        return told
 
     @property
     def ports(self) -> dict[str, int]:

@@ -88,6 +88,6 @@ def replace(fleet: Fleet, role: str) -> None:
     """A node with an empty cache in place of the one that knows the prompt."""
     (old,) = [name for name in fleet.nodes if name.startswith(role)]
     fleet.kill(old)
-    fleet.wait_serving(503)
+    fleet.wait_for_nodes()
     fleet.start_node(role, f"{role}-new").wait_ready()
     fleet.wait_serving()

@@ -1,6 +1,7 @@
 """The only prefill node is replaced by a process of the same name while it computes a prompt.
 
-The request goes on with the new life: nothing that the old one sent, or sends later, may count.
+Where its death is noticed the decode node goes on alone; where it stands still, with the new life:
+nothing that the old one sent, or sends later, may count.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def test_it_dies_and_comes_back(make_fleet: MakeFleet, point: str, nth: int) -> 
     victim.order("strike", act="kill", point=point, nth=nth)
     with asking(fleet, QUESTION) as answer:
         wait_until(lambda: victim.wait(0) is not None, "it dies")
-        fleet.wait_serving(503)
         fleet.restart_node("prefill-0").wait_ready()
         assert_right(fleet, QUESTION, answer.result(60))
     fleet.assert_balanced()

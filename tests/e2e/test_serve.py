@@ -177,7 +177,8 @@ def test_children_end_with_a_killed_launcher(folder: Path) -> None:
     [
         (("/no/such/model",), "there is no model folder '/no/such/model'"),
         (("--host", "0.0.0.0"), "--insecure"),
-        (("--prefill", "0"), "at least 1"),
+        (("--prefill", "-1"), "at least 0"),
+        (("--decode", "0"), "give --decode or --mixed"),
         (("--block-size", "0"), "--block-size must be"),
         (("--kv-memory", "1k"), "holds no block"),
     ],

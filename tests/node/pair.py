@@ -32,6 +32,7 @@ from kvtransfer.transport import TransferStats
 from node.build import BuiltEngine
 from node.config import NodeConfig
 from node.memory import NodeMemory
+from node.mixed_role import MixedRole
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.staged_memory import StagedMemory
@@ -182,8 +183,8 @@ class FakeShell:
         self.role.handle_peer(envelope.sender, envelope.message)
 
 
-Role = PrefillRole | DecodeRole
-R = TypeVar("R", PrefillRole, DecodeRole)
+Role = PrefillRole | DecodeRole | MixedRole
+R = TypeVar("R", PrefillRole, DecodeRole, MixedRole)
 
 
 class FakeLink:

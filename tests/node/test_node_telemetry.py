@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.attempt_clock import AttemptClock
+from telemetry.metrics import HANDOFFS_OPEN, LEASES
 from tests.node.pair import ID, PROMPT, pair
 from wire.messages import PrefillTiming, Resend
 
@@ -59,12 +60,14 @@ def test_transfers_under_way_are_known_by_state() -> None:
     async def scenario() -> None:
         async with pair() as p:
             grant = p.grant()
-            assert p.decode.role.open_transfers == {"granted": 1, "receiving": 0, "committing": 0}
+            assert p.decode.role.open_transfers == {
+                LEASES: {"granted": 1, "receiving": 0, "committing": 0}
+            }
             p.start(grant)
-            assert p.prefill.role.open_transfers["computing"] == 1
+            assert p.prefill.role.open_transfers[HANDOFFS_OPEN]["computing"] == 1
             await p.finish()
-            await p.until(lambda: not any(p.prefill.role.open_transfers.values()))
-            assert not any(p.decode.role.open_transfers.values())
+            await p.until(lambda: not any(p.prefill.role.open_transfers[HANDOFFS_OPEN].values()))
+            assert not any(p.decode.role.open_transfers[LEASES].values())
             assert p.prefill.role.stats.handoffs == p.decode.role.stats.handoffs == {"committed": 1}
 
     asyncio.run(scenario())

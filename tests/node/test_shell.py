@@ -23,6 +23,7 @@ from node.config import NodeConfig
 from node.router_link import RouterLink
 from node.shell import NodeShell
 from node.stats import NodeStats
+from telemetry.metrics import HANDOFFS_OPEN, LEASES
 from tests.node.pair import build
 from wire.codec import Envelope
 from wire.errors import ConfigError
@@ -55,12 +56,16 @@ class ScriptedRole:
     def __init__(self, name: Role = Role.DECODE) -> None:
         self.name = name
         self.stats = TransferStats()
-        self.open_transfers = {"granted": 2, "receiving": 1}
+        states = LEASES if name is Role.DECODE else HANDOFFS_OPEN
+        self.open_transfers = {states: {"granted": 2, "receiving": 1}}
         self.num_attempts = 0
         self.calls: list[str] = []
         self.messages: list[Message] = []
         self.num_ticks = 0
         self.bug: Exception | None = None
+
+    def knows(self, id: AttemptId) -> bool:
+        return False
 
     def handle(self, link: RouterLink, message: Message) -> None:
         self.messages.append(message)

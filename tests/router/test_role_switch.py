@@ -95,6 +95,30 @@ def test_what_cannot_be() -> None:
     assert w.fleet[A].serves
 
 
+def test_who_may_go_while_requests_can_be_answered() -> None:
+    """A lone pair becomes two mixed nodes, one after the other, and a pair again."""
+    w = World()
+    w.fleet.remove(B)
+    w.fleet.remove(D)
+    with pytest.raises(SwitchImpossible, match="the only decode node"):
+        w.begin("c", Role.MIXED)
+    with pytest.raises(SwitchImpossible, match="the only prefill node"):
+        w.begin("a", Role.DECODE)
+    w.begin("a", Role.MIXED)  # meanwhile the decode node serves alone
+    with pytest.raises(SwitchImpossible, match="the only decode node"):
+        w.begin("c", Role.MIXED)
+    w.register(NodeId("a", 2), Role.MIXED)
+    w.switches.registered(NodeId("a", 2), Role.MIXED, 1.0)
+    w.begin("c", Role.MIXED)
+    w.register(NEXT_C, Role.MIXED)
+    w.switches.registered(NEXT_C, Role.MIXED, 2.0)
+    w.begin("c", Role.DECODE)
+    w.register(NodeId("c", 3), Role.DECODE)
+    w.switches.registered(NodeId("c", 3), Role.DECODE, 3.0)
+    assert w.begin("a", Role.PREFILL).old is Role.MIXED
+    assert [switch.outcome for switch in w.over] == ["done"] * 3
+
+
 def test_a_node_that_refuses_serves_on_as_before() -> None:
     w = World()
     switch = w.begin()

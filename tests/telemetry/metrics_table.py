@@ -55,11 +55,11 @@ def _the(standing: object) -> Any:
 def _families() -> Iterable[tuple[str, Iterable[Family]]]:
     yield "router", RouterMetrics().registry.collect()
     yield "router (workers)", WorkerMetrics().registry.collect()
-    for role in (Role.PREFILL, Role.DECODE):
+    for role, states in ((Role.PREFILL, metrics.HANDOFFS_OPEN), (Role.DECODE, metrics.LEASES)):
         stats = TransferStats()
         if role is Role.PREFILL:
             stats.count_transfer(TransferRecord("shm", 1, 1, 1.0, 1, 1.0, 1.0))
-        standing = SimpleNamespace(name=role, stats=stats, open_transfers={})
+        standing = SimpleNamespace(name=role, stats=stats, open_transfers={states: {}})
         engine = SimpleNamespace(load=NodeLoad, block_counts=_one_block)
         collector = NodeCollector(
             "m",

@@ -69,7 +69,7 @@ async function isReady() {
   const told = await response.json();
   $("ready").className = told.ready ? "good" : "";
   $("ready").textContent = told.ready
-    ? `${told.prefill_nodes} prefill, ${told.decode_nodes} decode`
+    ? ["prefill", "decode", "mixed"].map((role) => [told[`${role}_nodes`], role]).filter(([count]) => count).map((kind) => kind.join(" ")).join(", ")
     : "waiting for nodes";
   return told.ready;
 }

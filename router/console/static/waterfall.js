@@ -42,7 +42,7 @@ function section(grid, title, phases, late) {
 function attempts(choice) {
   const list = h("ol", { class: "attempts" });
   for (const attempt of choice.attempts) {
-    const decode = attempt.decode ? `→ ${attempt.decode}` : "answers alone";
+    const decode = attempt.decode && attempt.decode !== attempt.prefill ? `→ ${attempt.decode}` : "answers alone";
     const facts = [`${attempt.prefill} ${decode}`, attempt.cause ?? "running"];
     if (attempt.cached_tokens) facts.push(`${attempt.cached_tokens} cached tokens`);
     const sent = attempt.transfer;

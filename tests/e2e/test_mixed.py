@@ -112,7 +112,11 @@ def test_the_other_node_goes_on(fleet: Fleet, act: str, step: int) -> None:
 def test_clients_that_hang_up_free_everything(fleet: Fleet) -> None:
     async def hang_up() -> None:
         async with Client(fleet.url) as client:
-            ask: dict[str, Any] = {"model": fleet.model.name, "max_tokens": 1500, "ignore_eos": True}
+            ask: dict[str, Any] = {
+                "model": fleet.model.name,
+                "max_tokens": 1500,
+                "ignore_eos": True,
+            }
             prompts = [f"# file {i}\n" * 20 for i in range(6)]
             await asyncio.gather(
                 *(client.stream(stop_after=2, prompt=prompt, **ask) for prompt in prompts)

@@ -161,6 +161,8 @@ def given_flags(add_arguments: AddArguments, args: argparse.Namespace) -> list[s
         if value == action.default:
             continue
         flag = action.option_strings[-1]
+        if isinstance(action, argparse.BooleanOptionalAction) and value:
+            flag = action.option_strings[0]
         if isinstance(action, argparse._AppendAction):
             flags.extend(f"{flag}={item}" for item in value)
             continue

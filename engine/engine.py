@@ -20,7 +20,7 @@ from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
 from engine.device import give_back_memory, synchronize
 from engine.drafting.speculation import Speculation
-from engine.grammar import Constrained, Grammars, Masks
+from engine.grammar import Grammars, begin_masks
 from engine.in_flight import InFlight, Outcome, Runner
 from engine.logprobs import sampling_logits
 from engine.lookahead import can_look_beyond
@@ -127,17 +127,19 @@ class Engine:
         self, plan: StepPlan, on_layers: OnLayers | None, sampled: Tensor | None = None
     ) -> InFlight:
         """Run → sample; on a device both may still be going on when this returns."""
-        masks = self._begin_masks(plan)
+        masks = begin_masks(plan, self._grammars)
         hidden: list[Tensor] = []
         wanted = hidden.append if plan.hidden_rows else None
         logits = self._runner.run(plan, self._layer_report(plan, on_layers), wanted, sampled)
         with self._spans("sample"):
             rows = sampling_logits(plan, logits)
-            return InFlight(plan, logits, hidden, self._sampler.draw(rows, plan.sampling, masks))
+            sampled = self._sampler.draw(rows, plan.sampling, masks)
+        followed = self._looks_ahead and can_look_beyond(plan)
+        return InFlight(plan, None if followed else logits, hidden, sampled)
 
     def _look_ahead(self, step: InFlight, on_layers: OnLayers | None) -> InFlight | None:
         """The step after a launched one, launched too; None where that one must end first."""
-        if not self._looks_ahead or not can_look_beyond(step.plan):
+        if step.logits is not None:
             return None
         with self._spans("schedule"), self._lock:
             plan = self._scheduler.plan_ahead(step.plan)
@@ -202,20 +204,6 @@ class Engine:
         drafts = self._draft() if drafting else NO_DRAFTS
         with self._spans("schedule"), self._lock:
             return self._scheduler.plan(drafts)
-
-    def _begin_masks(self, plan: StepPlan) -> Masks | None:
-        """Work that goes on beside the forward pass; None if no request has a grammar."""
-        rows: list[int] = []
-        constrained = []
-        end = 0
-        for item in plan.scheduled:
-            start, end = end, end + item.num_samples
-            if item.samples and item.request.sampling.grammar:
-                rows += range(start, end)
-                constrained.append(_constrained(item.request, item.draft_tokens))
-        if not rows or self._grammars is None:
-            return None
-        return self._grammars.begin(rows, constrained)
 
     def _layer_report(
         self, plan: StepPlan, on_layers: OnLayers | None
@@ -369,13 +357,3 @@ class Engine:
 
 def _owners(plan: StepPlan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item.request.owner.request_id for item in plan.scheduled))
-
-
-def _constrained(request: Request, draft_tokens: tuple[int, ...] = ()) -> Constrained:
-    return Constrained(
-        request.request_id,
-        request.sampling.grammar,
-        request.output_tokens,
-        request.grammar_cursor,
-        draft_tokens,
-    )

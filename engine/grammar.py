@@ -24,6 +24,8 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from engine.grammar_cursor import GrammarCursor
+from engine.plan import StepPlan
+from engine.request import Request
 from wire.grammar import mistake_of, new_matcher
 
 MAX_COMPILED = 256
@@ -47,6 +49,17 @@ class Constrained:
     output_tokens: list[int]
     cursor: GrammarCursor
     draft_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, request: Request, draft_tokens: tuple[int, ...] = ()) -> Constrained:
+        """A request as it is, and tokens that may follow."""
+        return cls(
+            request.request_id,
+            request.sampling.grammar,
+            request.output_tokens,
+            request.grammar_cursor,
+            draft_tokens,
+        )
 
 
 class Masks:
@@ -170,3 +183,18 @@ class Grammars:
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return matcher.deep_copy()
+
+
+def begin_masks(plan: StepPlan, grammars: Grammars | None) -> Masks | None:
+    """Work that goes on beside the forward pass; None if no request of the step has a grammar."""
+    rows: list[int] = []
+    constrained = []
+    end = 0
+    for item in plan.scheduled:
+        start, end = end, end + item.num_samples
+        if item.samples and item.request.sampling.grammar:
+            rows += range(start, end)
+            constrained.append(Constrained.of(item.request, item.draft_tokens))
+    if not rows or grammars is None:
+        return None
+    return grammars.begin(rows, constrained)

@@ -89,13 +89,14 @@ class InFlight:
     """One launched step.
 
     Args:
-        logits: as the runner gave them.
+        logits: as the runner gave them; None where nothing is told of them, and the next step may
+            be launched before this one is over.
         hidden: one tensor of states, if the plan has rows to pool.
         sampled: int64 [rows that are sampled], on the device.
     """
 
     plan: StepPlan
-    logits: Tensor
+    logits: Tensor | None
     hidden: list[Tensor]
     sampled: Tensor
     arriving: Arriving = field(init=False)
@@ -106,17 +107,19 @@ class InFlight:
     def outcome(self) -> Outcome:
         """Waits for the sampled tokens."""
         plan, tokens = self.plan, self.arriving.wait()
-        corrupted = _corrupted(plan, self.logits, tokens)
-        logprobs = step_logprobs(plan, self.logits, tokens, corrupted)
+        corrupted, logprobs = _corrupted(plan, tokens), {}
+        if self.logits is not None:
+            corrupted |= corrupted_prompts(plan, self.logits)
+            logprobs = step_logprobs(plan, self.logits, tokens, corrupted)
         pooled = pool_step(plan, self.hidden[0]) if self.hidden else NOTHING_POOLED
         return Outcome(tokens, logprobs, pooled.embeddings, corrupted | pooled.corrupted)
 
 
-def _corrupted(plan: StepPlan, logits: Tensor, tokens: list[int]) -> frozenset[str]:
+def _corrupted(plan: StepPlan, tokens: list[int]) -> frozenset[str]:
     """The requests of the step whose last known token has logits that are no numbers."""
     found, row = set(), 0
     for item in plan.scheduled:
         if item.samples and tokens[row] == CORRUPTED:
             found.add(item.request.owner.request_id)
         row += item.num_samples
-    return frozenset(found) | corrupted_prompts(plan, logits)
+    return frozenset(found)

@@ -225,6 +225,7 @@ def _engine_config(config: NodeConfig, model: LoadedModel, num_blocks: int) -> E
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         kv_overcommit=config.kv_overcommit,
         enable_prefix_caching=config.enable_prefix_caching,
+        lookahead=config.async_scheduling,
     )
 
 

@@ -51,6 +51,7 @@ class NodeConfig:
     long_prefill_token_threshold: int = 0
     kv_overcommit: float = 1.0
     enable_prefix_caching: bool = True
+    async_scheduling: bool = False
     weight_dtype: str = "auto"
     fusing: bool = True
     deterministic: bool = False
@@ -356,6 +357,15 @@ def add_device_arguments(group: argparse._ArgumentGroup) -> None:
         help="capture no CUDA graphs: decoding waits for each kernel's launch",
     )
     group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan and launch each step while the one before it is computed, so that a GPU never "
+        "waits for the host; tokens stay the same. Steps with penalties, logprobs, a grammar, a "
+        "beam search or a prompt for another node are waited for all the same, and drafting needs "
+        "every one. A CPU gains nothing and tells each token a step later (on a GPU that does not "
+        "draft: yes, else no)",
+    )
+    group.add_argument(
         "--threads", type=int, default=0, help="compute threads (0: all cores of this process)"
     )
 
@@ -406,10 +416,21 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _async_scheduling(given: bool | None, device: str, speculative: SpeculativeConfig) -> bool:
+    drafts = speculative.method != "none"
+    if given and drafts:
+        raise ConfigError(
+            "--async-scheduling plans a step before the token is known that --speculative-config "
+            "drafts from: leave one of them out"
+        )
+    return is_gpu(device) and not drafts if given is None else given
+
+
 def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
     """The config that the flags describe."""
     path = Path(args.model)
     device = resolve_device(args.device)
+    speculative = parse_speculative_config(vars(args).get("speculative_config", ""))
     limits = step_limits(
         args.performance_mode,
         args.max_num_batched_tokens,
@@ -441,13 +462,14 @@ def from_args(args: argparse.Namespace, *, role: str, pid: int) -> NodeConfig:
         long_prefill_token_threshold=limits.long_prefill_token_threshold,
         kv_overcommit=args.kv_overcommit,
         enable_prefix_caching=not args.no_prefix_caching,
+        async_scheduling=_async_scheduling(args.async_scheduling, device, speculative),
         weight_dtype=args.weight_dtype,
         fusing=not args.no_fusing,
         deterministic=args.deterministic,
         lease_ttl_s=args.lease_ttl_s,
         # decode nodes have these:
         transfer_dtype=vars(args).get("transfer_dtype", "auto"),
-        speculative=parse_speculative_config(vars(args).get("speculative_config", "")),
+        speculative=speculative,
         router_timeout_s=args.router_timeout_s,
         drain_timeout_s=args.drain_timeout_s,
     )

@@ -65,6 +65,12 @@ def test_every_flag_arrives_at_the_child(add_arguments: AddArguments) -> None:
         assert value != action.default, words
 
 
+@pytest.mark.parametrize("flag", ["--async-scheduling", "--no-async-scheduling"])
+def test_a_flag_that_has_its_opposite(flag: str) -> None:
+    args = make_parser().parse_args([flag])
+    assert given_flags(add_engine_arguments, args) == [flag]
+
+
 def test_what_was_not_given_is_left_to_the_child() -> None:
     args = make_parser().parse_args([])
     assert given_flags(add_engine_arguments, args) == []

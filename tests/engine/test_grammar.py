@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import EngineConfig
 from engine.drafting.speculation import Speculation
-from engine.engine import Engine, _constrained
-from engine.grammar import MAX_COMPILED, GrammarError, Grammars
+from engine.engine import Engine
+from engine.grammar import MAX_COMPILED, Constrained, GrammarError, Grammars
 from engine.request import Request
 from engine.sampler import Sampler
 from engine.stops import finish_reason
@@ -76,7 +76,7 @@ def alone(request: Request, grammars: Grammars) -> list[int]:
     sampler = Sampler(EOS)
     while request.finish_reason is None:
         logits = logits_after(chain(request.tokens)[-1]).unsqueeze(0)
-        masks = grammars.begin([0], [_constrained(request)]) if request.sampling.grammar else None
+        masks = grammars.begin([0], [Constrained.of(request)]) if request.sampling.grammar else None
         request.tokens += sampler.sample(logits, [request], masks)
         request.finish_reason = finish_reason(request, EOS)
     return request.output_tokens
@@ -283,7 +283,7 @@ def test_an_engine_without_a_tokenizer_says_so() -> None:
 def test_a_vocabulary_smaller_than_the_tokenizers() -> None:
     few = Grammars(tokenizer_json(), 20, [END])
     request = make_request("r", [4], grammar=LLMatcher.grammar_from_regex("[abc]{3}"))
-    masks = few.begin([0], [_constrained(request)])
+    masks = few.begin([0], [Constrained.of(request)])
     logits = torch.zeros(1, 20)
     masks.apply(logits)
     assert int((logits == 0).sum()) == 3

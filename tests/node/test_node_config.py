@@ -72,7 +72,9 @@ def test_every_flag_arrives() -> None:
         "transfer-dtype": "fp8",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    made = config(*words, "--router", "tcp://b:2", "--insecure", "--no-prefix-caching")
+    made = config(
+        *words, "--router", "tcp://b:2", "--insecure", "--no-prefix-caching", "--async-scheduling"
+    )
     assert made == NodeConfig(
         model=Path("some/model"),
         name="n",
@@ -94,6 +96,7 @@ def test_every_flag_arrives() -> None:
         long_prefill_token_threshold=4,
         kv_overcommit=1.5,
         enable_prefix_caching=False,
+        async_scheduling=True,
         lease_ttl_s=2.5,
         transfer_dtype="fp8",
         router_timeout_s=3.5,
@@ -133,12 +136,32 @@ def test_every_flag_arrives() -> None:
         (("--router", "tcp://127.0.0.1:99999"), "is not an address"),
         (("--router", "tcp://127.0.0.1:²"), "is not an address"),
         (("--router", ""), "is not an address"),
+        (
+            ("--async-scheduling", "--speculative-config", '{"method": "ngram"}'),
+            "--async-scheduling.*--speculative-config",
+        ),
     ],
 )
 def test_mistakes(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         config(*flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--device", "cpu"), False),
+        (("--device", "cpu", "--async-scheduling"), True),
+        (("--device", "cuda:1"), True),
+        (("--device", "cuda:1", "--no-async-scheduling"), False),
+        (("--device", "cuda:1", "--speculative-config", '{"method": "ngram"}'), False),
+    ],
+)
+def test_steps_are_looked_beyond_where_there_is_a_device(
+    flags: tuple[str, ...], expected: bool
+) -> None:
+    assert config(*flags).async_scheduling is expected
 
 
 def test_a_folder_without_a_name_needs_one() -> None:

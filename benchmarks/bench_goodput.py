@@ -5,6 +5,7 @@ role_switch_s                     real nodes under load: from a node's last move
 role_switch_failed                requests of that load that failed
 tuner_vs_best_static_worst_phase  simulated with a profile measured in this run: good requests
 tuner_vs_best_static_overall      with the tuner beside the best of all static splits
+tuner_vs_known                    beside moves by who knows beforehand when the work changes
 planned_vs_colocated              on real nodes: null, as no node can serve both phases yet;
 planned_vs_best_colocated         the same, beside every token budget
 ..._simulated                     these two from the simulator: no replacement for a measurement
@@ -85,10 +86,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Value]:
     }
     found |= planned(setup, 40 if args.quick else 120)
     sampled, phase_s = (60, 40.0) if args.quick else (200, 100.0)
-    worst, overall = tuned_beside_static(setup, sampled, phase_s, tell)
+    tuned = tuned_beside_static(setup, sampled, phase_s, tell)
     found |= {
-        "tuner_vs_best_static_worst_phase": round(worst, 3),
-        "tuner_vs_best_static_overall": round(overall, 3),
+        "tuner_vs_best_static_worst_phase": round(tuned.worst_phase, 3),
+        "tuner_vs_best_static_overall": round(tuned.overall, 3),
+        "tuner_vs_known": round(tuned.known, 3),
         "tuner": "simulated",
     }
     return found | switching(bench, quick=args.quick)

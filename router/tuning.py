@@ -2,7 +2,7 @@
 
     off       nothing
     dry-run   every decision is logged, counted and shown on /debug/fleet; no node is asked
-    on        the node of the other role that has least to do is asked to change
+    on        the nodes of the other role that have least to do are asked to change
 
 Of several workers the first one decides, by the requests that came to itself, times their number.
 """
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from router.control import Control
-from router.fleet import Node
 from router.metrics import RouterMetrics
+from router.moving import standing, to_move
 from router.role_switch import State as SwitchState
 from router.role_switch import SwitchImpossible
 from tuner.goodput import Slo
@@ -98,12 +98,13 @@ class FleetTuner:
             return
         if any(switch.state in _GOING for switch in self._control.switches.all()):
             return
-        now, fleet = self._clock(), self._control.fleet
-        counts = (fleet.num_serving(Role.PREFILL), fleet.num_serving(Role.DECODE))
-        seen = self.observed.look(now, *counts)
+        now = self._clock()
+        waiting = self._control.requests.num_waiting * self._num_workers
+        seen = self.observed.look(now, standing(self._control.fleet, waiting))
         self._seen = replace(
             seen,
             requests_per_s=seen.requests_per_s * self._num_workers,
+            answers_per_s=seen.answers_per_s * self._num_workers,
             num_requests=seen.num_requests * self._num_workers,
         )
         model = self._profile.latency
@@ -111,7 +112,9 @@ class FleetTuner:
         self._last = decision
         self._metrics.tuned(decision)
         if decision.grow:
-            self._move(Role(decision.grow), decision.reason, now)
+            role = Role(decision.grow)
+            for node in to_move(self._control.fleet, role, decision.count):
+                self._move(node.id.name, role, decision.reason, now)
 
     def _profile_fits(self) -> bool:
         """Whether the fleet serves the model that was profiled; if not, that is said once."""
@@ -131,13 +134,10 @@ class FleetTuner:
             )
         return fits
 
-    def _move(self, role: Role, reason: str, now: float) -> None:
-        fleet = self._control.fleet
-        others = [node for node in fleet if node.info.role is not role and node.serves]
-        chosen = min(others, key=_work).id.name
-        outcome = "dry-run" if self._dry_run else self._ask(chosen, role, now)
-        log.info("tuner: %s to %s (%s): %s", chosen, role.value, outcome, reason)
-        self.moved.append(Moved(now, chosen, role.value, reason, outcome))
+    def _move(self, node: str, role: Role, reason: str, now: float) -> None:
+        outcome = "dry-run" if self._dry_run else self._ask(node, role, now)
+        log.info("tuner: %s to %s (%s): %s", node, role.value, outcome, reason)
+        self.moved.append(Moved(now, node, role.value, reason, outcome))
 
     def _ask(self, node: str, role: Role, now: float) -> str:
         try:
@@ -169,7 +169,3 @@ def _without_time(moved: Moved) -> dict[str, Any]:
     told = asdict(moved)
     del told["at"]
     return told
-
-
-def _work(node: Node) -> tuple[int, str]:
-    return node.load.queued_tokens + node.load.num_running, node.id.name

@@ -6,24 +6,31 @@ The work is what was observed lately; what it needs follows from the latency mod
 
     prefill   each prompt takes s seconds of a node. In a queue with Poisson arrivals and equal
               service the mean wait is u·s / 2(1-u) at utilisation u (Pollaczek and Khinchine), so
-              u may be what keeps s + TAIL waits within the limit.
+              u may be what keeps s + TAIL waits within the limit. If more than that is queued,
+              nodes are needed that keep up and work it off within RECOVER_S.
     decode    a step of B requests takes d + B·(e·context + f); B may grow until that is the limit
-              of the time per token, and a node then makes B / limit tokens per second.
+              of the time per token, and a node then makes B / limit tokens per second. If more
+              requests decode than that, nodes are needed for as many.
 
-One node is moved at a time, to the role under the greater pressure, if that lowers the greater of
-both by more than a margin, for long enough, and not too soon after the last move. The margin and
-the two times are what keeps a fleet from going to and fro. Pure: time is an argument.
+The split is looked for that has the least of the greater of both pressures, and as many nodes move
+at once as it takes. They move if that lowers the greater pressure by more than a margin, for long
+enough, and not too soon after the last move. Both times shrink with what is to be gained, if a
+limit is not kept as it is; and they grow while the wish goes to and fro. Pure: time is an argument.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import exp
+from typing import NamedTuple
 
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel, StepWork
 
 TAIL = 3.0  # so many mean waits must fit: about the 95th percentile of an exponential one
 IMPOSSIBLE = 1e6  # nodes: no number of them would do
+RECOVER_S = 10.0  # in which a queue should be worked off
+MAX_RESTLESS = 2.0  # more turns of the wish make it no more patient
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,7 @@ class Observation:
     """The last while of a fleet's work."""
 
     requests_per_s: float
+    answers_per_s: float  # that have ended
     prompt_tokens: float  # mean that had to be computed, prefix hits taken off
     prompt_squares: float  # mean of their squares
     output_tokens: float  # mean
@@ -38,6 +46,8 @@ class Observation:
     num_requests: int
     num_prefill: int  # serving nodes
     num_decode: int
+    queued_tokens: int = 0  # of prompts, not computed yet
+    num_decoding: int = 0  # requests on decode nodes, with those that wait for a seat there
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +56,20 @@ class Limits:
 
     margin: float = 0.15  # the greater pressure must fall by this share
     calm: float = 0.85  # below this pressure nothing is worth a move
-    hold_s: float = 10.0  # so long the same move must be wanted
-    pause_s: float = 30.0  # after a move
+    hold_s: float = 10.0  # so long the same role must want nodes, if a move just pays
+    pause_s: float = 30.0  # after a move, if the next one just pays
     min_requests: int = 10  # fewer say nothing
+
+    def patience(self, gain: float, restless: float, *, urgent: bool) -> float:
+        """What to multiply both times with.
+
+        Args:
+            gain: the share by which the greater pressure would fall.
+            restless: turns of the wish lately; the first one is none.
+            urgent: a limit is not kept.
+        """
+        eager = (self.margin / gain) ** 2 if urgent else 1.0
+        return eager * float(16.0 ** min(max(0.0, restless - 1.0), MAX_RESTLESS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +93,30 @@ class State:
 
     wanted: str = ""  # the role that should grow
     wanted_since: float = 0.0
+    last_wanted: str = ""  # of the two roles, whatever came between
     moved_at: float = float("-inf")
+    restless: float = 0.0  # turns from one role to the other, old ones forgotten
+    turned_at: float = 0.0
+
+    def wanting(self, role: str, now: float, forget_s: float) -> State:
+        """The wish now; empty: there is none."""
+        if role == self.wanted:
+            return self
+        state = replace(self, wanted=role, wanted_since=now, last_wanted=role or self.last_wanted)
+        if not role or self.last_wanted in ("", role):
+            return state
+        kept = self.restless * exp((self.turned_at - now) / forget_s) if forget_s else 0.0
+        return replace(state, restless=kept + 1.0, turned_at=now)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`grow` names the role that gets a node of the other one; empty: leave all as it is."""
+    """`grow` names the role that gets `count` nodes of the other; empty: leave all as it is."""
 
     grow: str
     reason: str
     pressure: Pressure | None = None
+    count: int = 0
 
 
 def pressure(seen: Observation, model: LatencyModel, slo: Slo) -> Pressure:
@@ -98,7 +133,9 @@ def _prefill_nodes(seen: Observation, model: LatencyModel, ttft_s: float) -> flo
     waits = (ttft_s - service_s) / (TAIL * service_s / 2)  # u / (1 - u) may be so much
     if waits <= 0:
         return IMPOSSIBLE
-    return seen.requests_per_s * service_s * (1 + waits) / waits
+    busy = seen.requests_per_s * service_s
+    queued_s = service_s * seen.queued_tokens / max(1.0, seen.prompt_tokens)
+    return max(busy * (1 + waits) / waits, busy + queued_s / RECOVER_S)
 
 
 def _decode_nodes(seen: Observation, model: LatencyModel, tpot_s: float) -> float:
@@ -107,44 +144,75 @@ def _decode_nodes(seen: Observation, model: LatencyModel, tpot_s: float) -> floa
     request_s = model.step_s(work) - empty_s
     if tpot_s <= empty_s + request_s:
         return IMPOSSIBLE
-    tokens_per_s = (tpot_s - empty_s) / request_s / tpot_s if request_s > 0 else float("inf")
-    return seen.requests_per_s * seen.output_tokens / tokens_per_s
+    most = (tpot_s - empty_s) / request_s if request_s > 0 else float("inf")  # per node
+    decoding = seen.answers_per_s * seen.output_tokens * tpot_s  # if each takes its limit
+    return max(decoding, float(seen.num_decoding)) / most
 
 
 def decide(
     seen: Observation, state: State, now: float, model: LatencyModel, slo: Slo, limits: Limits
 ) -> tuple[Decision, State]:
-    """Whether to move a node now, and why (not); the state for the next time."""
+    """Whether to move nodes now, and why (not); the state for the next time."""
     if seen.num_requests < limits.min_requests:
         reason = f"{seen.num_requests} requests lately are too few to judge by"
-        return Decision("", reason), replace(state, wanted="")
+        return Decision("", reason), state.wanting("", now, limits.pause_s)
     at_present = pressure(seen, model, slo)
-    better, reason = _better_split(seen, at_present, model, slo, limits)
-    if not better:
-        return Decision("", reason, at_present), replace(state, wanted="")
-    if better != state.wanted:
-        state = replace(state, wanted=better, wanted_since=now)
-    if now - state.moved_at < limits.pause_s:
-        return Decision("", f"{reason}, but a node has just moved", at_present), state
-    if now - state.wanted_since < limits.hold_s:
+    better, after, reason = _better_split(seen, at_present, model, slo, limits)
+    state = state.wanting(better.grow, now, limits.pause_s)
+    if not better.grow:
+        return Decision("", reason, at_present), state
+    gain = 1 - after.worst / at_present.worst
+    patience = limits.patience(gain, state.restless, urgent=at_present.worst > 1)
+    if now - state.moved_at < patience * limits.pause_s:
+        return Decision("", f"{reason}, but nodes have just moved", at_present), state
+    if now - state.wanted_since < patience * limits.hold_s:
         return Decision("", f"{reason}, if that stays so", at_present), state
-    return Decision(better, reason, at_present), State(moved_at=now)
+    moved = replace(state, wanted="", moved_at=now)
+    return Decision(better.grow, reason, at_present, better.num_nodes), moved
+
+
+class _Move(NamedTuple):
+    grow: str
+    num_nodes: int
+
+
+_STAY = _Move("", 0)
 
 
 def _better_split(
     seen: Observation, at_present: Pressure, model: LatencyModel, slo: Slo, limits: Limits
-) -> tuple[str, str]:
-    """The role that should grow, or an empty name, and the sentence that says why."""
-    if at_present.worst * (seen.num_prefill + seen.num_decode) >= IMPOSSIBLE:
-        return "", "a limit is below what a request alone takes: no split keeps it"
+) -> tuple[_Move, Pressure, str]:
+    """What to move, the pressure after that, and the sentence that says why."""
+    num_nodes = seen.num_prefill + seen.num_decode
+    if at_present.worst * num_nodes >= IMPOSSIBLE:
+        return _STAY, at_present, "a limit is below what a request alone takes: no split keeps it"
     if at_present.worst < limits.calm:
-        return "", f"there is room: {at_present}"
+        return _STAY, at_present, f"there is room: {at_present}"
     grow = "prefill" if at_present.prefill >= at_present.decode else "decode"
-    step = 1 if grow == "prefill" else -1
-    after = replace(seen, num_prefill=seen.num_prefill + step, num_decode=seen.num_decode - step)
-    if min(after.num_prefill, after.num_decode) < 1:
-        return "", f"each role keeps its last node: {at_present}"
-    moved = pressure(after, model, slo)
-    if moved.worst > at_present.worst * (1 - limits.margin):
-        return "", f"a node more for {grow} would not help enough: {at_present}, then {moved}"
-    return grow, f"{grow} needs a node: {at_present}, then {moved}"
+    donors = seen.num_decode if grow == "prefill" else seen.num_prefill
+    if donors < 2:
+        return _STAY, at_present, f"each role keeps its last node: {at_present}"
+    count, after = _fewest(at_present, seen, grow, donors, limits)
+    nodes = "a node" if count == 1 else f"{count} nodes"
+    if after.worst > at_present.worst * (1 - limits.margin):
+        reason = f"{nodes} more for {grow} would not help enough: {at_present}, then {after}"
+        return _STAY, after, reason
+    return _Move(grow, count), after, f"{grow} needs {nodes}: {at_present}, then {after}"
+
+
+def _fewest(
+    at_present: Pressure, seen: Observation, grow: str, donors: int, limits: Limits
+) -> tuple[int, Pressure]:
+    """The fewest nodes that bring calm, or, where none do, the number that is best."""
+    sign = 1 if grow == "prefill" else -1
+    found = []
+    for count in range(1, donors):
+        prefill, decode = seen.num_prefill + sign * count, seen.num_decode - sign * count
+        after = Pressure(
+            at_present.prefill * seen.num_prefill / prefill,
+            at_present.decode * seen.num_decode / decode,
+        )
+        if after.worst < limits.calm:
+            return count, after
+        found.append((count, after))
+    return min(found, key=lambda one: (one[1].worst, one[0]))

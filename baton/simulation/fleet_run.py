@@ -15,7 +15,7 @@ from baton.simulation.names import PrefixNames
 from baton.simulation.node import FINGERPRINT
 from baton.simulation.roles import DecodeNode, NodeMessage, PrefillNode
 from baton.simulation.setup import Setup
-from baton.simulation.tuned import SimulatedTuner
+from baton.simulation.tuned import Mover, SimulatedTuner, Tuning
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchLimits
 from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
@@ -88,6 +88,7 @@ class FleetRun:
             self._make_node(NodeId(f"decode-{number}", 1), Role.DECODE)
         for number in range(setup.split.prefill):
             self._make_node(NodeId(f"prefill-{number}", 1), Role.PREFILL)
+        self.mover: Mover | None = None
         self.tuner = self._make_tuner()
 
     @property
@@ -111,17 +112,31 @@ class FleetRun:
         self._fleet.register(id, register_message(role, setup), clock.now)
 
     def _make_tuner(self) -> SimulatedTuner | None:
-        setup = self._setup
-        if setup.tuning is None:
+        """Nobody, who knows what comes, or the tuner."""
+        setup, clock = self._setup, self.clock
+        tuning = setup.tuning
+        if tuning is None:
             return None
-        return SimulatedTuner(
-            setup.tuning,
-            setup.step_model,
+        self.mover = Mover(
             self._fleet,
-            self.clock,
+            clock,
+            tuning.switch_s,
             is_idle=lambda node: self._node(node).is_idle,
             change=self._change_role,
         )
+        if isinstance(tuning, Tuning):
+            waiting = self._admission
+            return SimulatedTuner(
+                tuning,
+                setup.step_model,
+                self._fleet,
+                clock,
+                self.mover,
+                lambda: waiting.num_waiting,
+            )
+        for at, role, count in tuning.moves:
+            clock.at(at, partial(self.mover.begin, role, count, "it is known"))
+        return None
 
     def _change_role(self, node: NodeId, role: Role) -> None:
         """It comes back as a new incarnation; the old one answers nobody."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from baton.simulation.clock import VirtualClock
 from baton.simulation.machine import SharedMachine
-from baton.simulation.tuned import Tuning
+from baton.simulation.tuned import Known, Tuning
 from engine.config import EngineConfig
 from tuner.latency import LatencyModel
 from tuner.overheads import NO_OVERHEADS, Overheads
@@ -63,7 +63,7 @@ class Setup:
     max_streams: int = 4096
     max_waiting: int = 4096
     failures: tuple[Failure, ...] = field(default=())
-    tuning: Tuning | None = None  # with prefill and decode nodes only
+    tuning: Tuning | Known | None = None  # with prefill and decode nodes only
 
     @property
     def step_model(self) -> LatencyModel:

@@ -8,6 +8,7 @@ from baton.simulation.colocated_run import ColocatedRun
 from baton.simulation.fleet_run import FleetRun
 from baton.simulation.setup import Setup
 from baton.simulation.tuned import Move
+from tuner.online import Pressure
 from tuner.record import RequestRecord
 from tuner.trace import Trace
 
@@ -19,7 +20,8 @@ class Simulated:
     records: list[RequestRecord]
     duration_s: float  # of virtual time
     busy: dict[str, float]  # by node: the share of time in which it computed
-    moves: tuple[Move, ...] = ()  # of the tuner, where there is one
+    moves: tuple[Move, ...] = ()  # of nodes, where somebody moves them
+    looks: tuple[tuple[float, Pressure], ...] = ()  # of the tuner: when, and what it saw
 
 
 def simulate(setup: Setup, trace: Trace) -> Simulated:
@@ -32,14 +34,16 @@ def simulate(setup: Setup, trace: Trace) -> Simulated:
         engines = together.nodes
         now = together.clock.now
         moves: tuple[Move, ...] = ()
+        looks: tuple[tuple[float, Pressure], ...] = ()
     else:
         apart = FleetRun(setup, trace)
         records = apart.run()
         engines = {id: node.engine for id, node in apart.nodes.items()}
         now = apart.clock.now
-        moves = () if apart.tuner is None else tuple(apart.tuner.moves)
+        moves = () if apart.mover is None else tuple(apart.mover.moves)
+        looks = () if apart.tuner is None else tuple(apart.tuner.looks)
     busy: dict[str, float] = {}
     for id, engine in engines.items():  # all lives of a node together
         busy[id.name] = busy.get(id.name, 0.0) + engine.busy_s
     shares = {name: s / now if now else 0.0 for name, s in busy.items()}
-    return Simulated(records, now, shares, moves)
+    return Simulated(records, now, shares, moves, looks)

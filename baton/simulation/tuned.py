@@ -1,7 +1,8 @@
 """The online tuner at work in a simulated fleet: it looks, decides, and moves nodes.
 
 A move is what the router does with a real node: no new work for it, what runs there ends, then it
-comes back in its other role as a new incarnation.
+comes back in its other role as a new incarnation. Beside the tuner there is one who knows the load
+beforehand and moves at once: what he reaches is what any tuner could.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from baton.simulation.clock import VirtualClock
-from router.fleet import Fleet, Node
+from router.fleet import Fleet
+from router.moving import standing, to_move
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel
 from tuner.observed import Observed
-from tuner.online import Limits, State, decide
+from tuner.online import Limits, Pressure, State, decide
 from wire.types import NodeId, Role
 
 
@@ -31,6 +33,14 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Instead of a tuner: moves that somebody makes who knows what will come, and when."""
+
+    moves: tuple[tuple[float, Role, int], ...]  # at a time, to this role, so many nodes
+    switch_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
     """One node that changed its role, and why."""
 
@@ -40,11 +50,49 @@ class Move:
     reason: str
 
 
-class SimulatedTuner:
-    """Args:
-    is_idle: whether nothing of a node's work is left.
-    change: gives a node, by its id, its new role.
+class Mover:
+    """Takes nodes from one role to the other.
+
+    Args:
+        is_idle: whether nothing of a node's work is left.
+        change: gives a node, by its id, its new role.
     """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        clock: VirtualClock,
+        switch_s: float,
+        *,
+        is_idle: Callable[[NodeId], bool],
+        change: Callable[[NodeId, Role], None],
+    ) -> None:
+        self.moves: list[Move] = []
+        self.num_moving = 0
+        self._fleet = fleet
+        self._clock = clock
+        self._switch_s = switch_s
+        self._is_idle = is_idle
+        self._change = change
+
+    def begin(self, grow: Role, count: int, reason: str) -> None:
+        """Take the nodes of the other role that have least to do."""
+        for chosen in to_move(self._fleet, grow, count):
+            self.moves.append(Move(self._clock.now, chosen.id.name, grow, reason))
+            self.num_moving += 1
+            self._fleet.drain(chosen.id)
+            self._when_idle(chosen.id, grow)
+
+    def _when_idle(self, node: NodeId, role: Role) -> None:
+        if not self._is_idle(node):
+            self._clock.after(self._switch_s, partial(self._when_idle, node, role))
+            return
+        self.num_moving -= 1
+        self._change(node, role)
+
+
+class SimulatedTuner:
+    """Looks, decides and moves. `num_waiting` requests are in the router's queue."""
 
     def __init__(
         self,
@@ -52,20 +100,18 @@ class SimulatedTuner:
         model: LatencyModel,
         fleet: Fleet,
         clock: VirtualClock,
-        *,
-        is_idle: Callable[[NodeId], bool],
-        change: Callable[[NodeId, Role], None],
+        mover: Mover,
+        num_waiting: Callable[[], int],
     ) -> None:
-        self.moves: list[Move] = []
+        self.looks: list[tuple[float, Pressure]] = []
         self._tuning = tuning
         self._model = model
         self._fleet = fleet
         self._clock = clock
-        self._is_idle = is_idle
-        self._change = change
+        self._mover = mover
+        self._num_waiting = num_waiting
         self._observed = Observed(tuning.window_s, began=0.0)
         self._state = State()
-        self._moving = False
         clock.after(tuning.interval_s, self._look)
 
     def arrived(self, prompt_tokens: int) -> None:
@@ -75,35 +121,15 @@ class SimulatedTuner:
         self._observed.ended(self._clock.now, prompt_tokens, output_tokens)
 
     def _look(self) -> None:
-        self._clock.after(self._tuning.interval_s, self._look)
-        if self._moving:
+        tuning, now = self._tuning, self._clock.now
+        self._clock.after(tuning.interval_s, self._look)
+        if self._mover.num_moving:
             return
-        now, fleet = self._clock.now, self._fleet
-        counts = (fleet.num_serving(Role.PREFILL), fleet.num_serving(Role.DECODE))
-        seen = self._observed.look(now, *counts)
-        tuning = self._tuning
+        seen = self._observed.look(now, standing(self._fleet, self._num_waiting()))
         decision, self._state = decide(
             seen, self._state, now, self._model, tuning.slo, tuning.limits
         )
+        if decision.pressure is not None:
+            self.looks.append((now, decision.pressure))
         if decision.grow:
-            self._begin(Role(decision.grow), decision.reason)
-
-    def _begin(self, role: Role, reason: str) -> None:
-        """Take the node of the other role that has least to do."""
-        others = [node for node in self._fleet if node.info.role is not role and node.serves]
-        chosen = min(others, key=_work)
-        self.moves.append(Move(self._clock.now, chosen.id.name, role, reason))
-        self._moving = True
-        self._fleet.drain(chosen.id)
-        self._when_idle(chosen.id, role)
-
-    def _when_idle(self, node: NodeId, role: Role) -> None:
-        if not self._is_idle(node):
-            self._clock.after(self._tuning.switch_s, partial(self._when_idle, node, role))
-            return
-        self._moving = False
-        self._change(node, role)
-
-
-def _work(node: Node) -> tuple[int, str]:
-    return node.load.queued_tokens + node.load.num_running, node.id.name
+            self._mover.begin(Role(decision.grow), decision.count, decision.reason)

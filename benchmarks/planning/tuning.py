@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from baton.simulation.setup import Setup, Split
-from baton.simulation.simulate import simulate
-from baton.simulation.tuned import Tuning
+from baton.simulation.simulate import Simulated, simulate
+from baton.simulation.tuned import Known, Tuning
 from benchmarks.planning.real import drawn, merged, unloaded
 from tuner.goodput import Slo, attainment
 from tuner.latency import LatencyModel
-from tuner.online import Limits, Observation, pressure
+from tuner.online import Observation, pressure
 from tuner.record import RequestRecord
 from tuner.trace import Trace, scale_rate
 from tuner.workload import Span
+from wire.types import Role
 
 NUM_NODES = 6
 LOAD = 0.85  # of what the phase's own split carries
@@ -28,7 +29,6 @@ SHAPES = ((Span(500, 1000), Span(8, 24)), (Span(32, 96), Span(100, 300)))
 MADE_FOR = (Split(prefill=4, decode=2), Split(prefill=2, decode=4))
 STATIC = tuple(Split(prefill=n, decode=NUM_NODES - n) for n in range(1, NUM_NODES))
 START = Split(prefill=3, decode=3)
-TUNING = Limits(hold_s=4, pause_s=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,47 @@ def ratios(tuned: Shares, static: Sequence[Shares]) -> tuple[float, float]:
     return min(phases), tuned.overall / overall if overall else 1.0
 
 
-def tuned_beside_static(
+@dataclass(frozen=True, slots=True)
+class Changing:
+    """A load whose work changes from phase to phase, the fleet that it comes to, and the limits."""
+
+    setup: Setup
+    trace: Trace
+    slo: Slo
+    phase_s: float
+
+    def static(self, split: Split) -> Simulated:
+        return simulate(replace(self.setup, split=split, tuning=None), self.trace)
+
+    def tuned(self) -> Simulated:
+        return self._moved(Tuning(self.slo))
+
+    def known(self) -> Simulated:
+        """Somebody moves nodes who knows when the work changes: no tuner could be better."""
+        first, second = (split.prefill for split in MADE_FOR)
+        to_first = (0.0, Role.PREFILL, first - START.prefill)
+        return self._moved(Known((to_first, (self.phase_s, Role.DECODE, first - second))))
+
+    def _moved(self, who: Tuning | Known) -> Simulated:
+        return simulate(replace(self.setup, split=START, tuning=who), self.trace)
+
+    def shares(self, run: Simulated) -> Shares:
+        return shares(run.records, self.slo, self.phase_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The tuner's share of good requests in relation to others'."""
+
+    worst_phase: float  # to the best static split of each phase
+    overall: float  # to the best static split
+    known: float  # to who knows beforehand what comes
+
+
+def changing(
     setup: Setup, num_sampled: int, phase_s: float, tell: Callable[[str], None]
-) -> tuple[float, float]:
-    """The two ratios. Overheads of nodes that shared one machine are left out: six would not."""
+) -> Changing:
+    """Overheads of nodes that shared one machine are left out: six would not."""
     over = replace(setup.overheads, prefill_slowdown=1.0, decode_slowdown=1.0)
     setup = replace(setup, overheads=over)
     kinds = [drawn("phase", num_sampled, *shape, seed=i) for i, shape in enumerate(SHAPES)]
@@ -72,21 +109,24 @@ def tuned_beside_static(
         carried = carried_rate(kind, split, setup.step_model, slo)
         tell(f"phase {number + 1}: {split} carries {carried:.3g} requests per second")
         phases.append(_phase(number, LOAD * carried, phase_s))
-    trace = merged("phases", phases)
-    found = {
-        split: shares(simulate(replace(setup, split=split), trace).records, slo, phase_s)
-        for split in STATIC
-    }
-    tuning = Tuning(slo, TUNING, window_s=15)
-    run = simulate(replace(setup, split=START, tuning=tuning), trace)
-    tuned = shares(run.records, slo, phase_s)
-    told_of = {**{str(split): one for split, one in found.items()}, "tuned": tuned}
-    for name, one in told_of.items():
+    return Changing(setup, merged("phases", phases), slo, phase_s)
+
+
+def tuned_beside_static(
+    setup: Setup, num_sampled: int, phase_s: float, tell: Callable[[str], None]
+) -> Tuned:
+    """The tuner as the router has it, every static split, and who knows beforehand."""
+    load = changing(setup, num_sampled, phase_s, tell)
+    found = {str(split): load.shares(load.static(split)) for split in STATIC}
+    run = load.tuned()
+    tuned, known = load.shares(run), load.shares(load.known())
+    for name, one in {**found, "known beforehand": known, "tuned": tuned}.items():
         told = ", ".join(f"{share:.1%}" for share in one.phases)
         tell(f"  {name}: {told} of the phases' requests good, {one.overall:.1%} of all")
     for move in run.moves:
         tell(f"  at {move.at:.0f} s {move.node} becomes {move.role.value}: {move.reason}")
-    return ratios(tuned, list(found.values()))
+    worst, overall = ratios(tuned, list(found.values()))
+    return Tuned(worst, overall, tuned.overall / known.overall if known.overall else 1.0)
 
 
 def carried_rate(kind: Trace, split: Split, model: LatencyModel, slo: Slo) -> float:
@@ -95,6 +135,7 @@ def carried_rate(kind: Trace, split: Split, model: LatencyModel, slo: Slo) -> fl
     outputs = mean(request.output_len for request in kind.requests)
     one_per_s = Observation(
         requests_per_s=1.0,
+        answers_per_s=1.0,
         prompt_tokens=mean(prompts),
         prompt_squares=mean(tokens * tokens for tokens in prompts),
         output_tokens=outputs,

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 from router.config import RouterConfig
+from router.role_switch import State
 from router.tuning import FleetTuner
 from tests.router.harness import MODEL, Harness, endless, eventually, router
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel
+from tuner.observed import Standing
 from tuner.online import Limits
 from tuner.profile import Profile, save_profile
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 from wire.messages import SwitchRole
+from wire.types import Role
 
 # Prompts of these nodes take so long that any of them presses.
 MODEL_S = LatencyModel((0.4, 0.05, 0.0), (0.001, 0.0, 0.0), (0.001, 1e-9))
@@ -52,7 +55,7 @@ def with_pressed_fleet(act: Callable[[Harness], None]) -> None:
             made = tuner(harness)
             for _ in range(4):
                 assert (await harness.complete(max_tokens=3)).status == 200
-            seen = made.observed.look(harness.server._clock(), 2, 2)
+            seen = made.observed.look(harness.server._clock(), Standing(2, 2))
             assert (seen.num_requests, seen.output_tokens) == (4, 3)
             act(harness)
 
@@ -83,6 +86,31 @@ def test_it_asks_one_node_and_then_waits_for_it() -> None:
         assert "prefill needs a node" in told["moves"][0]["reason"]
 
     with_pressed_fleet(act)
+
+
+def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
+    async def scenario() -> None:
+        async with router(endless) as harness:
+            for _ in range(3):
+                await harness.add_pair(endless)
+            tuner(harness)
+            for _ in range(4):
+                await harness.complete(max_tokens=3)
+            made = used(harness)
+            assert [(m.role, m.outcome) for m in made.moved] == [("prefill", "asked")] * 3
+            fleet, switches = harness.server.control.fleet, harness.server.control.switches
+            assert fleet.num_serving(Role.DECODE) == 1, "each role keeps its last node"
+            first, *others = switches.all()
+            switches.refused(first.node, "not now", harness.server._clock())
+            assert [switch.state for switch in switches.all()] == [
+                State.FAILED,
+                State.DRAINING,
+                State.DRAINING,
+            ]
+            assert fleet[first.node].serves
+            assert not any(fleet[switch.node].serves for switch in others)
+
+    asyncio.run(scenario())
 
 
 def test_a_dry_run_asks_nobody() -> None:

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel
-from tuner.observed import Observed
-from tuner.online import IMPOSSIBLE, Limits, Observation, State, decide, pressure
+from tuner.observed import Observed, Standing
+from tuner.online import (
+    IMPOSSIBLE,
+    RECOVER_S,
+    Limits,
+    Observation,
+    State,
+    decide,
+    pressure,
+)
 
 MODEL = LatencyModel(prefill=(0.005, 1e-3, 1e-7), decode=(0.02, 2e-6, 5e-4), transfer=(0.001, 1e-9))
 SLO = Slo(ttft_s=1.0, tpot_s=0.05)
 LIMITS = Limits(hold_s=10, pause_s=30)
 LOAD = Observation(
     requests_per_s=10,
+    answers_per_s=10,
     prompt_tokens=400,
     prompt_squares=400 * 400,
     output_tokens=100,
@@ -48,63 +57,118 @@ def test_a_limit_below_an_empty_fleets_time_cannot_be_kept(slo: Slo) -> None:
     assert pressure(LOAD, MODEL, slo).worst >= IMPOSSIBLE / 3
 
 
-def run(loads: list[Observation], every_s: float = 1.0, limits: Limits = LIMITS) -> list[str]:
-    """What is decided at each look; a move changes the nodes of all later ones."""
+def at_rate(load: Observation, rate: float) -> Observation:
+    return replace(load, requests_per_s=rate, answers_per_s=rate)
+
+
+def run(loads: list[Observation], every_s: float = 1.0, limits: Limits = LIMITS) -> list[int]:
+    """How many nodes go to prefill at each look; they are there at all later ones."""
     state, moves, prefill = State(), [], 0
     for index, load in enumerate(loads):
         seen = replace(
             load, num_prefill=load.num_prefill + prefill, num_decode=load.num_decode - prefill
         )
         decision, state = decide(seen, state, index * every_s, MODEL, SLO, limits)
-        prefill += {"prefill": 1, "decode": -1, "": 0}[decision.grow]
-        moves.append(decision.grow)
+        moves.append({"prefill": 1, "decode": -1, "": 0}[decision.grow] * decision.count)
+        prefill += moves[-1]
     return moves
+
+
+def moved(moves: list[int]) -> list[tuple[int, int]]:
+    return [(index, move) for index, move in enumerate(moves) if move]
 
 
 PROMPTS = replace(LOAD, output_tokens=10)  # all the work is in prompts
 OUTPUTS = replace(LOAD, prompt_tokens=40, prompt_squares=1600, output_tokens=400)
+WANTING_PREFILL = State("prefill", -100)
 
 
-def test_a_lasting_need_moves_one_node_at_a_time() -> None:
-    moves = run([PROMPTS] * 60)
-    assert [index for index, move in enumerate(moves) if move] == [10, 40]
-    assert set(moves) == {"", "prefill"}
+def test_a_step_moves_as_many_nodes_as_it_takes_at_once() -> None:
+    assert moved(run([at_rate(LOAD, 1)] * 5 + [PROMPTS] * 60)) == [(5 + 2, 2)]
+    assert moved(run([OUTPUTS] * 60)) == [(2, -2)]
 
 
-def test_decode_gets_nodes_too() -> None:
-    assert [move for move in run([OUTPUTS] * 60) if move] == ["decode", "decode"]
+NEAR = at_rate(PROMPTS, 3.2)  # nearly beyond what three nodes do
+
+
+def test_while_limits_are_kept_nothing_is_urgent() -> None:
+    """Whatever a move would gain."""
+    assert 0.85 < pressure(NEAR, MODEL, SLO).worst < 1
+    assert moved(run([NEAR] * 30)) == [(10, 1)]
+
+
+def test_the_more_a_move_gains_the_sooner_it_comes() -> None:
+    first = [moved(run([load] * 30))[0][0] for load in (NEAR, LOAD, PROMPTS)]
+    assert first == [10, 4, 2]
+
+
+def test_a_ramp_moves_nodes_one_way_only() -> None:
+    ramp = [at_rate(PROMPTS, 2 + index / 30) for index in range(300)]
+    moves = moved(run(ramp))
+    assert moves
+    assert all(move > 0 for _, move in moves)
+    assert sum(move for _, move in moves) == 2
+
+
+def test_a_queue_is_reason_enough() -> None:
+    """What came is little by now; what is left of it has to be worked off."""
+    load = at_rate(PROMPTS, 2)
+    assert pressure(load, MODEL, SLO).worst < 0.85
+    behind = replace(load, queued_tokens=24_000)
+    service = 0.005 + 0.4 + 0.016
+    needed = 2 * service + 60 * service / RECOVER_S
+    assert pressure(behind, MODEL, SLO).prefill == pytest.approx(needed / 3)
+    assert moved(run([behind] * 9 + [load] * 100))[0][1] > 0
+
+
+def test_many_that_decode_are_reason_before_one_has_ended() -> None:
+    begun = replace(at_rate(LOAD, 2), answers_per_s=0.1, num_decoding=150)
+    batch = (0.05 - 0.02) / (450 * 2e-6 + 5e-4)
+    assert pressure(begun, MODEL, SLO).decode == pytest.approx(150 / batch / 3)
+    assert moved(run([begun] * 5))[0][1] < 0
 
 
 def test_a_short_burst_moves_nothing() -> None:
-    calm = replace(LOAD, requests_per_s=1)
-    assert not any(run([calm] * 5 + [PROMPTS] * 9 + [calm] * 20))
+    calm = at_rate(LOAD, 1)
+    for burst, length in ((NEAR, 10), (LOAD, 4), (PROMPTS, 2)):
+        assert not any(run([calm] * 5 + [burst] * length + [calm] * 20))
+        assert any(run([calm] * 5 + [burst] * (length + 1) + [calm] * 20))
 
 
-def test_a_load_that_swings_faster_than_the_hold_moves_nothing() -> None:
-    assert not any(run(([PROMPTS] * 6 + [OUTPUTS] * 6) * 20))
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 8])
+def test_swings_are_followed_at_most_once_each_way(every: int) -> None:
+    """Twenty of them: a fleet that followed each would move 80 nodes."""
+    moves = moved(run(([PROMPTS] * every + [OUTPUTS] * every) * 20))
+    assert len(moves) <= 3
+
+
+def test_who_has_swung_long_ago_is_as_quick_as_before() -> None:
+    swings = ([PROMPTS] * 3 + [OUTPUTS] * 3) * 10
+    assert moved(run(swings + [LOAD] * 300 + [PROMPTS] * 60))[-1][0] <= 60 + 300 + 3
 
 
 @pytest.mark.parametrize("load", [LOAD, PROMPTS, OUTPUTS])
 def test_a_steady_load_comes_to_rest(load: Observation) -> None:
     """What was moved is never moved back: the margin sees to it."""
     for share in (0.2, 0.5, 1.0, 1.5, 3.0):
-        moves = [move for move in run([replace(load, requests_per_s=10 * share)] * 300) if move]
-        assert len(set(moves)) <= 1
-        assert len(moves) <= 2
+        moves = [move for move in run([at_rate(load, 10 * share)] * 300) if move]
+        assert len({move > 0 for move in moves}) <= 1
+        assert abs(sum(moves)) <= 2
 
 
-def test_the_last_node_of_a_role_stays() -> None:
-    alone = replace(PROMPTS, num_prefill=1, num_decode=1)
-    decision, _ = decide(alone, State("prefill", -100), 0, MODEL, SLO, LIMITS)
+@pytest.mark.parametrize("nodes", [(1, 1), (3, 1)])
+def test_the_last_node_of_a_role_stays(nodes: tuple[int, int]) -> None:
+    alone = replace(PROMPTS, num_prefill=nodes[0], num_decode=nodes[1])
+    decision, _ = decide(alone, WANTING_PREFILL, 0, MODEL, SLO, LIMITS)
     assert decision.grow == ""
     assert "last node" in decision.reason
 
 
 def test_few_requests_and_little_pressure_move_nothing() -> None:
     few = replace(PROMPTS, num_requests=9)
-    calm = replace(PROMPTS, requests_per_s=0.1)
+    calm = at_rate(PROMPTS, 0.1)
     for load, word in ((few, "too few"), (calm, "there is room")):
-        decision, state = decide(load, State("prefill", -100), 0, MODEL, SLO, LIMITS)
+        decision, state = decide(load, WANTING_PREFILL, 0, MODEL, SLO, LIMITS)
         assert decision.grow == state.wanted == ""
         assert word in decision.reason
 
@@ -114,21 +178,28 @@ def test_few_requests_and_little_pressure_move_nothing() -> None:
     prompt=st.floats(1, 5000),
     output=st.floats(1, 3000),
     nodes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    queued=st.integers(0, 10**6),
+    decoding=st.integers(0, 10**4),
 )
 def test_a_move_always_lowers_the_greater_pressure(
-    rate: float, prompt: float, output: float, nodes: tuple[int, int]
+    rate: float, prompt: float, output: float, nodes: tuple[int, int], queued: int, decoding: int
 ) -> None:
-    load = Observation(rate, prompt, prompt**2, output, prompt + output / 2, 99, *nodes)
+    means = (prompt, prompt**2, output, prompt + output / 2)
+    load = Observation(rate, rate, *means, 99, *nodes, queued, decoding)
     before = pressure(load, MODEL, SLO)
-    grow = decide(load, State("prefill", -100), 0, MODEL, SLO, LIMITS)[0].grow
-    grow = grow or decide(load, State("decode", -100), 0, MODEL, SLO, LIMITS)[0].grow
-    if grow:
-        step = 1 if grow == "prefill" else -1
-        moved = replace(load, num_prefill=nodes[0] + step, num_decode=nodes[1] - step)
-        assert pressure(moved, MODEL, SLO).worst < before.worst
+    for role in ("prefill", "decode"):
+        decision, _ = decide(load, State(role, -100), 0, MODEL, SLO, LIMITS)
+        if decision.grow:
+            step = decision.count if decision.grow == "prefill" else -decision.count
+            after = replace(load, num_prefill=nodes[0] + step, num_decode=nodes[1] - step)
+            assert min(after.num_prefill, after.num_decode) >= 1
+            assert pressure(after, MODEL, SLO).worst < before.worst
 
 
 # ---------------------------------------------------------------- what was seen
+
+
+PAIR = Standing(num_prefill=1, num_decode=1)
 
 
 def test_the_window_moves_on() -> None:
@@ -136,27 +207,55 @@ def test_the_window_moves_on() -> None:
     for second in range(20):
         observed.arrived(second, prompt_tokens=100 if second < 15 else 300)
         observed.ended(second, prompt_tokens=100, output_tokens=20)
-    seen = observed.look(20, num_prefill=2, num_decode=1)
-    assert (seen.num_requests, seen.requests_per_s) == (10, 1.0)
+    seen = observed.look(20, Standing(2, 1, queued_tokens=7, num_decoding=3))
+    assert (seen.num_requests, seen.requests_per_s, seen.answers_per_s) == (10, 1.0, 1.0)
     assert seen.prompt_tokens == 200
     assert seen.prompt_squares == (100**2 + 300**2) / 2
     assert (seen.output_tokens, seen.context_tokens) == (20, 110)
     assert (seen.num_prefill, seen.num_decode) == (2, 1)
-    assert observed.look(40, 2, 1).num_requests == 0
+    assert (seen.queued_tokens, seen.num_decoding) == (7, 3)
+    assert observed.look(40, PAIR).num_requests == 0
+
+
+def test_of_many_requests_the_last_seconds_tell() -> None:
+    observed = Observed(window_s=30, began=0)
+    for tenth in range(300):
+        observed.arrived(tenth / 10, prompt_tokens=100 if tenth < 250 else 500)
+        observed.ended(tenth / 10, prompt_tokens=100, output_tokens=20 if tenth < 250 else 70)
+    seen = observed.look(30, PAIR)
+    assert (seen.requests_per_s, seen.answers_per_s) == (10.0, 10.0)
+    assert (seen.prompt_tokens, seen.output_tokens) == (500, 70)
+
+
+def test_no_fewer_than_enough_tell() -> None:
+    """One in a second: thirty seconds of them, though five are recent."""
+    observed = Observed(window_s=60, began=0)
+    for second in range(60):
+        observed.arrived(second, prompt_tokens=10)
+        observed.ended(second, 10, 10)
+    assert observed.look(60, PAIR).num_requests == 30
+    assert observed.look(60, PAIR).requests_per_s == 1.0
+
+
+def test_nothing_is_judged_before_answers_have_ended() -> None:
+    observed = Observed(window_s=60, began=0)
+    for _ in range(50):
+        observed.arrived(1, 10)
+    assert observed.look(2, PAIR).num_requests == 0
 
 
 def test_the_rate_of_a_young_window_is_over_its_age() -> None:
     observed = Observed(window_s=60, began=100)
     for _ in range(6):
         observed.arrived(102, 10)
-    assert observed.look(103, 1, 1).requests_per_s == 2.0
-    assert observed.look(103, 1, 1).context_tokens == 10  # nothing ended: the prompt is known
+    assert observed.look(103, PAIR).requests_per_s == 2.0
+    assert observed.look(103, PAIR).context_tokens == 10  # nothing ended: the prompt is known
 
 
 def test_what_a_cache_has_is_taken_off() -> None:
     observed = Observed(window_s=60, began=0)
     observed.arrived(1, 400)
     observed.ended(2, prompt_tokens=400, output_tokens=8, cached_tokens=300)
-    seen = observed.look(3, 1, 1)
+    seen = observed.look(3, PAIR)
     assert (seen.prompt_tokens, seen.context_tokens) == (100, 404)
     assert seen.prompt_squares == 40_000

@@ -1,0 +1,39 @@
+"""What the tuner knows of a fleet's nodes, and which of them it would move. Pure.
+
+Mixed nodes are left alone: they serve either work as it comes.
+"""
+
+from __future__ import annotations
+
+from router.fleet import Fleet, Node
+from tuner.observed import Standing
+from wire.types import Role
+
+
+def standing(fleet: Fleet, num_waiting: int) -> Standing:
+    """The fleet now; `num_waiting` requests have no decode node yet."""
+    serving = [node for node in fleet if node.serves]
+    prefill = [node for node in serving if node.info.role is Role.PREFILL]
+    decode = [node for node in serving if node.info.role is Role.DECODE]
+    return Standing(
+        num_prefill=len(prefill),
+        num_decode=len(decode),
+        queued_tokens=sum(map(_queued, prefill)),
+        num_decoding=num_waiting + sum(n.load.num_running + n.load.num_waiting for n in decode),
+    )
+
+
+def to_move(fleet: Fleet, grow: Role, count: int) -> list[Node]:
+    """So many nodes of the other role, those that have least to do."""
+    donor = Role.DECODE if grow is Role.PREFILL else Role.PREFILL
+    nodes = [node for node in fleet if node.info.role is donor and node.serves]
+    return sorted(nodes, key=_work)[:count]
+
+
+def _queued(node: Node) -> int:
+    """The last heartbeat's word, or what was sent here since."""
+    return max(node.load.queued_tokens, sum(node.assigned.values()))
+
+
+def _work(node: Node) -> tuple[int, str]:
+    return node.load.queued_tokens + node.load.num_running, node.id.name

@@ -15,6 +15,7 @@ from engine.queues import Queues
 from engine.request import Request
 from engine.rows import accepted
 from engine.stops import finish_reason
+from engine.tails import Tails
 from wire.logprobs import Logprobs
 from wire.types import BlockHandle, Hypothesis
 
@@ -39,6 +40,7 @@ class Committer:
         self._cache = cache
         self._queues = queues
         self._beams = beams
+        self._tails = Tails(config, pool, cache)
         self._eos_token_ids = eos_token_ids
 
     def commit(
@@ -84,6 +86,7 @@ class Committer:
         request = item.request
         request.num_in_flight, request.awaited_row = 0, None
         request.num_computed_tokens = item.end - len(item.draft_tokens)
+        self._queues.copied(request)
         index = request.num_output_tokens
         finished = self._take_finished_blocks(request) if request.prefill_only else ()
         hypotheses: tuple[Hypothesis, ...] = ()
@@ -202,6 +205,7 @@ class Committer:
     def _leave_if_done(self, request: Request) -> None:
         """Free the seat of a request that sampled its last token here."""
         if request.prefill_only:
+            self._tails.publish(request)
             self._pool.hand_over(request.block_table, Owner.RUNNING, Owner.LEASED)
             self._queues.held[request.request_id] = request
             self._queues.running.remove(request)

@@ -52,6 +52,11 @@ def tells_logprobs(item: ScheduledRequest) -> bool:
     return request.wants_prompt_logprobs or (item.samples and request.num_top_logprobs is not None)
 
 
+def begins_with_copy(item: ScheduledRequest) -> bool:
+    """The block that is copied may be somebody else's once this step is over."""
+    return item.request.copied_block is not None
+
+
 OBSTACLES: tuple[Callable[[ScheduledRequest], bool], ...] = (
     is_handed_off,
     searches,
@@ -59,6 +64,7 @@ OBSTACLES: tuple[Callable[[ScheduledRequest], bool], ...] = (
     follows_grammar,
     counts_tokens,
     tells_logprobs,
+    begins_with_copy,
 )
 
 

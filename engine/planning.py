@@ -34,6 +34,7 @@ from engine.prefix_cache import PrefixCache
 from engine.queues import Queues
 from engine.request import BeamGroup, Request
 from engine.step_budget import StepBudget
+from engine.tails import Tails
 
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 NOTHING = StepPlan(())
@@ -57,6 +58,7 @@ class Planner:
         self._queues = queues
         self._admission = admission
         self._beams = beams
+        self._tails = Tails(config, pool, cache)
         self._most_running = queues.max_running
         self.budget = StepBudget(config.max_num_batched_tokens)
 
@@ -191,6 +193,7 @@ class Planner:
             first_needed = 0 if request.needs_every_row else request.num_tokens - 1
             usable = request.block_hashes[: first_needed // block_size]
             matched = self._cache.match(usable)
+            tail = self._tails.find(request, matched)
             if self._is_being_computed(usable, len(matched)):
                 continue
             ahead = [*self._queues.running, *self._queues.adopted]
@@ -198,7 +201,7 @@ class Planner:
             if not self._admission.fits(known, most, matched, ahead):
                 return
             self._queues.waiting.remove(request)
-            self._admit(request, matched, draft)
+            self._admit(request, matched, tail, draft)
 
     def _add_drafts(self, drafts: Mapping[str, Sequence[int]], draft: PlanDraft) -> None:
         """Compute decoding requests beyond their last token, where there are slots for that."""
@@ -234,10 +237,14 @@ class Planner:
             for other in self._queues.running
         )
 
-    def _admit(self, request: Request, matched: list[int], draft: PlanDraft) -> None:
+    def _admit(
+        self, request: Request, matched: list[int], tail: int | None, draft: PlanDraft
+    ) -> None:
         self._pool.acquire(matched, Owner.RUNNING)
         request.block_table = matched
         request.num_computed_tokens = len(matched) * self._config.block_size
+        if tail is not None:
+            self._tails.copy(request, tail)
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens
         self._queues.running.append(request)

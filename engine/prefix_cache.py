@@ -50,6 +50,7 @@ class PrefixCache:
         self._model_fingerprint = model_fingerprint
         self._enabled = enabled
         self._block_of: dict[bytes, int] = {}
+        self._tails: set[bytes] = set()  # of these hashes, what nobody is told of
         self._max_pending_changes = max_pending_changes
         # The last state of each hash that changed, not the net change: who took a snapshot in
         # between must still hear of the removal of what was in it.
@@ -75,6 +76,14 @@ class PrefixCache:
             parent = hashes[-1] if hashes else root_hash(self._model_fingerprint, cache_salt)
             hashes.append(child_hash(parent, tokens[start : start + size]))
 
+    def tail_hash(self, hashes: Sequence[bytes], tokens: Sequence[int], cache_salt: str) -> bytes:
+        """Of a last block with `tokens` in it, behind full blocks with `hashes`.
+
+        No full block has the hash of a partly filled one: it covers as many tokens as there are.
+        """
+        parent = hashes[-1] if hashes else root_hash(self._model_fingerprint, cache_salt)
+        return child_hash(parent, tokens)
+
     # ------------------------------------------------------------ blocks
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
@@ -97,6 +106,13 @@ class PrefixCache:
                 changed[content_hash] = True
         self._keep_few_changes()
 
+    def publish_tail(self, block_id: int, tail_hash: bytes) -> None:
+        """Make a held, partly filled block findable that nobody writes to any more."""
+        if self._enabled and tail_hash not in self._block_of:
+            self._pool.publish(block_id, tail_hash)
+            self._block_of[tail_hash] = block_id
+            self._tails.add(tail_hash)
+
     def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
         """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
         self.publish(block_ids, hashes)
@@ -118,6 +134,9 @@ class PrefixCache:
 
     def _forget(self, content_hash: bytes) -> None:
         del self._block_of[content_hash]
+        if content_hash in self._tails:
+            self._tails.remove(content_hash)
+            return
         self._changed[content_hash] = False
         self._keep_few_changes()
 
@@ -139,8 +158,8 @@ class PrefixCache:
         return CacheChanges(added, removed)
 
     def snapshot(self) -> tuple[bytes, ...]:
-        """All findable hashes."""
-        return tuple(self._block_of)
+        """All findable hashes of full blocks."""
+        return tuple(h for h in self._block_of if h not in self._tails)
 
     def __len__(self) -> int:
         return len(self._block_of)

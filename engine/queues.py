@@ -89,7 +89,14 @@ class Queues:
             self.release_blocks(row, Owner.RUNNING)
         request.beams = None
 
+    def copied(self, request: Request) -> None:
+        """It does not need the tail any more that its last block is a copy of (engine/tails.py)."""
+        if request.copied_block is not None and request.beam_of is None:
+            self._pool.release(request.copied_block[:1], Owner.RUNNING)
+            request.copied_block = None
+
     def release_blocks(self, request: Request, owner: Owner) -> None:
+        self.copied(request)
         num_full = request.num_computed_tokens // self._config.block_size
         self._cache.release(request.block_table, request.block_hashes[:num_full], owner)
         request.block_table.clear()
@@ -105,7 +112,7 @@ class Queues:
     def discard(self, request: Request) -> None:
         """End a request whose blocks, its prefix included, may hold what broke its logits."""
         for row in request.rows:
-            self._cache.discard(row.block_table)
+            self._cache.discard([*row.block_table, *(row.copied_block or ())])
             row.num_computed_tokens = 0
         self.end(request)
 
@@ -151,6 +158,7 @@ class Queues:
         for row in rows:
             self._check_request(row)
         running = sum(len(row.block_table) for row in rows)
+        running += sum(request.copied_block is not None for request in queued)
         leased = num_reserved_blocks + sum(len(r.block_table) for r in self.held.values())
         for owner, expected in ((Owner.RUNNING, running), (Owner.LEASED, leased)):
             counted = self._pool.num_references(owner)

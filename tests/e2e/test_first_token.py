@@ -73,10 +73,10 @@ def check_prefixes(fleet: Fleet, tokens: list[int]) -> None:
     fresh, usage = complete(fleet, **ask)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
     both, usage = complete(fleet, **ask)
-    assert usage["prompt_tokens_details"]["cached_tokens"] == 3 * BLOCK_SIZE
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4 * BLOCK_SIZE - 1
     replace(fleet, "decode")
     on_prefill, usage = complete(fleet, **ask)
-    assert usage["prompt_tokens_details"]["cached_tokens"] == 3 * BLOCK_SIZE
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4 * BLOCK_SIZE - 1
     replace(fleet, "prefill")
     on_decode, usage = complete(fleet, **ask)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0

@@ -384,7 +384,14 @@ def item_of(
     return ScheduledRequest(request, 6, 1 + len(draft), draft)
 
 
+def with_copy() -> ScheduledRequest:
+    item = item_of()
+    item.request.copied_block = (1, 2)
+    return item
+
+
 CASES: dict[str, Callable[[], ScheduledRequest]] = {
+    "begins_with_copy": with_copy,
     "is_handed_off": lambda: item_of(prefill_only=True),
     "searches": lambda: item_of(beam=BeamParams(2)),
     "drafts": lambda: item_of(draft=(3,)),

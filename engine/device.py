@@ -12,7 +12,11 @@ import torch
 
 from wire.errors import ConfigError
 
-_BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cudaError", "device-side assert")
+_BROKEN = (
+    *("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cudaError", "device-side assert"),
+    "Triton Error [CUDA]",
+)
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_gpu(device: str | torch.device) -> bool:
@@ -78,8 +82,13 @@ def give_back_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the step can be tried again with less in it."""
-    return isinstance(error, torch.OutOfMemoryError)
+    """Whether the step can be tried again with less in it.
+
+    Beside torch's allocator there are drivers and libraries that ask for memory.
+    """
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in _FULL)
 
 
 def is_broken(error: BaseException) -> bool:

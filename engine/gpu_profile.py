@@ -3,16 +3,18 @@
     weights      what tensors take once the model is loaded
     largest step as many tokens as a step may hold, by as many requests, then sampling for all
     graphs       the largest rung is captured on a pool of a few blocks; smaller ones fit into its
-                 memory and cost a little each for themselves
+                 memory and cost a little each for themselves. A draft model has graphs of its own
+    other        what the device has less than tensors took: code, work space of libraries
+
+Another process may take memory meanwhile, such as a node that starts beside this one: graphs are
+counted by what this process's allocator holds, and `other` by no more than libraries ever take.
 
 Whatever is read or written here are a few scratch blocks; the numbers mean nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -29,6 +31,7 @@ from wire.types import SamplingParams
 
 SCRATCH_BLOCKS = 8
 PER_GRAPH = 8 << 20  # of a rung besides the memory that all share
+MOST_OTHER = 2 << 30  # what is more was taken by somebody else
 SAMPLING = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, ignore_eos=True)
 
 
@@ -60,12 +63,16 @@ class LargestStep:
         return ScheduledRequest(made, 0, length)
 
 
+def runner_on_scratch(loaded: LoadedModel, block_size: int) -> ModelRunner:
+    """A runner on a pool of a few blocks."""
+    store = KVStore(loaded.kv_layout(block_size), SCRATCH_BLOCKS + 1, loaded.device)
+    store.blocks.zero_()
+    return ModelRunner(loaded, store)
+
+
 def try_largest_step(loaded: LoadedModel, largest: LargestStep) -> ModelRunner:
     """Run it, sampling included; the runner is returned for what else is to be tried."""
-    layout = loaded.kv_layout(largest.block_size)
-    store = KVStore(layout, SCRATCH_BLOCKS + 1, loaded.device)
-    store.blocks.zero_()
-    runner = ModelRunner(loaded, store)
+    runner = runner_on_scratch(loaded, largest.block_size)
     plan = largest.plan()
     logits = runner.run(plan)
     Sampler(frozenset(), loaded.ops).sample(logits, plan.sampling)
@@ -73,9 +80,17 @@ def try_largest_step(loaded: LoadedModel, largest: LargestStep) -> ModelRunner:
 
 
 def measure(
-    loaded: LoadedModel, largest: LargestStep, at_start: MemoryNow, rungs: tuple[int, ...]
+    loaded: LoadedModel,
+    largest: LargestStep,
+    at_start: MemoryNow,
+    rungs: tuple[int, ...],
+    draft: LoadedModel | None = None,
 ) -> GpuUse:
-    """What this process takes of the GPU, by trying. Raises torch.OutOfMemoryError."""
+    """What this process takes of the GPU, by trying. Raises torch.OutOfMemoryError.
+
+    Args:
+        draft: a model beside it, whose steps are smaller.
+    """
     device = torch.device(loaded.device)
     give_back_memory()
     before = memory_now(loaded.device)
@@ -84,11 +99,10 @@ def measure(
     runner = try_largest_step(loaded, largest)
     after = memory_now(loaded.device)
     step = torch.cuda.max_memory_reserved(device) - before.reserved
-    graphs = 0
-    if rungs:
-        graphs = _taken(loaded.device, partial(_try_graph, runner, largest, max(rungs)))
-        graphs += PER_GRAPH * (len(rungs) - 1)
+    graphs = graph_bytes(runner, largest, rungs)
     del runner
+    if draft is not None:
+        graphs += graph_bytes(runner_on_scratch(draft, largest.block_size), largest, rungs)
     give_back_memory()
     return GpuUse(
         device=loaded.device,
@@ -96,22 +110,29 @@ def measure(
         free_at_start=at_start.free,
         free=after.free,
         weights=weights,
-        other=max(0, at_start.free - after.free - after.reserved) + before.reserved - weights,
+        other=other_bytes(at_start, after) + before.reserved - weights,
         step=step,
         graphs=graphs,
     )
 
 
-def _try_graph(runner: ModelRunner, largest: LargestStep, rung: int) -> None:
-    runner.capture((rung,), largest.max_model_len, CudaCapture(runner.device), SCRATCH_BLOCKS)
+def other_bytes(at_start: MemoryNow, now: MemoryNow) -> int:
+    """What the device has less of than tensors took."""
+    return min(MOST_OTHER, max(0, at_start.free - now.free - now.reserved))
 
 
-def _taken(device: str, act: Callable[[], None]) -> int:
-    """By how much less the device has free afterwards.
+def graph_bytes(runner: ModelRunner, largest: LargestStep, rungs: tuple[int, ...]) -> int:
+    """What a ladder of graphs takes, by the capture of its largest.
 
     A capture gives kept memory back itself; were that not done before, it would hide what it takes.
     """
+    if not rungs:
+        return 0
+    device = str(runner.device)
     give_back_memory()
-    before = memory_now(device)
-    act()
-    return max(0, before.free - memory_now(device).free)
+    before = memory_now(device).reserved
+    runner.capture((max(rungs),), largest.max_model_len, CudaCapture(runner.device), SCRATCH_BLOCKS)
+    if runner.graphs is None:
+        return 0
+    taken = memory_now(device).reserved - before
+    return max(0, taken) + PER_GRAPH * len(rungs)

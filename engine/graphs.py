@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.device import synchronize
 from engine.flat_batch import FlatBatch
 from engine.plan import StepPlan
 from engine.step_inputs import Sizes, StepInputs, fill, host_buffer, put_sampled
@@ -91,7 +92,11 @@ class CudaCapture:
             for _ in range(WARM_UPS):
                 work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        current = torch.cuda.current_stream(self._device)
+        with (
+            torch.cuda.stream(current),  # a capture that fails leaves its own as the current one
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             work()
         self._pool = graph.pool()
         return graph.replay
@@ -151,15 +156,13 @@ class DecodeGraphs:
     def capture_all(self, rungs: tuple[int, ...]) -> None:
         """Capture each rung, the largest first: the smaller ones fit into its memory.
 
-        The first that fails ends it; what was captured before stays in use.
+        The first that fails ends it; what was captured before stays in use. Raises RuntimeError
+        where the device itself is lost.
         """
         for rung in sorted(rungs, reverse=True):
             try:
                 self._replays[rung] = self._capture.capture(self._work(rung))
-            except torch.OutOfMemoryError as error:
-                self._failed(rung, error)
-                break
-            except RuntimeError as error:
+            except RuntimeError as error:  # out of memory is one, too
                 self._failed(rung, error)
                 break
         self.rungs = tuple(sorted(self._replays))
@@ -168,6 +171,7 @@ class DecodeGraphs:
         self.num_failed += 1
         line = str(error).partition("\n")[0]
         log.warning("no graph of %d requests, such steps run without: %s", rung, line)
+        synchronize(self._device)
 
     def _work(self, rung: int) -> Callable[[], object]:
         sizes = self._sizes(rung)

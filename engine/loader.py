@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, Progress, fingerprint, open_checkpoint
 from engine.determinism import why_not_deterministic
-from engine.device import check_device, has_bf16, is_gpu, use_device
+from engine.device import check_device, has_bf16, is_gpu, synchronize, use_device
 from engine.final_states import telling_states
 from engine.from_transformers import check_finite, first_line, load, quiet, read_config
 from engine.fused_decoder import FusedDecoder
@@ -179,20 +179,29 @@ def _bytes_in_memory(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) ->
 def _choose_ops(dtype: torch.dtype, device: str, *, deterministic: bool) -> LayerOps:
     """The fastest operations for the model's device and dtype."""
     if is_gpu(device):
-        return _gpu_ops(deterministic=deterministic)
+        return _gpu_ops(device, deterministic=deterministic)
     if device == "cpu" and dtype is torch.float32:
         return load_cpu_ops() or TorchOps()
     return TorchOps()
 
 
-def _gpu_ops(*, deterministic: bool) -> LayerOps:
-    """Triton's kernels; where Triton does not work, torch, which is said once."""
+def _gpu_ops(device: str, *, deterministic: bool) -> LayerOps:
+    """Triton's kernels; where Triton does not work, torch, which is said once.
+
+    Triton compiles with what the machine has: no C compiler, no headers of Python or a GPU that is
+    too old show at the first kernel.
+    """
     try:
         from kernels.triton_ops import TritonOps
-    except ImportError as error:
-        log.warning("no Triton kernels, torch computes, slower and without graphs: %s", error)
+
+        ops = TritonOps(invariant=deterministic)
+        ops.silu_mul(torch.zeros(1, 2, device=device))
+    except Exception as error:  # of Triton's many kinds, and of the tools that it calls
+        synchronize(torch.device(device))  # raises where the device itself is lost
+        line = str(error).partition("\n")[0] or type(error).__name__
+        log.warning("no Triton kernels, torch computes, slower and without graphs: %s", line)
         return TorchOps()
-    return TritonOps(invariant=deterministic)
+    return ops
 
 
 def _fuse(

@@ -127,7 +127,7 @@ def paged_attention_triton(
             HEADS=num_heads,
             DIM=dim,
             DIM_PADDED=power_of_2(dim),
-            SPLITS_PADDED=8 if splits <= 8 else MAX_SPLITS,
+            SPLITS_PADDED=MAX_SPLITS,
             num_warps=4,
             enable_fp_fusion=True,
         )

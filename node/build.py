@@ -151,7 +151,7 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     layout = model.kv_layout(config.block_size)
     drafts = draft_layout(draft, config.block_size)
     if gpu:
-        num_blocks = beside_drafts(gpu.num_blocks(model, layout), layout, drafts)
+        num_blocks = beside_drafts(gpu.num_blocks(model, layout, draft), layout, drafts)
     else:
         num_blocks = _num_blocks(config, layout, drafts)
     pool = None
@@ -159,11 +159,13 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
         pool = shared_pool(config, num_bytes)
     store = _store(config, layout, num_blocks, pool)
-    speculation = make_speculation(config, model, draft, num_blocks)
+    prepare = partial(gpu.prepare, progress=progress) if gpu else None
+    speculation = make_speculation(config, model, draft, num_blocks, prepare)
     runner = ModelRunner(
         model, store, when_done=LayerWaiter() if gpu else at_once, reader=speculation
     )
-    num_failed = gpu.capture(runner, model, scratch=num_blocks) if gpu else 0
+    if prepare:
+        prepare(runner, model, store)
     engine = Engine(
         _engine_config(config, model, num_blocks),
         runner,
@@ -175,7 +177,9 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         speculation=speculation,
     )
     memory = _memory(engine, store, pool)
-    return BuiltEngine(config, model, engine, memory, num_blocks, pool, num_failed)
+    return BuiltEngine(
+        config, model, engine, memory, num_blocks, pool, gpu.num_failed_graphs if gpu else 0
+    )
 
 
 def _memory(engine: Engine, store: KVStore, pool: SharedMemory | None) -> NodeMemory | StagedMemory:

@@ -27,6 +27,8 @@ from wire.errors import BatonError, ConfigError
 from wire.layout import KVLayout
 
 Progress = Callable[[str, int, int], None]
+Prepare = Callable[[ModelRunner, LoadedModel, KVStore], None]
+"""Makes a runner ready for its first step; no request has the last block of its store."""
 
 
 def load_drafter(
@@ -129,10 +131,18 @@ def beside_drafts(num_blocks: int, layout: KVLayout, drafts: KVLayout | None) ->
 
 
 def make_speculation(
-    config: NodeConfig, model: LoadedModel, draft: LoadedModel | None, num_blocks: int
+    config: NodeConfig,
+    model: LoadedModel,
+    draft: LoadedModel | None,
+    num_blocks: int,
+    prepare: Prepare | None = None,
 ) -> Speculation | None:
-    """None where nobody drafts."""
-    drafter = _make_drafter(config.speculative, draft, num_blocks, config.block_size)
+    """None where nobody drafts.
+
+    Args:
+        prepare: a draft model's runner, on a GPU.
+    """
+    drafter = _make_drafter(config.speculative, draft, num_blocks, config.block_size, prepare)
     if drafter is None:
         return None
     most = config.speculative.num_speculative_tokens
@@ -141,13 +151,18 @@ def make_speculation(
 
 
 def _make_drafter(
-    config: SpeculativeConfig, draft: LoadedModel | None, num_blocks: int, block_size: int
+    config: SpeculativeConfig,
+    draft: LoadedModel | None,
+    num_blocks: int,
+    block_size: int,
+    prepare: Prepare | None,
 ) -> Drafter | None:
     if config.method == "ngram":
         return NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
     if draft is None:
         return None
-    store = KVStore(draft.kv_layout(block_size), num_blocks, draft.device)
+    extra = 1 if prepare else 0  # a block for what padding rows write
+    store = KVStore(draft.kv_layout(block_size), num_blocks + extra, draft.device)
     runner = ModelRunner(draft, store)
     sampler = Sampler(frozenset(draft.eos_token_ids), draft.ops)
     if isinstance(draft.model, DraftHead):
@@ -159,6 +174,8 @@ def _make_drafter(
             num_blocks=num_blocks,
             block_size=block_size,
         )
+    if prepare:
+        prepare(runner, draft, store)
     return DraftModel(
         runner,
         sampler,

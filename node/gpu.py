@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from queue import Queue
 
 import torch
 
-from engine.device import check_device, memory_now, use_device
+from engine.device import check_device, is_out_of_memory, memory_now, use_device
 from engine.gpu_memory import check_weights, pool_bytes
 from engine.gpu_profile import LargestStep, measure
 from engine.graphs import CudaCapture, ladder
+from engine.kv_store import KVStore
 from engine.model_info import LoadedModel
 from engine.runner import LayersDone, ModelRunner
+from engine.sampler import Sampler
+from engine.warm_up import warm_up
 from node.config import NodeConfig
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
 
 _MAX_WAITING = 4096  # layers or copies: many steps' worth
 
@@ -37,6 +43,7 @@ class Gpu:
         check_device(config.device)
         use_device(config.device)
         self._config = config
+        self.num_failed_graphs = 0  # captures; such steps run without
         self._at_start = memory_now(config.device)
         self._rungs = ladder(config.max_num_seqs) if config.cuda_graphs and decodes else ()
 
@@ -45,17 +52,13 @@ class Gpu:
         start, share = self._at_start, self._config.gpu_memory_utilization
         check_weights(self._config.device, weight_bytes, start.total, start.free, share)
 
-    def num_blocks(self, model: LoadedModel, layout: KVLayout) -> int:
+    def num_blocks(
+        self, model: LoadedModel, layout: KVLayout, draft: LoadedModel | None = None
+    ) -> int:
         """Blocks of the KV pool that fit beside all else; one more is left for padding."""
         config = self._config
-        largest = LargestStep(
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            model.max_model_len,
-            config.block_size,
-        )
         try:
-            use = measure(model, largest, self._at_start, self._rungs)
+            use = measure(model, self._largest(model), self._at_start, self._rungs, draft)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"too little GPU memory: a step of {config.max_num_batched_tokens} tokens does not "
@@ -67,14 +70,46 @@ class Gpu:
         log.info("KV pool of %d MiB; %s", room >> 20, use.told(config.gpu_memory_utilization))
         return room // layout.block_bytes - 1
 
-    def capture(self, runner: ModelRunner, model: LoadedModel, scratch: int) -> int:
-        """Make the graphs; how many failed."""
-        device = torch.device(self._config.device)
-        runner.capture(self._rungs, model.max_model_len, CudaCapture(device), scratch)
-        if runner.graphs is None:
-            return 0
-        log.info("graphs of decode steps for batches of %s", runner.graphs.rungs)
-        return runner.graphs.num_failed
+    def prepare(
+        self, runner: ModelRunner, model: LoadedModel, store: KVStore, progress: Progress
+    ) -> None:
+        """Capture what can be captured and run the rest once, so that no request waits for it.
+
+        Args:
+            store: the runner's; no request has its last block.
+        """
+        began, scratch = time.monotonic(), store.num_blocks - 1
+        sampler = Sampler(frozenset(model.eos_token_ids), model.ops)
+        tell = partial(progress, "trying kernels")
+        try:
+            runner.capture(self._rungs, model.max_model_len, CudaCapture(runner.device), scratch)
+            nobody_reads = ModelRunner(model, store)
+            warm_up(nobody_reads, sampler, self._largest(model), scratch, tell)
+        except RuntimeError as error:
+            raise ConfigError(_first_steps_failed(self._config.device, error)) from error
+        if runner.graphs is not None:
+            log.info("graphs of decode steps for batches of %s", runner.graphs.rungs)
+            self.num_failed_graphs += runner.graphs.num_failed
+        log.info("graphs and kernels of %s took %.1f s", model.name, time.monotonic() - began)
+
+    def _largest(self, model: LoadedModel) -> LargestStep:
+        config = self._config
+        return LargestStep(
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            model.max_model_len,
+            config.block_size,
+        )
+
+
+def _first_steps_failed(device: str, error: RuntimeError) -> str:
+    if is_out_of_memory(error):
+        return (
+            f"too little GPU memory: on {device} not even small steps fit beside the KV pool; "
+            "lower --gpu-memory-utilization"
+        )
+    line = str(error).partition("\n")[0]
+    return f"{device} fails in its first steps: {line}; see its driver, or set --device cpu"
 
 
 class StreamWaiter:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool, Owner
+from engine.device import give_back_memory, is_out_of_memory
 from engine.drafting.drafter import Ask
 from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
@@ -75,8 +76,17 @@ class DraftModel:
         self._shadows: dict[str, _Shadow] = {}
 
     def propose(self, asks: Sequence[Ask]) -> list[Sequence[int]]:
-        """See Drafter."""
+        """See Drafter. Nothing is drafted in a step for which the device has too little memory."""
         self._forget_others({ask.request.request_id for ask in asks})
+        try:
+            return self._drafts(asks)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            give_back_memory()
+            return [()] * len(asks)
+
+    def _drafts(self, asks: Sequence[Ask]) -> list[Sequence[int]]:
         ready = self._catch_up([ask for ask in asks if ask.num_tokens])
         for depth in range(2, max((ask.num_tokens for ask in ready), default=0) + 1):
             self._pass([ask for ask in ready if ask.num_tokens >= depth])

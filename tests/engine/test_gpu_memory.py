@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ import torch
 from engine import gpu_profile
 from engine.device import MemoryNow, check_device, is_broken, is_out_of_memory
 from engine.gpu_memory import MARGIN, GpuUse, check_weights, pool_bytes
-from engine.gpu_profile import SCRATCH_BLOCKS, LargestStep, try_largest_step
+from engine.gpu_profile import (
+    MOST_OTHER,
+    PER_GRAPH,
+    SCRATCH_BLOCKS,
+    LargestStep,
+    graph_bytes,
+    other_bytes,
+    try_largest_step,
+)
 from engine.loader import load_model
 from engine.numerics import resolve_dtype
 from wire.errors import ConfigError
@@ -90,25 +99,46 @@ def test_the_largest_step_can_be_tried(make_model: Callable[[str], Path]) -> Non
     try_largest_step(loaded, LargestStep(50, 4, 40, 4))
 
 
+class CapturingRunner:
+    """Keeps 5 GiB, which are given back when a capture begins, and captures 1 GiB."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.kept, self.taken = 5 * GIB, 0
+        self.graphs: object = None
+
+    def give_back(self) -> None:
+        self.kept = 0
+
+    def capture(self, rungs: tuple[int, ...], *_: object) -> None:
+        assert rungs == (8,), "the largest alone"
+        self.give_back()  # as torch does when a capture begins
+        self.taken, self.graphs = GIB, "some"
+
+    def memory(self, device: str) -> MemoryNow:
+        return MemoryNow(80 * GIB, 0, self.kept + self.taken)
+
+
 def test_what_graphs_take_is_not_hidden_by_memory_that_is_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept, taken = 5 * GIB, 0
+    runner: Any = CapturingRunner()
+    monkeypatch.setattr(gpu_profile, "give_back_memory", runner.give_back)
+    monkeypatch.setattr(gpu_profile, "memory_now", runner.memory)
+    monkeypatch.setattr(gpu_profile, "CudaCapture", lambda device: None)
+    largest = LargestStep(512, 8, 100, 4)
+    assert graph_bytes(runner, largest, (1, 2, 4, 8)) == GIB + 4 * PER_GRAPH
+    assert graph_bytes(runner, largest, ()) == 0
 
-    def give_back() -> None:
-        nonlocal kept
-        kept = 0
 
-    def capture() -> None:
-        nonlocal taken
-        give_back()  # as torch does when a capture begins
-        taken = GIB
-
-    monkeypatch.setattr(gpu_profile, "give_back_memory", give_back)
-    monkeypatch.setattr(
-        gpu_profile, "memory_now", lambda device: MemoryNow(80 * GIB, 40 * GIB - kept - taken, 0)
-    )
-    assert gpu_profile._taken("cuda:0", capture) == GIB
+def test_what_others_take_meanwhile_is_not_counted_as_this_nodes() -> None:
+    """A second node of the same card loads its weights while the first one measures."""
+    start = MemoryNow(80 * GIB, 79 * GIB, 0)
+    assert other_bytes(start, MemoryNow(80 * GIB, 60 * GIB, 18 * GIB)) == GIB
+    beside_another = MemoryNow(80 * GIB, 44 * GIB, 18 * GIB)
+    assert other_bytes(start, beside_another) == MOST_OTHER
+    assert other_bytes(start, MemoryNow(80 * GIB, 70 * GIB, 18 * GIB)) == 0, "somebody left"
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
@@ -140,5 +170,13 @@ def test_out_of_memory_is_not_the_end_and_a_cuda_error_is() -> None:
     assert is_broken(torch.AcceleratorError("CUDA error: an illegal memory access"))
     assert is_broken(RuntimeError("CUDA error: unspecified launch failure"))
     assert is_broken(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling"))
+    assert is_broken(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+    for message in (
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(message))
+        assert not is_broken(RuntimeError(message))
     assert not is_broken(RuntimeError("shapes cannot be multiplied"))
     assert not is_broken(ValueError("CUDA error"))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.drafting.draft_model import DraftModel
+from engine.drafting.drafter import Ask
 from engine.engine import Engine
 from engine.flat_batch import FlatBatch, flatten
 from engine.graphs import Capture, EagerCapture, Replay, can_replay, ladder, rung_for
@@ -20,6 +24,7 @@ from engine.model_info import LoadedModel
 from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
+from engine.sampler import Sampler
 from engine.step_inputs import HostRequests, Sizes, StepInputs, fill, host_buffer, sizes_of
 from kernels.triton_ops import TritonOps
 from wire.types import SamplingParams
@@ -252,3 +257,70 @@ def test_a_model_that_is_not_fused_has_no_graphs(make_model: Callable[[str], Pat
     engine, runner = engine_on(loaded, EagerCapture(), packed=True)
     assert runner.graphs is None
     assert len(tokens_of(engine)) == 7
+
+
+class OutOfMemoryOnce:
+    """A runner whose device is full at its n-th step."""
+
+    def __init__(self, runner: ModelRunner, step: int) -> None:
+        self._runner, self._left = runner, step
+
+    def run(self, plan: StepPlan) -> Tensor:
+        self._left -= 1
+        if not self._left:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._runner.run(plan)
+
+
+def drafts_of(loaded: LoadedModel, capture: Capture | None, full_at: int = 0) -> list[list[int]]:
+    """Of three requests, one after the other; the target takes all of them."""
+    store = KVStore(loaded.kv_layout(BLOCK_SIZE), NUM_BLOCKS + 1)
+    runner = ModelRunner(loaded, store, packed=True)
+    if capture is not None:
+        runner.capture(ladder(4), MAX_LEN, capture, scratch=NUM_BLOCKS)
+    drafter = DraftModel(
+        cast(ModelRunner, OutOfMemoryOnce(runner, full_at)),
+        Sampler(frozenset()),
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_LEN,
+    )
+    requests = [request(str(number), 4 + number, number, number % 2) for number in range(3)]
+    drafts = []
+    for _ in range(3):
+        found = drafter.propose([Ask(r, 3) for r in requests])
+        for each, draft in zip(requests, found, strict=True):
+            each.tokens += draft
+            drafter.accepted(each, len(draft))
+            each.tokens.append(7)
+        drafts += [list(draft) for draft in found]
+        drafter.check_integrity()
+    return drafts
+
+
+def test_a_draft_models_passes_are_replayed(llama: LoadedModel) -> None:
+    expected = drafts_of(llama, None)
+    assert all(len(draft) == 3 for draft in expected)
+    counted = CountingCapture()
+    assert drafts_of(llama, counted) == expected
+    assert counted.num_replays == 3 * 2, "all but the first of each draft, which catches up"
+
+
+class CountingCapture:
+    """EagerCapture that counts."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def capture(self, work: Callable[[], object]) -> Replay:
+        def replay() -> None:
+            self.num_replays += 1
+            work()
+
+        return replay
+
+
+@pytest.mark.parametrize("full_at", [1, 2, 5])
+def test_a_draft_that_does_not_fit_into_memory_is_none(llama: LoadedModel, full_at: int) -> None:
+    drafts = drafts_of(llama, None, full_at)
+    assert sorted(map(len, drafts)) == [0] * 3 + [3] * 6

@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import replace
 from threading import Lock
 
-import torch
 from torch import Tensor
 
 from engine.block_pool import BlockCounts, BlockPool
 from engine.config import EngineConfig
-from engine.device import give_back_memory, synchronize
+from engine.device import give_back_memory, is_out_of_memory, synchronize
 from engine.drafting.speculation import Speculation
 from engine.grammar import Grammars, begin_masks
 from engine.in_flight import InFlight, Outcome, Runner
@@ -114,13 +113,13 @@ class Engine:
             self._ahead = self._look_ahead(step, on_layers)
             with self._spans("read"):
                 outcome = step.outcome()
-        except torch.OutOfMemoryError:
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                self._abandon(plan)
+                raise
             if not self._shrink(plan):
                 raise
             return None
-        except BaseException:
-            self._abandon(plan)
-            raise
         return self._finish(plan, outcome)
 
     def _launch(

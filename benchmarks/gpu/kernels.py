@@ -1,192 +1,172 @@
-"""What the Triton kernels read, write and multiply per second, beside a plain copy on the device.
+"""What single operations read, write and multiply per second, beside a plain copy and a product.
 
     python -m benchmarks.gpu.kernels
 
-One layer of Llama 3 8B in bf16, without a model: for tuning kernels, which `make bench-gpu` then
-shows within the engine. A kernel counts the bytes that it must read and write once each. The last
-line is JSON.
+One layer of Llama 3 8B in bf16, without a model: for tuning kernels. `make bench-gpu` runs the same
+cases beside whole steps of the engine. A case counts the bytes that it must read and write once
+each. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.block_copy import Part
+from benchmarks.gpu.clock import Clock, Rate
+from benchmarks.gpu.model import LLAMA_8B, Target
+from engine.step_inputs import HostRequests
+from kernels.block_copy import Part, gather_units, scatter_units
 from kernels.device_rows import DeviceRows
-from kernels.triton_attention import paged_attention_triton
-from kernels.triton_blocks import gather_units_triton, scatter_units_triton
-from kernels.triton_digest import accumulate_triton
-from kernels.xxh3 import secret_words
-
-REPEATS = 20
-WARM_UPS = 3
+from kernels.ops import PackedRows
+from kernels.xxh3 import accumulate, secret_words
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a model decides the sizes."""
+class Sizes:
+    """How large each case is."""
 
-    num_layers: int = 32
-    query_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    block_size: int = 16
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """How much was done in how many seconds: bytes or floating point operations."""
-
-    amount: float
-    seconds: float
-
-    @property
-    def per_second(self) -> float:
-        return self.amount / self.seconds
+    copy_bytes: int = 4 << 30
+    product: int = 8192
+    paged_batch: int = 64
+    paged_context: int = 4096
+    prompt: int = 8192
+    moved_blocks: int = 1024
+    digested_bytes: int = 512 << 10  # of a unit
 
 
-LLAMA = Shape()
+class Cases:
+    """Each operation on one device."""
+
+    def __init__(self, target: Target, sizes: Sizes, clock: Clock) -> None:
+        self._target, self._sizes, self._clock = target, sizes, clock
+        self._device = target.device
+
+    def copy(self) -> Rate:
+        """torch's own copy: the bytes that are read and those that are written."""
+        source = torch.empty(self._sizes.copy_bytes, dtype=torch.uint8, device=self._device)
+        source.random_()
+        target = torch.empty_like(source)
+        return Rate(2 * len(source), self._clock.seconds(lambda: target.copy_(source)))
+
+    def product(self) -> Rate:
+        """The operations of a square product of noise."""
+        size = self._sizes.product
+        a, b = self._target.noise(size, size), self._target.noise(size, size)
+        return Rate(2 * size**3, self._clock.seconds(lambda: a @ b))
+
+    def paged_decode(self) -> Rate:
+        """Attention for one row of each request: the bytes of keys and values that it reads."""
+        sizes, shape = self._sizes, self._target.shape
+        took = self._attention(sizes.paged_batch, 1, sizes.paged_context)
+        numbers = 2 * sizes.paged_batch * sizes.paged_context
+        numbers *= shape.kv_heads * self._target.head_dim
+        return Rate(numbers * self._target.dtype.itemsize, took)
+
+    def prefill_attention(self) -> Rate:
+        """Causal attention over a prompt: the operations of two products over half the pairs."""
+        tokens, shape = self._sizes.prompt, self._target.shape
+        took = self._attention(1, tokens, tokens)
+        return Rate(2 * tokens * tokens * shape.heads * self._target.head_dim, took)
+
+    def _attention(self, num_requests: int, num_rows: int, context: int) -> float:
+        """Seconds of one layer's, over scattered blocks."""
+        target = self._target
+        rows = _requests(self._device, num_requests, num_rows, context, target.block_size)
+        keys, values = self._pool(rows.tables.numel())
+        packed = PackedRows(HostRequests(rows), laid_out=rows)
+        query = target.noise(num_requests * num_rows, target.shape.heads, target.head_dim)
+        return self._clock.seconds(
+            lambda: target.ops.attention(query, keys, values, packed, scale=0.1)
+        )
+
+    def _pool(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer of two, as views of a pool."""
+        target = self._target
+        block = (target.block_size, target.shape.kv_heads, target.head_dim)
+        pool = torch.empty((num_blocks, 2, 2, *block), dtype=target.dtype, device=self._device)
+        pool.normal_()
+        return pool[:, 1, 0], pool[:, 1, 1]
+
+    def gather_and_scatter(self) -> tuple[Rate, Rate]:
+        """A quarter of the layers of many blocks, as a handoff takes them: read and written."""
+        target, num_blocks = self._target, self._sizes.moved_blocks
+        gather, scatter = gather_units, scatter_units
+        if target.has_kernels:
+            from kernels.triton_blocks import gather_units_triton, scatter_units_triton
+
+            gather, scatter = gather_units_triton, scatter_units_triton
+        shape = target.shape
+        block = (shape.layers, 2, target.block_size, shape.kv_heads, target.head_dim)
+        pool = torch.zeros((num_blocks, *block), dtype=target.dtype, device=self._device)
+        blocks = torch.randperm(num_blocks, device=self._device)[:, None] * target.block_size
+        slots = (blocks + torch.arange(target.block_size, device=self._device)).contiguous()
+        part = Part(0, max(1, shape.layers // 4), 0, shape.kv_heads)
+        units = gather(pool, slots, part, target.dtype)
+        num_bytes = 2 * units.numel() * units.element_size()
+        there = self._clock.seconds(lambda: gather(pool, slots, part, target.dtype))
+        back = self._clock.seconds(lambda: scatter(units, pool, slots, part))
+        return Rate(num_bytes, there), Rate(num_bytes, back)
+
+    def digest(self) -> Rate:
+        """XXH3's accumulators of many units: the bytes that are read."""
+        by = accumulate
+        if self._target.has_kernels:
+            from kernels.triton_digest import accumulate_triton
+
+            by = accumulate_triton
+        num_units, num_bytes = self._sizes.moved_blocks, self._sizes.digested_bytes
+        data = torch.ones(num_units, num_bytes // 8, dtype=torch.int64, device=self._device)
+        secret = secret_words(1, self._device)
+        return Rate(num_units * num_bytes, self._clock.seconds(lambda: by(data, secret)))
 
 
-def figures(device: torch.device, shape: Shape = LLAMA) -> dict[str, float]:
-    """GB/s, TFLOP/s for prefill, and the shares of the copy's rate that have a goal."""
-    copied = device_copy(device)
-    decode = paged_decode(device, shape=shape)
-    gathered, scattered = gather_and_scatter(device, shape=shape)
-    digested = digest(device)
-    prefilled = prefill_attention(device, shape=shape)
-    moved = Rate(gathered.amount + scattered.amount, gathered.seconds + scattered.seconds)
+def _requests(
+    device: torch.device, num_requests: int, num_rows: int, context: int, block_size: int
+) -> DeviceRows:
+    """Requests of equal rows and contexts, over scattered blocks."""
+    num_blocks = -(-context // block_size)
+    numbers = {"dtype": torch.int32, "device": device}
+    starts = torch.arange(num_requests + 1)
+    return DeviceRows(
+        first_row=(starts * num_rows).to(**numbers),
+        context_len=torch.full((num_requests,), context).to(**numbers),
+        tables=torch.randperm(num_blocks * num_requests).to(**numbers),
+        table_start=(starts[:-1] * num_blocks).to(**numbers),
+        max_rows=num_rows,
+        max_context=context,
+    )
+
+
+@torch.inference_mode()
+def figures(cases: Cases) -> dict[str, float]:
+    """GB/s, TFLOP/s for products, and the shares of the copy's rate that have a goal."""
+    copied, product = cases.copy(), cases.product()
+    decode, prefill = cases.paged_decode(), cases.prefill_attention()
+    gathered, scattered = cases.gather_and_scatter()
     return {
         "copy_gb_s": copied.per_second / 1e9,
+        "product_tflops": product.per_second / 1e12,
         "paged_decode_gb_s": decode.per_second / 1e9,
         "paged_decode_bw": decode.per_second / copied.per_second,
         "gather_gb_s": gathered.per_second / 1e9,
         "scatter_gb_s": scattered.per_second / 1e9,
-        "gather_scatter_bw": moved.per_second / copied.per_second,
-        "digest_gb_s": digested.per_second / 1e9,
-        "prefill_attention_tflops": prefilled.per_second / 1e12,
+        "gather_scatter_bw": (gathered + scattered).per_second / copied.per_second,
+        "digest_gb_s": cases.digest().per_second / 1e9,
+        "prefill_attention_tflops": prefill.per_second / 1e12,
     }
-
-
-def device_copy(device: torch.device, num_bytes: int = 1 << 30) -> Rate:
-    """torch's own copy: what is read and written."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Rate(2 * num_bytes, seconds_of(lambda: target.copy_(source), device))
-
-
-def paged_decode(
-    device: torch.device, batch: int = 64, context: int = 4096, shape: Shape = LLAMA
-) -> Rate:
-    """One layer's attention for one row of each request: the keys and values that it reads."""
-    rows = _requests(device, [(1, context)] * batch, shape.block_size)
-    keys, values = _pool(device, rows.tables.numel(), shape)
-    query = torch.randn(batch, shape.query_heads, shape.head_dim, device=device, dtype=shape.dtype)
-    seconds = seconds_of(
-        lambda: paged_attention_triton(query, keys, values, rows, scale=0.1), device
-    )
-    num_numbers = 2 * batch * context * shape.kv_heads * shape.head_dim
-    return Rate(num_numbers * shape.dtype.itemsize, seconds)
-
-
-def prefill_attention(device: torch.device, tokens: int = 8192, shape: Shape = LLAMA) -> Rate:
-    """One layer's causal attention over a prompt: two products over half of the pairs."""
-    rows = _requests(device, [(tokens, tokens)], shape.block_size)
-    keys, values = _pool(device, rows.tables.numel(), shape)
-    query = torch.randn(tokens, shape.query_heads, shape.head_dim, device=device, dtype=shape.dtype)
-    seconds = seconds_of(
-        lambda: paged_attention_triton(query, keys, values, rows, scale=0.1), device
-    )
-    return Rate(2 * tokens * tokens * shape.query_heads * shape.head_dim, seconds)
-
-
-def gather_and_scatter(
-    device: torch.device, num_units: int = 512, shape: Shape = LLAMA
-) -> tuple[Rate, Rate]:
-    """A quarter of the layers of many blocks, as a handoff takes them: read and written."""
-    layers = max(1, shape.num_layers // 4)
-    part = Part(0, layers, 0, shape.kv_heads)
-    sizes = (num_units, shape.num_layers, 2, shape.block_size, shape.kv_heads, shape.head_dim)
-    pool = torch.zeros(sizes, dtype=shape.dtype, device=device)
-    blocks = torch.randperm(num_units, device=device)[:, None] * shape.block_size
-    slots = (blocks + torch.arange(shape.block_size, device=device)).contiguous()
-    units = gather_units_triton(pool, slots, part, shape.dtype)
-    num_bytes = 2 * units.numel() * units.element_size()
-    gather = seconds_of(lambda: gather_units_triton(pool, slots, part, shape.dtype), device)
-    scatter = seconds_of(lambda: scatter_units_triton(units, pool, slots, part), device)
-    return Rate(num_bytes, gather), Rate(num_bytes, scatter)
-
-
-def digest(device: torch.device, num_units: int = 512, num_bytes: int = 512 << 10) -> Rate:
-    """XXH3's accumulators of many units: the bytes that are read."""
-    data = torch.ones(num_units, num_bytes // 8, dtype=torch.int64, device=device)
-    secret = secret_words(1, device)
-    return Rate(num_units * num_bytes, seconds_of(lambda: accumulate_triton(data, secret), device))
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """The median of many calls, each timed by the device itself."""
-    for _ in range(WARM_UPS):
-        call()
-    timed = _timed_on_gpu if device.type == "cuda" else _timed_here
-    return statistics.median(timed(call) for _ in range(REPEATS))
-
-
-def _timed_on_gpu(call: Callable[[], object]) -> float:
-    make: Callable[..., Any] = torch.cuda.Event
-    start, end = make(enable_timing=True), make(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def _timed_here(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _requests(device: torch.device, shapes: list[tuple[int, int]], block_size: int) -> DeviceRows:
-    """Requests (rows, context) of equal contexts, over scattered blocks."""
-    first_row = torch.tensor([0, *(rows for rows, _ in shapes)]).cumsum(0)
-    num_blocks = -(-shapes[0][1] // block_size)
-    tables = torch.randperm(num_blocks * len(shapes)).view(len(shapes), num_blocks)
-    return DeviceRows(
-        first_row=first_row.to(device, torch.int32),
-        context_len=torch.tensor([c for _, c in shapes], dtype=torch.int32, device=device),
-        tables=tables.to(device, torch.int32),
-        table_start=torch.arange(len(shapes), dtype=torch.int32, device=device) * num_blocks,
-        max_rows=max(rows for rows, _ in shapes),
-        max_context=max(context for _, context in shapes),
-    )
-
-
-def _pool(device: torch.device, num_blocks: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer of two, as views of a pool."""
-    sizes = (num_blocks, 2, 2, shape.block_size, shape.kv_heads, shape.head_dim)
-    pool = torch.zeros(sizes, dtype=shape.dtype, device=device).normal_()
-    return pool[:, 1, 0], pool[:, 1, 1]
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("kernels: torch finds no CUDA device here; nothing was measured", file=sys.stderr)
         return 1
-    device = torch.device("cuda")
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
-    found = figures(device)
+    target = Target.of("cuda:0", LLAMA_8B)
+    print(f"{torch.cuda.get_device_name(target.device)}, torch {torch.__version__}")
+    found = figures(Cases(target, Sizes(), Clock(target.device)))
     for name, value in found.items():
         print(f"{name:<26}{value:>10.4g}")
     print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}))

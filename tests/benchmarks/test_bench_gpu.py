@@ -59,3 +59,11 @@ def test_the_benchmark_measures_every_figure_and_the_check_writes_it_down(tmp_pa
     assert figures["tiny"] is True
     assert json.loads(done.stdout.splitlines()[-1]) == summary["figures"]
     assert (tmp_path / "out" / "bench_gpu.log").stat().st_size
+
+
+def test_a_goal_that_is_not_reached_is_named() -> None:
+    figures = bench_gpu.AT_MOST | bench_gpu.AT_LEAST
+    assert figures.keys() == FIGURES
+    assert bench_gpu.missed(figures) == []
+    slow = figures | {"decode_b16_vs_roofline": 1.26, "prefill8k_mfu": math.nan}
+    assert bench_gpu.missed(slow) == ["decode_b16_vs_roofline", "prefill8k_mfu"]

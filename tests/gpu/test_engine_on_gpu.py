@@ -14,15 +14,19 @@ from engine.config import EngineConfig
 from engine.device import is_out_of_memory, memory_now
 from engine.engine import Engine
 from engine.gpu_profile import LargestStep, measure
-from engine.graphs import CudaCapture, ladder
+from engine.graphs import WARM_UPS, CudaCapture, ladder
 from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
+from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
+from engine.sampler import Sampler
 from engine.staging import Staging
 from engine.unit_copies import Copied, Cut, UnitCopies
+from engine.warm_up import warm_up
 from kernels.block_copy import Part
+from kernels.triton_attend import attend
 from kvtransfer.digest import content_of
 from wire.types import SamplingParams
 
@@ -85,6 +89,52 @@ def test_models_of_16_bits_are_fused_and_captured(tiny_llama: Path, dtype: str) 
     assert loaded.fusions.decoder, loaded.fusions.reason
     told = run(loaded, graphs=True)
     assert all(len(tokens) == 12 for tokens in told.values())
+
+
+def test_a_failed_capture_leaves_the_device_as_it_was() -> None:
+    device = torch.device(DEVICE)
+    capture, current = CudaCapture(device), torch.cuda.current_stream(device)
+    numbers = torch.zeros(4, device=device)
+    calls = 0
+
+    def asks_the_device() -> None:
+        nonlocal calls
+        calls += 1
+        numbers.add_(1)
+        if calls > WARM_UPS:
+            numbers.sum().item()  # which no graph can
+
+    with pytest.raises(RuntimeError):
+        capture.capture(asks_the_device)
+    assert torch.cuda.current_stream(device) == current
+    torch.cuda.synchronize()
+    before = numbers.clone()
+    replay = CudaCapture(device).capture(lambda: numbers.add_(1))
+    replay()
+    assert torch.equal(numbers, before + WARM_UPS + 1)
+
+
+def test_kernels_are_tried_before_the_first_request(tiny_llama: Path) -> None:
+    """Afterwards, steps of other sizes compile nothing."""
+    loaded = load_model(tiny_llama, device=DEVICE, max_model_len=512)
+    store = KVStore(loaded.kv_layout(BLOCK_SIZE), NUM_BLOCKS + 1, DEVICE)
+    store.blocks.zero_()
+    runner, sampler = ModelRunner(loaded, store), Sampler(frozenset(), loaded.ops)
+    largest = LargestStep(512, 8, 512, BLOCK_SIZE)
+    warm_up(runner, sampler, largest, NUM_BLOCKS)
+    known = num_kernels()
+    assert known
+    for rows, context in ((1, 7), (3, 100), (5, 400), (21, 21), (100, 300), (200, 511)):
+        request = Request("r", [0] * context, context, SamplingParams(max_tokens=1), 513)
+        request.block_table = [1] * -(-context // BLOCK_SIZE)
+        item = ScheduledRequest(request, context - rows, rows)
+        sampler.sample(runner.run(StepPlan((item,))), [request])
+    assert num_kernels() == known
+
+
+def num_kernels() -> int:
+    """Compiled ones of attention, with which steps differ most."""
+    return sum(len(caches[0]) for caches in attend.device_caches.values())
 
 
 def test_what_a_model_takes_is_measured(tiny_llama: Path) -> None:

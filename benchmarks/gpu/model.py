@@ -69,6 +69,11 @@ class Target:
         return cls(where, torch.bfloat16, shape, TritonOps())
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether Triton computes."""
+        return not isinstance(self.ops, TorchOps)
+
+    @property
     def head_dim(self) -> int:
         return self.shape.hidden_size // self.shape.heads
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from benchmarks.gpu.clock import Clock, Rate
 from benchmarks.gpu.model import LLAMA_8B, Target
 from engine.step_inputs import HostRequests
-from kernels.block_copy import Part, gather_units, scatter_units
+from kernels.block_copy import Part
 from kernels.device_rows import DeviceRows
 from kernels.ops import PackedRows
-from kernels.xxh3 import accumulate, secret_words
+from kernels.unit_kernels import REFERENCE, triton_kernels
+from kernels.xxh3 import secret_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Cases:
     def __init__(self, target: Target, sizes: Sizes, clock: Clock) -> None:
         self._target, self._sizes, self._clock = target, sizes, clock
         self._device = target.device
+        self._units = triton_kernels() if target.has_kernels else REFERENCE
 
     def copy(self) -> Rate:
         """torch's own copy: the bytes that are read and those that are written."""
@@ -94,30 +96,21 @@ class Cases:
     def gather_and_scatter(self) -> tuple[Rate, Rate]:
         """A quarter of the layers of many blocks, as a handoff takes them: read and written."""
         target, num_blocks = self._target, self._sizes.moved_blocks
-        gather, scatter = gather_units, scatter_units
-        if target.has_kernels:
-            from kernels.triton_blocks import gather_units_triton, scatter_units_triton
-
-            gather, scatter = gather_units_triton, scatter_units_triton
-        shape = target.shape
+        shape, by = target.shape, self._units
         block = (shape.layers, 2, target.block_size, shape.kv_heads, target.head_dim)
         pool = torch.zeros((num_blocks, *block), dtype=target.dtype, device=self._device)
         blocks = torch.randperm(num_blocks, device=self._device)[:, None] * target.block_size
         slots = (blocks + torch.arange(target.block_size, device=self._device)).contiguous()
         part = Part(0, max(1, shape.layers // 4), 0, shape.kv_heads)
-        units = gather(pool, slots, part, target.dtype)
+        units = by.gather_units(pool, slots, part, target.dtype)
         num_bytes = 2 * units.numel() * units.element_size()
-        there = self._clock.seconds(lambda: gather(pool, slots, part, target.dtype))
-        back = self._clock.seconds(lambda: scatter(units, pool, slots, part))
+        there = self._clock.seconds(lambda: by.gather_units(pool, slots, part, target.dtype))
+        back = self._clock.seconds(lambda: by.scatter_units(units, pool, slots, part))
         return Rate(num_bytes, there), Rate(num_bytes, back)
 
     def digest(self) -> Rate:
         """XXH3's accumulators of many units: the bytes that are read."""
-        by = accumulate
-        if self._target.has_kernels:
-            from kernels.triton_digest import accumulate_triton
-
-            by = accumulate_triton
+        by = self._units.accumulate
         num_units, num_bytes = self._sizes.moved_blocks, self._sizes.digested_bytes
         data = torch.ones(num_units, num_bytes // 8, dtype=torch.int64, device=self._device)
         secret = secret_words(1, self._device)
@@ -129,13 +122,16 @@ def _requests(
 ) -> DeviceRows:
     """Requests of equal rows and contexts, over scattered blocks."""
     num_blocks = -(-context // block_size)
-    numbers = {"dtype": torch.int32, "device": device}
     starts = torch.arange(num_requests + 1)
+
+    def there(numbers: Tensor) -> Tensor:
+        return numbers.to(device, torch.int32)
+
     return DeviceRows(
-        first_row=(starts * num_rows).to(**numbers),
-        context_len=torch.full((num_requests,), context).to(**numbers),
-        tables=torch.randperm(num_blocks * num_requests).to(**numbers),
-        table_start=(starts[:-1] * num_blocks).to(**numbers),
+        first_row=there(starts * num_rows),
+        context_len=there(torch.full((num_requests,), context)),
+        tables=there(torch.randperm(num_blocks * num_requests)),
+        table_start=there(starts[:-1] * num_blocks),
         max_rows=num_rows,
         max_context=context,
     )

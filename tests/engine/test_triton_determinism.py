@@ -50,8 +50,9 @@ class Watch:
         plan: StepPlan,
         on_layers: Callable[[int], None] | None = None,
         on_hidden: Callable[[Tensor], None] | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
-        logits = self._runner.run(plan, on_layers, on_hidden).clone()
+        logits = self._runner.run(plan, on_layers, on_hidden, sampled).clone()
         for row, item in zip(logits, (i for i in plan.scheduled if i.num_samples), strict=True):
             self.logits[item.request.request_id, item.request.num_tokens] = row
         return logits

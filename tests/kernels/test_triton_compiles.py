@@ -20,7 +20,7 @@ KERNELS = {
         "_filter_floor",
         "_gumbel_argmax",
     ),
-    *("_penalize", "_copy", "_block_sums", "_in_order", "_linear", "_add_parts"),
+    *("_penalize", "_copy", "_read", "_block_sums", "_in_order", "_linear", "_add_parts"),
 }
 
 

@@ -1,4 +1,4 @@
-"""One simulated run of a disaggregated fleet: arrivals, the router's part, and the records.
+"""One simulated run of a fleet: arrivals, the router's part, and the records.
 
 The router's decisions are `router.fleet`, `router.policy`, `router.admission` and `router.dispatch`
 themselves; what stands here only carries their effects, as `router.requests` does on a network.
@@ -18,15 +18,17 @@ from baton.simulation.setup import Setup
 from baton.simulation.tuned import Mover, SimulatedTuner, Tuning
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchLimits
-from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send
+from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send, Taken
 from router.errors import ApiError
 from router.fleet import Fleet
+from router.judge import Judge, Told
 from router.work import Prompt, Work
 from tuner.record import RequestRecord
 from tuner.trace import Trace, TracedRequest
 from wire.messages import (
     AttemptFailed,
     CacheEvents,
+    Generate,
     Granted,
     Message,
     ModelInfo,
@@ -76,7 +78,8 @@ class FleetRun:
         self._setup = setup
         self._trace = trace
         self._names = PrefixNames(setup.engine.block_size, trace.block_len)
-        self._fleet = Fleet(setup.node_timeout_s, node_stall_s=float("inf"))
+        judge = Judge(setup.rules, Told(setup.pace(trace) if trace.requests else None))
+        self._fleet = Fleet(setup.node_timeout_s, float("inf"), judge)
         self._admission: Admission[str] = Admission(setup.max_streams, setup.max_waiting)
         self._choices: dict[str, Choice] = {}
         self._left = len(trace.requests)
@@ -86,6 +89,8 @@ class FleetRun:
         self._events_sent: dict[NodeId, int] = {}
         for number in range(setup.split.decode):
             self._make_node(NodeId(f"decode-{number}", 1), Role.DECODE)
+        for number in range(setup.split.mixed):
+            self._make_node(NodeId(f"mixed-{number}", 1), Role.MIXED)
         for number in range(setup.split.prefill):
             self._make_node(NodeId(f"prefill-{number}", 1), Role.PREFILL)
         self.mover: Mover | None = None
@@ -101,7 +106,7 @@ class FleetRun:
     def _make_node(self, id: NodeId, role: Role) -> None:
         setup, clock = self._setup, self.clock
         machine = self._machine
-        if role is Role.DECODE:
+        if role.receives:
             node = DecodeNode(id, setup, clock, machine, self._hashes, self._tell)
             self.decode_nodes[id] = node
         else:
@@ -252,6 +257,8 @@ class FleetRun:
                 self._perform(choice, dispatch.granted(sender, message, now))
                 self._pump()
             case Refused():
+                if message.id == dispatch.id and sender == choice.decode:
+                    self._unassign(choice)
                 self._perform(choice, dispatch.refused(sender, message, now))
             case TokenUpdate():
                 self._perform(choice, dispatch.tokens(sender, message, now))
@@ -273,24 +280,35 @@ class FleetRun:
                     self._admission.wait(request, self.clock.now, effect.retry_after_s)
                 case AttemptEnded():
                     self._unassign(choice)
+                case Taken():
+                    self._admission.settle(choice.work.request)
                 case Failed():
                     self._ended(choice, effect.error.code or "error")
 
     def _deliver(self, choice: Choice, send: Send) -> None:
         message, request = send.message, choice.work.request
         if isinstance(message, Reserve):
-            num_blocks = self._setup.layout.num_blocks(choice.work.max_num_tokens)
-            self._fleet.assign(send.to, request, 0, num_blocks)
-            choice.decode = send.to
+            self._note_decode(choice, send.to)
             self._note_prefill(choice, message.prefill, len(message.tokens))
+        elif isinstance(message, Generate):
+            self._note_decode(choice, send.to)
+            self._note_prefill(choice, send.to, len(message.tokens))
+            if choice.dispatch.verdict is not None:
+                self._fleet.taken(send.to, choice.dispatch.verdict.taken_s, self.clock.now)
         elif isinstance(message, Prefill):
             self._admission.settle(request)
             self._note_prefill(choice, send.to, len(message.tokens))
         self.clock.after(self._setup.hop_s, partial(self._arrived, send.to, message))
 
+    def _note_decode(self, choice: Choice, node: NodeId) -> None:
+        choice.decode = node
+        num_blocks = self._setup.layout.num_blocks(choice.work.max_num_tokens)
+        self._fleet.assign(node, choice.work.request, 0, num_blocks)
+
     def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
         choice.prefill = node
-        self._fleet.assign(node, choice.work.request, num_tokens, 0)
+        missing = self._fleet.num_to_compute(node, choice.work, num_tokens, ())
+        self._fleet.assign(node, choice.work.request, missing, 0)
 
     def _arrived(self, to: NodeId, message: Message) -> None:
         node = self._node(to)
@@ -301,7 +319,10 @@ class FleetRun:
         if choice.first_at is None:
             choice.first_at = self.clock.now
         if choice.prefill is not None:
-            self._fleet.unassign(choice.prefill, choice.work.request)
+            if choice.prefill == choice.decode:
+                self._fleet.assign(choice.prefill, choice.work.request, 0, 0)
+            else:
+                self._fleet.unassign(choice.prefill, choice.work.request)
             choice.prefill = None
         if output.finish is not None:
             self._ended(choice, None)

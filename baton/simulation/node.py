@@ -89,9 +89,9 @@ class SimulatedEngine:
 
     # ------------------------------------------------------------ what nodes ask of it
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, only_with_room: bool = False) -> None:
         self._catch_up()
-        self._scheduler.add(request)
+        self._scheduler.add(request, only_with_room=only_with_room)
         self._wake()
 
     def reserve(self, tokens: tuple[int, ...], most: int, hashes: list[bytes]) -> Reservation:

@@ -7,7 +7,7 @@ two links. A node sends and receives one transfer at a time, so handoffs wait fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from baton.simulation.clock import VirtualClock
@@ -23,6 +23,7 @@ from wire.messages import (
     Abort,
     Ack,
     AttemptFailed,
+    Generate,
     Grant,
     Granted,
     Message,
@@ -58,7 +59,7 @@ class _Held:
 
 
 class DecodeNode:
-    """Reserves, adopts, decodes."""
+    """Reserves, adopts, decodes; serves whole requests where it is asked to, as mixed nodes do."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class DecodeNode:
         self._tell = tell
         self._held: dict[str, _Held] = {}
         self._running: dict[str, tuple[AttemptId, Request]] = {}
+        self._computing: set[AttemptId] = set()  # of which the prompt is computed here
 
     @property
     def is_idle(self) -> bool:
@@ -89,6 +91,10 @@ class DecodeNode:
                 self._reserve(message)
             case Rebind():
                 self._rebind(message)
+            case Generate():
+                self._generate(message)
+            case Prefill():  # of a single token: there is nobody to hand over to
+                self._generate(message)
             case Abort():
                 self._abort(message.id)
 
@@ -101,6 +107,20 @@ class DecodeNode:
             self._tell(self.id, Refused(message.id, "capacity", str(error), RETRY_AFTER_S))
             return
         self._grant(_Held(message, message.id, reservation))
+
+    def _generate(self, message: Generate | Prefill) -> None:
+        """Take the whole request, or say that there is no room."""
+        id = message.id
+        request = _request(message, message.tokens)
+        request.block_hashes = self._hashes(id.request)
+        try:
+            self.engine.add(request, only_with_room=True)
+        except CapacityError as error:
+            self._tell(self.id, Refused(id, "capacity", str(error), RETRY_AFTER_S))
+            return
+        self._running[id.request] = (id, request)
+        self._computing.add(id)
+        self._tell(self.id, TokenUpdate(id, 0, tuple(request.output_tokens)))
 
     def _rebind(self, message: Rebind) -> None:
         held = self._held.get(message.id.request)
@@ -140,6 +160,7 @@ class DecodeNode:
         running = self._running.get(id.request)
         if running is not None and running[0].attempt <= id.attempt:
             del self._running[id.request]
+            self._computing.discard(running[0])
             self.engine.abort(str(running[0]))
 
     def commit(self, id: AttemptId, output_tokens: tuple[int, ...]) -> bool:
@@ -150,13 +171,7 @@ class DecodeNode:
         del self._held[id.request]
         message = held.reserve
         prompt = message.tokens[: message.num_prompt_tokens]
-        request = Request(
-            request_id=str(id),
-            tokens=[*prompt, *output_tokens],
-            num_prompt_tokens=message.num_prompt_tokens,
-            sampling=message.sampling,
-            max_num_tokens=message.num_prompt_tokens + message.sampling.max_tokens,
-        )
+        request = _request(replace(message, id=id), (*prompt, *output_tokens))
         self._running[id.request] = (id, request)
         self.engine.adopt(held.reservation.id, request)
         self._tell(self.id, TokenUpdate(id, 0, output_tokens))
@@ -164,11 +179,26 @@ class DecodeNode:
 
     def _progress(self, progress: RequestProgress) -> None:
         """The tokens between the first and the last are told with the last: nobody looks there."""
-        if progress.finish_reason is None:
+        name = progress.request_id.rpartition("/")[0]
+        id, request = self._running[name]
+        first = id in self._computing and bool(progress.new_tokens)
+        if progress.finish_reason is None and not first:
             return
-        id, request = self._running.pop(progress.request_id.rpartition("/")[0])
+        self._computing.discard(id)
+        if progress.finish_reason is not None:
+            del self._running[name]
         output = tuple(request.output_tokens)
         self._tell(self.id, TokenUpdate(id, 0, output, progress.finish_reason))
+
+
+def _request(message: Reserve | Generate | Prefill, tokens: tuple[int, ...]) -> Request:
+    return Request(
+        request_id=str(message.id),
+        tokens=list(tokens),
+        num_prompt_tokens=message.num_prompt_tokens,
+        sampling=message.sampling,
+        max_num_tokens=message.num_prompt_tokens + message.sampling.max_tokens,
+    )
 
 
 @dataclass(slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.simulation.colocated_run import ColocatedRun
 from baton.simulation.fleet_run import FleetRun
 from baton.simulation.setup import Setup
 from baton.simulation.tuned import Move
@@ -25,25 +24,16 @@ class Simulated:
 
 
 def simulate(setup: Setup, trace: Trace) -> Simulated:
-    """Raises ValueError where failures are asked of a colocated fleet, which has no retries."""
-    if setup.split.mixed:
-        if setup.failures or setup.tuning is not None:
-            raise ValueError("failures and tuning are simulated with prefill and decode nodes only")
-        together = ColocatedRun(setup, trace)
-        records = together.run()
-        engines = together.nodes
-        now = together.clock.now
-        moves: tuple[Move, ...] = ()
-        looks: tuple[tuple[float, Pressure], ...] = ()
-    else:
-        apart = FleetRun(setup, trace)
-        records = apart.run()
-        engines = {id: node.engine for id, node in apart.nodes.items()}
-        now = apart.clock.now
-        moves = () if apart.mover is None else tuple(apart.mover.moves)
-        looks = () if apart.tuner is None else tuple(apart.tuner.looks)
+    """Raises ValueError where mixed nodes are to be tuned, which have no role to change."""
+    if setup.split.mixed and setup.tuning is not None:
+        raise ValueError("tuning is simulated with prefill and decode nodes only")
+    run = FleetRun(setup, trace)
+    records = run.run()
+    now = run.clock.now
     busy: dict[str, float] = {}
-    for id, engine in engines.items():  # all lives of a node together
-        busy[id.name] = busy.get(id.name, 0.0) + engine.busy_s
+    for id, node in run.nodes.items():  # all lives of a node together
+        busy[id.name] = busy.get(id.name, 0.0) + node.engine.busy_s
     shares = {name: s / now if now else 0.0 for name, s in busy.items()}
+    moves = () if run.mover is None else tuple(run.mover.moves)
+    looks = () if run.tuner is None else tuple(run.tuner.looks)
     return Simulated(records, now, shares, moves, looks)

@@ -9,9 +9,10 @@ import pytest
 from baton.simulation.clock import VirtualClock
 from baton.simulation.fleet_run import FleetRun
 from baton.simulation.names import PrefixNames
-from baton.simulation.setup import Failure, Setup, Split
+from baton.simulation.setup import ALWAYS, Failure, Setup, Split
 from baton.simulation.simulate import simulate
 from engine.config import EngineConfig
+from router.way import Rules
 from tuner.latency import LatencyModel
 from tuner.record import RequestRecord
 from tuner.trace import Trace, TracedRequest
@@ -178,10 +179,39 @@ def test_a_death_costs_time_and_no_request(dies: str) -> None:
     assert max(r.e2e for r in records) > SETUP.node_timeout_s > max(r.e2e for r in well)
 
 
-def test_colocated_fleets_have_no_failures() -> None:
+def test_a_mixed_node_dies_and_no_request_is_lost() -> None:
     setup = replace(SETUP, split=Split(mixed=2), failures=(Failure("mixed-0", 1.0),))
-    with pytest.raises(ValueError, match="are simulated with"):
-        simulate(setup, steady(2, 1.0))
+    records = simulate(setup, steady(60, 30.0)).records
+    assert len(records) == 60
+    assert all(record.error is None for record in records)
+
+
+def test_a_single_token_needs_no_second_node() -> None:
+    setup = replace(SETUP, split=Split(mixed=2))
+    assert only(simulate(setup, trace((0.0, 100, 1))).records).tpot is None
+
+
+def test_short_prompts_go_around_a_long_one_and_long_ones_leave_streams_alone() -> None:
+    """Long prompts among chats: what neither of the two kinds of fleet can do without a choice."""
+    chats = tuple((0.02 + 0.1 * i, 40, 30) for i in range(40))
+    load = trace(*sorted([*chats, *((0.5 * i, 3000, 4) for i in range(8))]))
+    slow = replace(SETUP, model=replace(MODEL, prefill=(0.010, 1e-4, 0.0)))
+    found = {}
+    for name, split, rules in (
+        ("apart", Split(prefill=1, decode=1), ALWAYS),
+        ("chosen", Split(prefill=1, decode=1), Rules()),
+        ("together", Split(mixed=2), Rules()),
+    ):
+        records = simulate(replace(slow, split=split, rules=rules), load).records
+        assert all(record.error is None for record in records)
+        short = [record for record in records if record.prompt_tokens == 40]
+        found[name] = (
+            sum((record.ttft or 0.0) < 0.1 for record in short) / len(short),
+            sum((record.tpot or 0.0) < 0.016 for record in short) / len(short),
+        )
+    assert found["apart"][0] < 0.8, "they wait behind the long one"
+    assert found["together"][1] < 0.8, "their tokens wait for it"
+    assert min(found["chosen"]) > 0.9
 
 
 def test_more_nodes_of_the_kind_that_lacks_help() -> None:
@@ -191,7 +221,7 @@ def test_more_nodes_of_the_kind_that_lacks_help() -> None:
     assert sum(r.ttft or 0 for r in two.records) < 0.5 * sum(r.ttft or 0 for r in one.records)
 
 
-@pytest.mark.parametrize("wrong", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize("wrong", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1), (1, 1, 1)])
 def test_splits_that_are_none(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="is no fleet"):
         Split(*wrong)

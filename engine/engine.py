@@ -107,6 +107,7 @@ class Engine:
     def _try(self, plan: StepPlan, on_layers: OnLayers | None) -> StepResult | None:
         """Run → sample → read → commit; None if it did not fit and a smaller step may."""
         step, self._ahead = self._ahead, None
+        was_ahead = step is not None
         self._step_request_ids = _owners(plan)
         try:
             step = step or self._launch(plan, on_layers)
@@ -120,7 +121,7 @@ class Engine:
             if not self._shrink(plan):
                 raise
             return None
-        return self._finish(plan, outcome)
+        return replace(self._finish(plan, outcome), was_ahead=was_ahead)
 
     def _launch(
         self, plan: StepPlan, on_layers: OnLayers | None, sampled: Tensor | None = None

@@ -230,4 +230,5 @@ class StepResult:
     corrupted: tuple[str, ...] = ()  # requests that ended because their logits are not finite
     speculation: DraftCounts | None = None
     num_retries: int = 0  # larger steps before it that did not fit into memory
+    was_ahead: bool = False  # launched before the step before it was read
     seconds: float = 0.0  # what it took; whoever has a clock fills it in

@@ -73,6 +73,7 @@ class NodeCollector(Collector):
         yield _counter(metrics.NODE_OUTPUT_TOKENS, {(): stats.output_tokens})
         yield _counter(metrics.NODE_CHUNKS, {(): stats.unfinished_chunks})
         yield _counter(metrics.PREEMPTIONS, {model: stats.preemptions})
+        yield _counter(metrics.STEPS_AHEAD, {(): stats.ahead})
         yield _counter(metrics.OUT_OF_MEMORY, {(): stats.out_of_memory})
         yield _counter(metrics.GRAPH_FAILURES, {(): stats.graph_failures})
         yield _counter(metrics.CORRUPTED, {model: stats.corrupted})

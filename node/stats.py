@@ -18,6 +18,7 @@ class NodeStats:
     unfinished_chunks: int = 0  # parts of prompts that needed a further step
     output_tokens: int = 0
     preemptions: int = 0
+    ahead: int = 0  # steps that were launched before the one before them was read
     out_of_memory: int = 0  # steps that were tried again with less in them
     graph_failures: int = 0  # captures that failed at start
     corrupted: int = 0  # requests that ended with broken logits
@@ -42,6 +43,7 @@ class NodeStats:
         self.tokens_per_step.observe(result.num_tokens)
         self.seconds_per_step.observe(result.seconds)
         self.preemptions += result.num_preempted
+        self.ahead += result.was_ahead
         self.out_of_memory += result.num_retries
         self.corrupted += len(result.corrupted)
         for progress in result.progress:

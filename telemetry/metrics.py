@@ -218,6 +218,9 @@ ITERATION_TOKENS = Metric(
 NODE_OUTPUT_TOKENS = Metric("baton_sampled_tokens", "Tokens sampled on this node")
 NODE_CHUNKS = Metric("baton_unfinished_chunks", "Parts of prompts that needed a further step")
 PREEMPTIONS = Metric("vllm:num_preemptions", "Requests preempted for want of blocks", _MODEL)
+STEPS_AHEAD = Metric(
+    "baton_steps_ahead", "Steps that were launched before the one before them was read"
+)
 OUT_OF_MEMORY = Metric(
     "baton_steps_out_of_memory",
     "Steps that did not fit into the device's memory and were tried again with half as much",

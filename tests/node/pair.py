@@ -128,6 +128,7 @@ def build(
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_overcommit=config.kv_overcommit,
             enable_prefix_caching=config.enable_prefix_caching,
+            lookahead=config.async_scheduling,
         ),
         StoreRunner(store),
         epoch=num_blocks,

@@ -34,17 +34,21 @@ def run(scenario: Callable[[Pair], Awaitable[None]], **settings: Any) -> None:
 # ---------------------------------------------------------------- as it should be
 
 
-def test_a_request_goes_over_and_ends() -> None:
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_request_goes_over_and_ends(async_scheduling: bool) -> None:
     async def scenario(p: Pair) -> None:
         p.start(p.grant())
         assert await p.finish() == expected()
         assert p.prefill.link.output() == (expected()[0][:1], None)
         assert len(p.prefill.role._outbox) == len(p.decode.role._outbox) == 0
+        assert (p.decode.shell.stats.ahead > 3) is async_scheduling
+        assert p.prefill.shell.stats.ahead == 0, "the first token waits for nothing"
 
-    run(scenario)
+    run(scenario, async_scheduling=async_scheduling)
 
 
-def test_many_requests_in_chunks() -> None:
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_many_requests_in_chunks(async_scheduling: bool) -> None:
     async def scenario(p: Pair) -> None:
         ids = [AttemptId(f"r{i}", i + 1) for i in range(5)]
         prompts = {id: LONG[i : 30 + i] for i, id in enumerate(ids)}
@@ -53,7 +57,7 @@ def test_many_requests_in_chunks() -> None:
         for id in ids:
             assert await p.finish(id) == expected(prompts[id])
 
-    run(scenario, max_num_batched_tokens=8, decode_blocks=64)
+    run(scenario, max_num_batched_tokens=8, decode_blocks=64, async_scheduling=async_scheduling)
 
 
 def test_a_prompt_that_the_decode_node_knows() -> None:
@@ -269,8 +273,9 @@ def test_an_abort_during_prefill(moment: str) -> None:
     run(scenario, max_num_batched_tokens=8)
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("moment", ["in a step", "after a step"])
-def test_an_abort_during_decode(moment: str) -> None:
+def test_an_abort_during_decode(moment: str, async_scheduling: bool) -> None:
     async def scenario(p: Pair) -> None:
         p.start(p.grant())
         await p.until(lambda: p.decode.engine.has_work())
@@ -284,7 +289,7 @@ def test_an_abort_during_decode(moment: str) -> None:
         assert len(p.decode.link.heard) == heard
         assert len(p.decode.role._outbox) == 0
 
-    run(scenario)
+    run(scenario, async_scheduling=async_scheduling)
 
 
 def test_an_abort_of_an_earlier_attempt_changes_nothing() -> None:

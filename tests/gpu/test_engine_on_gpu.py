@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.device import is_out_of_memory, memory_now
@@ -38,7 +40,20 @@ DEVICE = "cuda:0"
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 16, 64, 96
 
 
-def run(loaded: LoadedModel, *, graphs: bool) -> dict[str, list[int]]:
+class Slow:
+    """A runner whose device takes its time: what is read too early is not there yet."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def run(self, plan: StepPlan, *args: Any) -> Tensor:
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # cycles
+        return self._runner.run(plan, *args)
+
+
+def run(
+    loaded: LoadedModel, *, graphs: bool, lookahead: bool = False, slow: bool = False
+) -> dict[str, list[int]]:
     """Greedy and sampled requests that come and go."""
     store = KVStore(loaded.kv_layout(BLOCK_SIZE), NUM_BLOCKS + 1, loaded.device)
     store.blocks.fill_(float("nan"))  # an unwritten slot that is read shows at once
@@ -48,10 +63,10 @@ def run(loaded: LoadedModel, *, graphs: bool) -> dict[str, list[int]]:
         assert runner.graphs is not None
         assert runner.graphs.num_failed == 0
         assert runner.graphs.rungs == ladder(8)
-    config = EngineConfig(BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, 8, 32)
+    config = EngineConfig(BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, 8, 32, lookahead=lookahead)
     engine = Engine(
         config,
-        runner,
+        Slow(runner) if slow else runner,
         epoch=1,
         model_fingerprint="m",
         eos_token_ids=frozenset(),
@@ -64,13 +79,26 @@ def run(loaded: LoadedModel, *, graphs: bool) -> dict[str, list[int]]:
         )
         engine.add(Request(str(number), tokens, len(tokens), sampling, len(tokens) + 12))
     told: dict[str, list[int]] = {}
+    num_ahead = 0
     while engine.has_work():
         result = engine.step()
         assert result is not None
         assert not result.corrupted
+        num_ahead += result.was_ahead
         for progress in result.progress:
             told.setdefault(progress.request_id, []).extend(progress.new_tokens)
+    assert (num_ahead > 10) is lookahead
     return told
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("slow", [False, True])
+def test_steps_launched_ahead_give_the_same_tokens(
+    tiny_llama: Path, graphs: bool, slow: bool
+) -> None:
+    loaded = load_model(tiny_llama, dtype="float32", device=DEVICE, max_model_len=MAX_LEN)
+    expected = run(loaded, graphs=graphs)
+    assert run(loaded, graphs=graphs, lookahead=True, slow=slow) == expected
 
 
 def test_a_gpu_gives_the_tokens_of_the_cpu(tiny_llama: Path) -> None:

@@ -6,6 +6,7 @@ Processes are configured by flags. The environment only reaches libraries that k
 from __future__ import annotations
 
 import os
+from itertools import takewhile
 
 _QUIET_LIBRARIES = {
     "OMP_WAIT_POLICY": "PASSIVE",  # a spinning pool slows its neighbours 2.5 times
@@ -39,3 +40,16 @@ def node_environment(threads: int) -> dict[str, str]:
 def child_environment() -> dict[str, str]:
     """The environment of a process that computes nothing."""
     return dict(os.environ)
+
+
+def visible_gpus() -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves; None where it is not set.
+
+    CUDA stops at the first name that is none, and shows one slice (MIG) at most.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    known = list(takewhile(lambda name: name and name != "-1", names))
+    return min(1, len(known)) if any(name.startswith("MIG-") for name in known) else len(known)

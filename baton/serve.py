@@ -20,7 +20,7 @@ from pathlib import Path
 
 from baton.bundled_model import DEFAULT_MODEL
 from baton.children import Child
-from baton.config import node_environment
+from baton.config import node_environment, visible_gpus
 from baton.model_report import report_on
 from engine.drafting.config import parse_speculative_config
 from node import machine
@@ -50,9 +50,8 @@ def check_model(args: argparse.Namespace) -> None:
     parse_speculative_config(args.speculative_config)
     if not any(spec.role != "prefill" for spec in node_specs(args)):
         raise ConfigError("prefill nodes alone answer nothing: give --decode or --mixed")
-    args.device = (
-        "cuda" if args.device == "auto" and is_gpu(resolve_device("auto")) else args.device
-    )
+    if args.device == "auto" and is_gpu(resolve_device("auto")):
+        args.device = "cpu" if visible_gpus() == 0 else "cuda"
     if is_gpu(args.device):
         return  # each node measures what it can take
     args.kv_memory = args.kv_memory or _kv_memory(args)
@@ -146,6 +145,12 @@ def on_its_device(args: argparse.Namespace, number: int, num_devices: int) -> ar
     return argparse.Namespace(
         **vars(args) | {"device": device, "gpu_memory_utilization": round(share, 4)}
     )
+
+
+def _num_devices() -> int:
+    """GPUs that this process's children see."""
+    visible = visible_gpus()
+    return num_gpus() if visible is None else visible
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -346,7 +351,7 @@ class Launcher:
         argv = [
             *(sys.executable, "-m", "baton.node", spec.role, self._args.model),
             *("--router", control, "--name", spec.name, "--log-level", "warning"),
-            *given_flags(add_engine_arguments, on_its_device(self._args, number, num_gpus())),
+            *given_flags(add_engine_arguments, on_its_device(self._args, number, _num_devices())),
         ]
         if self._args.key_file is not None:
             argv += ["--key-file", str(self._args.key_file)]

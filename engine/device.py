@@ -34,6 +34,11 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device {device}: {why} (--device cpu computes without one)")
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.cuda.mem_get_info(index)  # the first call that needs the device itself
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {device} cannot be used: {line}") from error
 
 
 def has_bf16(device: str) -> bool:

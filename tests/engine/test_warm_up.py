@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from engine import loader
 from engine.gpu_profile import LargestStep
 from engine.kv_store import KVStore
 from engine.loader import load_model
@@ -17,6 +19,7 @@ from engine.warm_up import MIXES, step_shapes, warm_up
 from kernels import attention_tiling
 from kernels.attention_tiling import choose_tiling
 from kernels.device_rows import DeviceRows
+from kernels.ops import TorchOps
 
 LARGEST = LargestStep(4096, 128, 8192, 16)
 
@@ -73,3 +76,19 @@ def test_nothing_but_the_scratch_block_is_touched(make_model: Callable[[str], Pa
     assert store.blocks[5].isfinite().all()
     total = len(list(step_shapes(largest))) + len(MIXES)
     assert told == [(done, total) for done in range(total + 1)]
+
+
+def test_triton_that_does_not_work_is_told_once_and_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert loader._gpu_ops("cpu", deterministic=True).name.endswith("invariant")
+
+    def no_compiler(*_: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
+
+    monkeypatch.setattr("kernels.triton_layers.silu_mul_triton", no_compiler)
+    assert isinstance(loader._gpu_ops("cpu", deterministic=False), TorchOps)
+    assert [r.message for r in caplog.records] == [
+        "no Triton kernels, torch computes, slower and without graphs: "
+        "Failed to find C compiler. Please specify via CC"
+    ]

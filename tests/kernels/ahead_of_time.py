@@ -27,7 +27,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-FEW_BYTES = 64  # of a thread, in memory: the cache has them
+FEW_BYTES = 128  # of a thread, in memory: the cache has them
 THREADS = 2  # most of a compilation is outside of Python's lock
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from baton import serve
+from baton.config import visible_gpus
 from baton.serve import make_parser, on_its_device
+from engine.device import check_device
 from node.config import NodeConfig, add_arguments, from_args
 from node.devices import is_cuda_build, num_gpus, parse_device, resolve_device, spread
 from node.performance import GPU_MODES, step_limits
@@ -68,6 +71,37 @@ def test_nodes_take_turns_unless_one_gpu_was_named() -> None:
     assert spread("cuda:5", 1, 2) == "cuda:5"
     assert spread("cpu", 1, 2) == "cpu"
     assert spread("cuda", 3, 0) == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [("0", 1), ("2,5", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-8932f937,GPU-1", 2)],
+)
+def test_cuda_may_be_shown_fewer_devices_than_there_are(
+    text: str, seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    assert visible_gpus() == seen
+    assert serve._num_devices() == seen
+
+
+def test_cuda_shows_one_slice_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a1,MIG-b2")
+    assert visible_gpus() == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() is None
+    assert serve._num_devices() == num_gpus()
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: int) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA k")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", fails)
+    with pytest.raises(ConfigError, match=r"--device cuda:0 cannot be used: .* unavailable$"):
+        check_device("cuda:0")
 
 
 def flags(*given: str) -> argparse.Namespace:

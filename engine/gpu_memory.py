@@ -2,7 +2,7 @@
 
     |<------------------------------ total ------------------------------->|
     |<---------------- total * utilization ---------------->|
-    | weights | other | largest step | graphs |   KV pool    | left to others
+    | weights | other | largest step | graphs, copies | KV pool | left to others
 
 `other` is what driver, libraries and fragments take beside the tensors. What other processes hold
 counts only where the share would not fit beside them.
@@ -28,12 +28,13 @@ class GpuUse:
     weights: int
     other: int
     step: int
-    graphs: int = 0  # not taken yet
+    graphs: int = 0  # not taken yet, as the next one
+    copies: int = 0  # scratch of handoffs
 
     @property
     def own(self) -> int:
         """All that this process takes besides the pool."""
-        return self.weights + self.other + self.step + self.graphs
+        return self.weights + self.other + self.step + self.graphs + self.copies
 
     def told(self, utilization: float) -> str:
         """The numbers of an error."""
@@ -41,7 +42,8 @@ class GpuUse:
             f"{self.device} has {gib(self.total)}, {gib(self.free_at_start)} of it free at start; "
             f"--gpu-memory-utilization {utilization:g} allows "
             f"{gib(int(self.total * utilization))}; weights {gib(self.weights)}, "
-            f"largest step {gib(self.step)}, graphs {gib(self.graphs)}, other {gib(self.other)}"
+            f"largest step {gib(self.step)}, graphs {gib(self.graphs)}, "
+            f"copies {gib(self.copies)}, other {gib(self.other)}"
         )
 
 
@@ -53,7 +55,7 @@ def pool_bytes(use: GpuUse, utilization: float, needed: int, wanted: int = 0) ->
         wanted: by the operator; 0: as many as there are.
     """
     share = int(use.total * utilization) - use.own
-    room = use.free - use.graphs - MARGIN
+    room = use.free - use.graphs - use.copies - MARGIN
     if wanted and wanted > room:
         raise ConfigError(
             f"too little GPU memory: --kv-cache-memory {gib(wanted)} is more than the "

@@ -27,6 +27,7 @@ from engine.plan import ScheduledRequest, StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.sampler import Sampler
+from engine.unit_copies import scratch_size
 from wire.types import SamplingParams
 
 SCRATCH_BLOCKS = 8
@@ -113,6 +114,7 @@ def measure(
         other=other_bytes(at_start, after) + before.reserved - weights,
         step=step,
         graphs=graphs,
+        copies=scratch_size(loaded.kv_layout(largest.block_size).block_bytes),
     )
 
 

@@ -36,6 +36,12 @@ from kernels.xxh3 import MIN_BYTES, finish, secret_words
 
 SCRATCH_BYTES = 64 << 20
 
+
+def scratch_size(block_bytes: int, wanted: int = SCRATCH_BYTES) -> int:
+    """Room for at least a block of any type."""
+    return max(wanted, 4 * block_bytes)
+
+
 WhenOver: TypeAlias = Callable[[Callable[[], None]], None]
 """Calls what it is given once all is done that was launched on the current stream."""
 
@@ -109,8 +115,8 @@ class UnitCopies:
         self._head_dim = store.layout.head_dim
         self._when_over = when_over
         self._kernels = kernels or kernels_for(self._device)
-        scratch_bytes = max(scratch_bytes, 4 * store.layout.block_bytes)  # of any type
-        self._scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self._device)
+        size = scratch_size(store.layout.block_bytes, scratch_bytes)
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

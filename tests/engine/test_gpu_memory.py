@@ -24,6 +24,7 @@ from engine.gpu_profile import (
 )
 from engine.loader import load_model
 from engine.numerics import resolve_dtype
+from engine.unit_copies import SCRATCH_BYTES, scratch_size
 from wire.errors import ConfigError
 
 GIB = 1 << 30
@@ -49,6 +50,15 @@ def test_no_more_than_is_really_free() -> None:
     assert pool_bytes(beside_others, 0.9, GIB) == 22 * GIB - GIB - MARGIN
 
 
+def test_the_scratch_of_handoffs_is_left_room() -> None:
+    handing_over = replace(USE, copies=3 * GIB)
+    assert pool_bytes(handing_over, 0.9, GIB) == 72 * GIB - 22 * GIB
+    full = replace(handing_over, free=22 * GIB)
+    assert pool_bytes(full, 0.9, GIB) == 22 * GIB - GIB - 3 * GIB - MARGIN
+    assert scratch_size(1 << 20) == SCRATCH_BYTES
+    assert scratch_size(1 << 30) == 4 << 30, "a block, widened to fp32"
+
+
 def test_what_the_operator_wants_wins_where_it_fits() -> None:
     assert pool_bytes(USE, 0.9, GIB, wanted=3 * GIB) == 3 * GIB
     assert pool_bytes(USE, 0.3, GIB, wanted=50 * GIB) == 50 * GIB
@@ -64,7 +74,7 @@ def test_too_little_is_said_in_one_line_with_the_numbers() -> None:
     assert str(error.value) == (
         "too little GPU memory: 0.00 GiB left for KV, at least 1.00 GiB needed; cuda:0 has "
         "80.00 GiB, 79.00 GiB of it free at start; --gpu-memory-utilization 0.2 allows 16.00 GiB; "
-        "weights 15.00 GiB, largest step 2.00 GiB, graphs 1.00 GiB, other 1.00 GiB; "
+        "weights 15.00 GiB, largest step 2.00 GiB, graphs 1.00 GiB, copies 0.00 GiB, other 1.00 GiB; "
         "raise --gpu-memory-utilization, or lower --max-num-batched-tokens"
     )
     taken = replace(USE, free=GIB)

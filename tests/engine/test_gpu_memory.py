@@ -74,8 +74,8 @@ def test_too_little_is_said_in_one_line_with_the_numbers() -> None:
     assert str(error.value) == (
         "too little GPU memory: 0.00 GiB left for KV, at least 1.00 GiB needed; cuda:0 has "
         "80.00 GiB, 79.00 GiB of it free at start; --gpu-memory-utilization 0.2 allows 16.00 GiB; "
-        "weights 15.00 GiB, largest step 2.00 GiB, graphs 1.00 GiB, copies 0.00 GiB, other 1.00 GiB; "
-        "raise --gpu-memory-utilization, or lower --max-num-batched-tokens"
+        "weights 15.00 GiB, largest step 2.00 GiB, graphs 1.00 GiB, copies 0.00 GiB, "
+        "other 1.00 GiB; raise --gpu-memory-utilization, or lower --max-num-batched-tokens"
     )
     taken = replace(USE, free=GIB)
     with pytest.raises(ConfigError, match="end what else runs there"):

@@ -194,6 +194,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plan.slo.tpot_s * 1e3:g} ms TPOT",
         f"why         {_why(plan)}",
         f"bottleneck  {plan.bottleneck}",
+        f"serve       baton serve MODEL {best.flags}",
     ]
     for more in plan.one_more:
         gain = more.rate / best.rate - 1

@@ -39,15 +39,20 @@ class Attainment:
     completed: float
 
 
-def attainment(records: Sequence[RequestRecord], slo: Slo) -> Attainment:
+SloOf = Callable[[RequestRecord], Slo]
+"""The limits of one request, where kinds of requests have limits of their own."""
+
+
+def attainment(records: Sequence[RequestRecord], slo: Slo | SloOf) -> Attainment:
     """All zero for no records."""
+    limits = (lambda _: slo) if isinstance(slo, Slo) else slo
     completed = [record for record in records if record.error is None]
-    ttft = [record for record in completed if (record.ttft or 0.0) <= slo.ttft_s]
-    tpot = [record for record in completed if (record.tpot or 0.0) <= slo.tpot_s]
-    good = [record for record in ttft if (record.tpot or 0.0) <= slo.tpot_s]
+    ttft = [(record.ttft or 0.0) <= limits(record).ttft_s for record in completed]
+    tpot = [(record.tpot or 0.0) <= limits(record).tpot_s for record in completed]
+    good = sum(a and b for a, b in zip(ttft, tpot, strict=True))
     number = max(1, len(records))
     return Attainment(
-        len(good) / number, len(ttft) / number, len(tpot) / number, len(completed) / number
+        good / number, sum(ttft) / number, sum(tpot) / number, len(completed) / number
     )
 
 

@@ -1,8 +1,10 @@
 """Finds the split of a number of nodes with the highest goodput, by simulation.
 
 Every split of the nodes into prefill and decode, and all of them colocated, with each token budget:
-the highest rate of the workload at which enough requests keep both limits. Ties go to the fleet
-that is named first, and colocated ones are: where disaggregation does not pay, it is not chosen.
+the highest rate of the workload at which enough requests keep both limits. With prefill and decode
+nodes the router chooses for each request whether to hand it over, as it does by default. Ties go to
+the fleet that is named first, and colocated ones are: where disaggregation does not pay, it is not
+chosen.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from dataclasses import dataclass, replace
 
 from baton.simulation.setup import Setup, Split
 from baton.simulation.simulate import simulate
-from tuner.goodput import Attainment, Slo, attainment, highest_rate
+from router.way import Rules
+from tuner.goodput import Attainment, Slo, SloOf, attainment, highest_rate
 from tuner.report import Summary, summarize
 from tuner.trace import Trace, scale_rate
 
+AUTO = Rules()
 OVERLOAD = 1.15  # of the best rate: what fails there is the bottleneck
 Tell = Callable[[str], None]
 
@@ -48,6 +52,14 @@ class Candidate:
     def most_good(self) -> float:
         return max(point.attained.good for point in self.points)
 
+    @property
+    def flags(self) -> str:
+        """What makes `baton serve` such a fleet."""
+        split = self.split
+        counts = {"--prefill": split.prefill, "--decode": split.decode, "--mixed": split.mixed}
+        given = [f"{flag} {count}" for flag, count in counts.items() if count]
+        return " ".join([*given, f"--max-num-batched-tokens {self.token_budget}"])
+
     def __str__(self) -> str:
         return f"{self.split}, {self.token_budget} tokens per step"
 
@@ -72,11 +84,19 @@ class Planner:
     """Tries fleets on one workload."""
 
     def __init__(
-        self, setup: Setup, trace: Trace, slo: Slo, share: float, tell: Tell = lambda _: None
+        self,
+        setup: Setup,
+        trace: Trace,
+        slo: Slo,
+        share: float,
+        tell: Tell = lambda _: None,
+        slo_of: SloOf | None = None,
     ) -> None:
+        """`slo_of`: limits per request, instead of the same for all of them."""
         self._setup = setup
         self._trace = trace
         self._slo = slo
+        self._judged_by = slo_of or slo
         self._share = share
         self._tell = tell
 
@@ -110,12 +130,12 @@ class Planner:
 
     def _point(self, split: Split, token_budget: int, rate: float) -> Point:
         engine = replace(self._setup.engine, max_num_batched_tokens=token_budget)
-        setup = replace(self._setup, split=split, engine=engine)
+        setup = replace(self._setup, split=split, engine=engine, rules=AUTO)
         trace = scale_rate(self._trace, rate / (self._trace.rate or 1.0))
         found = simulate(setup, trace)
         return Point(
             rate=rate,
-            attained=attainment(found.records, self._slo),
+            attained=attainment(found.records, self._judged_by),
             ttft_s=summarize(r.ttft for r in found.records if r.ttft is not None),
             tpot_s=summarize(r.tpot for r in found.records if r.tpot is not None),
             busy=found.busy,

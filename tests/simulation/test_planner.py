@@ -53,7 +53,24 @@ def test_long_prompts_want_prefill_nodes_and_long_answers_decode_nodes() -> None
 def test_loose_limits_leave_nodes_colocated() -> None:
     plan = Planner(SETUP, steady(40, 300, 30), Slo(5.0, 1.0), 0.9).plan(2, [512])
     assert plan.best.split == Split(mixed=2)
-    assert "best alternative (1 prefill + 1 decode" in "\n".join(plan_lines(plan))
+    text = "\n".join(plan_lines(plan))
+    assert "best alternative (1 prefill + 1 decode" in text
+    assert "baton serve MODEL --mixed 2 --max-num-batched-tokens 512" in text
+
+
+def test_long_prompts_among_chats_want_nodes_of_their_own() -> None:
+    """Neither all handed over nor all colocated: what the choice per request is for."""
+    chats = [TracedRequest(0.05 + i / 3, 50, 30) for i in range(90)]
+    longs = [TracedRequest(i * 3.0, 3000, 8) for i in range(10)]
+    mixed = Trace("made", tuple(sorted([*chats, *longs], key=lambda request: request.at)))
+    limits = {50: Slo(0.10, 0.025), 3000: Slo(2.5, 0.05)}
+    planner = Planner(
+        SETUP, mixed, limits[50], 0.9, slo_of=lambda record: limits[record.prompt_tokens]
+    )
+    plan = planner.plan(2, [512])
+    assert plan.best.split == Split(prefill=1, decode=1)
+    assert "--prefill 1 --decode 1" in "\n".join(plan_lines(plan))
+    assert plan.best.rate > 1.5 * max(c.rate for c in plan.candidates if c.split.mixed)
 
 
 def test_every_token_budget_is_tried() -> None:

@@ -15,6 +15,13 @@ def record(ttft: float, tpot: float, error: str | None = None, tokens: int = 11)
     return RequestRecord(0, 0.0, 0.0, times[1], times, 5, tokens, error)
 
 
+def test_kinds_of_requests_have_limits_of_their_own() -> None:
+    records = [record(0.5, 0.01), record(5.0, 0.01)]
+    tight = Slo(1.0, 1.0)
+    assert attainment(records, tight).good == 0.5
+    assert attainment(records, lambda one: Slo(2 * (one.ttft or 0), 1.0)).good == 1.0
+
+
 def test_both_limits_must_hold_together() -> None:
     records = [record(0.5, 0.05), record(1.5, 0.05), record(0.5, 0.2), record(0.5, 0.05, "timeout")]
     assert attainment(records, SLO) == Attainment(good=0.25, ttft=0.5, tpot=0.5, completed=0.75)

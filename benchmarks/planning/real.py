@@ -46,7 +46,10 @@ class Bench:
 
     @contextmanager
     def fleet(self, *nodes: str, chunk: int = CHUNK) -> Iterator[str]:
-        """Real nodes of one thread each; gives their URL."""
+        """Real nodes of one thread each; gives their URL.
+
+        Every prompt is handed over where it can be, unless the flags in `nodes` say otherwise.
+        """
         flags: list[str | Path] = [
             self.model,
             "--threads",
@@ -56,6 +59,7 @@ class Bench:
         ]
         limits = ["--kv-memory", str(KV_BYTES), "--max-num-seqs", str(MAX_NUM_SEQS)]
         budget = ["--max-num-batched-tokens", str(chunk), "--control-port", "0"]
+        budget += ["--handoff", "always"]
         with serving(self.folder, [*flags, *limits, *budget, *nodes]) as (_, url):
             yield url
 

@@ -29,8 +29,9 @@ KV_POOL_BYTES = 16 << 20  # whether its pages were touched yet must not matter f
 @contextmanager
 def serving(folder: Path, flags: Sequence[str | Path]) -> Iterator[tuple[Running, str]]:
     """A running `baton serve` and its URL."""
-    command = [BATON, "serve", *flags, "--port", str(free_port())]
-    with running(command, folder / "serve.log") as process:
+    port = free_port()
+    command = [BATON, "serve", *flags, "--port", str(port)]
+    with running(command, folder / f"serve-{port}.log") as process:
         url = process.wait_for(READY, START_TIMEOUT_S)[1]
         yield process, url
 

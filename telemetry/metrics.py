@@ -167,7 +167,7 @@ ROUTER_OPEN_PAIRS = Metric(
 )
 ROUTER_RESERVE_REFUSALS = Metric(
     "baton_router_reserve_refusals",
-    "Reservations and rebinds that a decode node refused",
+    "Reservations, rebinds and whole requests that a node refused",
     ("cause",),
 )
 ROUTER_GRANT_WAIT = Metric(
@@ -316,5 +316,5 @@ TRANSPORT_FAILURES = Metric(
     ("transport",),
 )
 HANDOFFS = Metric("baton_handoffs", "Handoffs that ended here", ("outcome",))
-HANDOFFS_OPEN = Metric("baton_handoffs_open", "Handoffs of a prefill node by state", ("state",))
-LEASES = Metric("baton_leases", "Live leases of a decode node by state", ("state",))
+HANDOFFS_OPEN = Metric("baton_handoffs_open", "Handoffs of a prefill or mixed node by state", ("state",))
+LEASES = Metric("baton_leases", "Live leases of a decode or mixed node by state", ("state",))

@@ -37,7 +37,7 @@ MEANING = {
     Phase.TOKENIZE: "validation, chat template, tokenizer",
     Phase.QUEUE: "waits for its turn or for a decode node with room",
     Phase.RESERVE: "waits for the decode node's grant",
-    Phase.PREFILL_QUEUE: "waits on the prefill node for its first step",
+    Phase.PREFILL_QUEUE: "waits on its node for the first step of its prompt",
     Phase.PREFILL: "the prompt is computed",
     Phase.NETWORK: "the rest until the first token: messages on their way",
     Phase.HANDOFF: "from the first token to the decode node's first word",

@@ -316,5 +316,7 @@ TRANSPORT_FAILURES = Metric(
     ("transport",),
 )
 HANDOFFS = Metric("baton_handoffs", "Handoffs that ended here", ("outcome",))
-HANDOFFS_OPEN = Metric("baton_handoffs_open", "Handoffs of a prefill or mixed node by state", ("state",))
+HANDOFFS_OPEN = Metric(
+    "baton_handoffs_open", "Handoffs of a prefill or mixed node by state", ("state",)
+)
 LEASES = Metric("baton_leases", "Live leases of a decode or mixed node by state", ("state",))

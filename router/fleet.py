@@ -204,7 +204,10 @@ class Fleet:
         alone = choose_in_place(candidates, work.num_tokens, work.max_num_tokens)
         prefill = self._best_sender(work, wishes, apart=alone is not None)
         decode = None if prefill is None else self._best_receiver(prefill, receivers, work, wishes)
-        return Ways(None if prefill is None or decode is None else (prefill, decode), alone)
+        if prefill is None or decode is None:
+            return Ways(None, alone)
+        good = self._is_good(Pair(prefill.id, decode.id), wishes) and prefill.id not in wishes.avoid
+        return Ways((prefill, decode), alone, failing=not good)
 
     def pick_prefill(
         self, work: Work, wishes: Wishes, decode: NodeId | None = None

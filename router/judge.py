@@ -43,7 +43,7 @@ class Judge:
         """How a prompt is served; None if there is no way."""
         if ways.handoff is None and ways.in_place is None:
             return None
-        over = None if ways.handoff is None else _over(*ways.handoff, num_tokens)
+        over = None if ways.handoff is None else _over(*ways.handoff, num_tokens, ways.failing)
         here = None if ways.in_place is None else _part(ways.in_place, num_tokens)
         verdict = choose_way(over, here, self.pace, self.rules)
         if verdict.hand_over:
@@ -75,10 +75,10 @@ class Taken:
         self._at = now
 
 
-def _over(prefill: Candidate, decode: Candidate, num_tokens: int) -> Over:
+def _over(prefill: Candidate, decode: Candidate, num_tokens: int, failing: bool) -> Over:
     missing = num_tokens - min(decode.num_cached_tokens, num_tokens)
     num_bytes = -(-missing // decode.block_size) * decode.block_bytes
-    return Over(_part(prefill, num_tokens), _streams(decode), decode.taken_s, num_bytes)
+    return Over(_part(prefill, num_tokens), _streams(decode), decode.taken_s, num_bytes, failing)
 
 
 def _part(node: Candidate, num_tokens: int) -> Part:

@@ -53,6 +53,7 @@ class Ways:
 
     handoff: tuple[Candidate, Candidate] | None  # who computes the prompt, who answers
     in_place: Candidate | None
+    failing: bool = False  # the handoff is a last resort: the best there is has failed
 
 
 def hands_over(sender: Role, receiver: Role) -> bool:

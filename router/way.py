@@ -37,6 +37,7 @@ class Reason(StrEnum):
     ONLY = "only_way"
     FORCED = "forced"
     UNKNOWN = "unknown"  # nothing is measured yet
+    FAILING = "failing"  # blocks do not come through, as far as anybody knows
     SHORT = "short"  # almost all of it is cached where it is answered
     STREAMS = "streams"  # they would wait too long
     IDLE = "idle"  # nobody waits on the node that answers, and many do elsewhere
@@ -83,12 +84,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """The way by a handoff: who computes, who answers, and what has to be sent."""
+    """The way by a handoff: who computes, who answers, and what has to be sent.
+
+    Args:
+        streams: where it will be answered.
+        failing: that pair has failed of late, or its sender this very request.
+    """
 
     sender: Part
-    streams: StepWork  # where it will be answered
+    streams: StepWork
     lately_s: float
     num_bytes: int
+    failing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,8 @@ def choose_way(
         return Verdict(over is not None, Reason.ONLY)
     if rules.mode is not Mode.AUTO:
         return Verdict(rules.mode is Mode.ALWAYS, Reason.FORCED)
+    if over.failing:
+        return Verdict(False, Reason.FAILING)
     if pace is None:
         rest = in_place.num_tokens - in_place.num_known
         short = in_place.num_known > 0 and rest <= rules.short

@@ -363,6 +363,20 @@ def test_the_context_is_that_of_all_who_answer() -> None:
     assert fleet.model.max_model_len == 2 * LAYOUT.block_size
 
 
+def test_a_pair_that_hands_over_badly_leaves_requests_to_one_node() -> None:
+    fleet = fleet_of(Judge(Rules(), Told(None)), a=Role.PREFILL, b=Role.DECODE)
+    assert placed(fleet) == Handoff(A, B)
+    for wishes in (Wishes(avoid_pairs={Pair(A, B)}), Wishes(avoid={A})):
+        assert fleet.place(WORK, wishes, (), one_token=False) == InPlace(B)
+    for now in range(3):
+        fleet.breaker.failed(Pair(A, B), now)
+    assert placed(fleet) == InPlace(B)
+    later = Wishes(now=60.0)
+    assert fleet.place(WORK, later, (), one_token=False) == Handoff(A, B), "a trial"
+    fleet.register(C, register(Role.DECODE), 60)
+    assert fleet.place(WORK, Wishes(avoid_pairs={Pair(A, B)}), (), one_token=False) == Handoff(A, C)
+
+
 # ---------------------------------------------------------------- policies
 
 

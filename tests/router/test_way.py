@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.pace import Pace
@@ -39,6 +39,17 @@ def test_the_wish_counts_where_both_are_open() -> None:
         found = choose_way(over(1), here(1), PACE, Rules(mode))
         assert found.hand_over is (mode is Mode.ALWAYS)
         assert found.reason is Reason.FORCED
+
+
+def test_a_handoff_that_fails_is_not_tried_where_another_way_is_open() -> None:
+    """Only `always` and the lack of another way insist on it."""
+    bad = replace(over(1500, queued=0), failing=True)
+    for pace in (PACE, None):
+        found = choose_way(bad, here(1500), pace, RULES)
+        assert not found.hand_over
+        assert found.reason is Reason.FAILING
+    assert choose_way(bad, here(1500), PACE, Rules(Mode.ALWAYS)).hand_over
+    assert choose_way(bad, None, PACE, RULES).hand_over
 
 
 def test_nothing_measured_means_a_handoff_but_for_a_short_rest() -> None:
@@ -128,6 +139,7 @@ def asks(draw: st.DrawFn) -> tuple[Over, Part, Rules]:
     return way, place, Rules(slo=limits, share=draw(st.floats(0.05, 0.95)))
 
 
+@settings(deadline=None)
 @given(asks(), st.integers(1, 20_000))
 def test_a_longer_queue_at_the_prefill_node_never_brings_a_handoff(
     ask: tuple[Over, Part, Rules], more: int
@@ -138,6 +150,7 @@ def test_a_longer_queue_at_the_prefill_node_never_brings_a_handoff(
         assert not choose_way(longer, place, PACE, rules).hand_over
 
 
+@settings(deadline=None)
 @given(asks(), st.floats(0, 1), st.floats(0.001, 4))
 def test_busier_streams_never_bring_a_prompt_between_them(
     ask: tuple[Over, Part, Rules], cached: float, more_s: float
@@ -152,6 +165,7 @@ def test_busier_streams_never_bring_a_prompt_between_them(
         assert choose_way(way, worse, PACE, rules).hand_over
 
 
+@settings(deadline=None)
 @given(asks())
 def test_streams_lose_no_more_than_their_share_unless_there_are_none(
     ask: tuple[Over, Part, Rules],

@@ -25,7 +25,7 @@ from rich.table import Table
 from baton.model_report import choose_dtype, report_on, report_on_loaded
 from kvtransfer.ucx_devices import has_rdma_hardware
 from node import machine
-from node.devices import is_gpu, parse_device, resolve_device
+from node.devices import is_gpu, num_gpus, parse_device, resolve_device
 from node.machine import size
 from wire.errors import ConfigError
 
@@ -35,7 +35,13 @@ PACKAGES = (
 )
 UCX_PACKAGES = ("ucxx-cu12", "ucxx-cu13", "ucxx")  # one library under three names
 LIBUCX_PACKAGES = ("libucx-cu12", "libucx-cu13")
-TRANSPORTS = {"loopback": (), "zmq": ("pyzmq",), "shm": (), "ucx": UCX_PACKAGES}
+TRANSPORTS = {
+    "loopback": (),
+    "zmq": ("pyzmq",),
+    "shm": (),
+    "ucx": UCX_PACKAGES,
+    "cuda-ipc": (),
+}
 
 ISA_FLAGS = {  # as kernels/cpu_ops.cpp chooses
     "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
@@ -125,7 +131,8 @@ def choices_section(found: machine.Machine, device: str = "cpu") -> Section:
         "dtype_of_other_models": choose_dtype("float32", has_bf16_units=units, device=device),
         "nodes": "1 prefill, 1 decode",
         "threads_per_node": max(1, found.num_cores // 2),
-        "transport": "auto: shm on one host; between hosts ucx where UCX has RDMA, else zmq",
+        "transport": "auto: cuda-ipc between GPUs of one host, shm on one host; between hosts ucx "
+        "where UCX has RDMA, else zmq",
         **(
             {"kv_memory_of_a_gpu": "90 % of it in all, shared by its nodes, less weights and work"}
             if is_gpu(device)
@@ -136,12 +143,15 @@ def choices_section(found: machine.Machine, device: str = "cpu") -> Section:
 
 def transport_state(name: str) -> str:
     """Whether a KV transport can be used: its module and the package that it needs are here."""
-    modules = [f"kvtransfer.{name}{end}" for end in ("_transport", "_lane", "")]
+    module_name = name.replace("-", "_")
+    modules = [f"kvtransfer.{module_name}{end}" for end in ("_transport", "_lane", "")]
     if not any(util.find_spec(module) for module in modules):
         return "not built in yet"
     packages = TRANSPORTS[name]
     if packages and not any(version_of(package) for package in packages):
         return f"needs the package {packages[0]}"
+    if name == "cuda-ipc" and not num_gpus():
+        return "needs an NVIDIA GPU"
     if name == "ucx":
         return f"ready: {_ucx_parts()}"
     return "ready, inside one process" if name == "loopback" else "ready"

@@ -82,7 +82,12 @@ class Arrivals:
             stats=stats,
         )
         self._unit_receivers = unit_receivers(
-            shell.config, shell.me, self.receiver, stats, shell.context
+            shell.config,
+            shell.me,
+            self.receiver,
+            stats,
+            shell.context,
+            shell.built.open_pool,
         )
         self.transports = tuple(
             public_address(receiver.address, shell.config) for receiver in self._unit_receivers

@@ -67,6 +67,23 @@ def memory_now(device: str) -> MemoryNow:
     return MemoryNow(total, free, torch.cuda.memory_reserved(device))
 
 
+def tensor_at(address: int, num_bytes: int, device: str | torch.device) -> torch.Tensor:
+    """uint8 [num_bytes] over memory of a CUDA device that torch has not made."""
+    return torch.as_tensor(_Memory(address, num_bytes), device=torch.device(device))
+
+
+class _Memory:
+    """What numba and all others who share memory of a GPU agreed on."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),  # not read-only
+            "version": 3,
+        }
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until this thread's stream is empty; on a CPU there is nothing to wait for."""
     if device.type == "cuda":

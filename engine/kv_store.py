@@ -28,6 +28,7 @@ class KVStore:
 
     Args:
         buffer: writable memory for all blocks, which other processes may see; else the store's own.
+            On a device a tensor of bytes there.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class KVStore:
         layout: KVLayout,
         num_blocks: int,
         device: str | torch.device = "cpu",
-        buffer: Buffer | None = None,
+        buffer: Buffer | Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
@@ -49,12 +50,12 @@ class KVStore:
             layout.head_dim,
         )
         dtype = getattr(torch, layout.dtype)
-        self.blocks = (  # untouched pages cost nothing until they are written
-            torch.empty(shape, dtype=dtype, device=device)
-            if buffer is None
-            else torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
-        )
-        if buffer is None:
+        if isinstance(buffer, Tensor):
+            self.blocks = buffer[: num_blocks * layout.block_bytes].view(dtype).view(shape)
+        elif buffer is not None:
+            self.blocks = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
+        else:  # untouched pages cost nothing until they are written
+            self.blocks = torch.empty(shape, dtype=dtype, device=device)
             use_huge_pages(self.blocks)
 
     @cached_property

@@ -34,6 +34,7 @@ class Outgoing:
     sealer: UnitSealer
     address: TransportAddress
     layout: KVLayout  # of this node
+    from_device: bool = False  # its transport reads units where they lie on the device
     meter: TransferMeter = field(default_factory=TransferMeter)
     ends_in: dict[int, list[Unit]] = field(default_factory=dict)  # by the last own block
     table: dict[int, BlockHandle] = field(default_factory=dict)  # own blocks, as far as finished

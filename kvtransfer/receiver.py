@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from kvtransfer.block_memory import ArrivedUnit, BlockMemory
+from kvtransfer.block_memory import ArrivedUnit, BlockMemory, DeviceBytes
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import CREDIT_BYTES
 from kvtransfer.lease import Lease, LeaseState
@@ -50,6 +50,10 @@ class _Incoming:
     geometry: Geometry
     num_bytes: int = 0  # that have arrived
     num_acknowledged: int = 0  # of these
+
+
+def nothing() -> None:
+    """What most transports want to be done when a unit is in its block."""
 
 
 class KVReceiver:
@@ -191,20 +195,35 @@ class KVReceiver:
             self._settle()
             self._drop(sender, header, "stale")
             return None
-        hashes = self._incoming[lease.number].sealer if self._memory.in_place else None
-        return _BlockLanding(self, lease, [lease.units[i] for i in indices], header, hashes)
+        return _BlockLanding(
+            self,
+            lease,
+            [lease.units[i] for i in indices],
+            header,
+            self._incoming[lease.number],
+            self._memory,
+        )
 
-    def _landed(self, landing: _BlockLanding, num_bytes: int) -> None:
-        """So many bytes have arrived: have them put into the block, and go on when they are."""
+    def _landed(
+        self,
+        landing: _BlockLanding,
+        num_bytes: int,
+        parts: Sequence[memoryview | DeviceBytes],
+        on_over: Callable[[], None] = nothing,
+    ) -> None:
+        """Bytes have arrived, in `parts` of the units: have them put into the block.
+
+        `on_over` is called when that is done, or will not be.
+        """
         incoming = self._incoming.get(landing.lease.number)
-        told = partial(self._written, landing, num_bytes)
-        if incoming is None or not _is_whole(landing, num_bytes):
+        told = partial(self._written, landing, num_bytes, on_over)
+        if incoming is None or num_bytes != landing.num_bytes:
             told(None)
             return
         block_id = landing.header.handle.block_id
         units = [
             ArrivedUnit(unit, block_id, part, landing.contents.get(unit.index))
-            for unit, part in landing.parts()
+            for unit, part in zip(landing.units, parts, strict=True)
         ]
         dtype = incoming.geometry.dtype_for(self._memory.layout)
         try:
@@ -214,7 +233,11 @@ class KVReceiver:
             raise
 
     def _written(
-        self, landing: _BlockLanding, num_bytes: int, contents: Sequence[bytes] | None
+        self,
+        landing: _BlockLanding,
+        num_bytes: int,
+        on_over: Callable[[], None],
+        contents: Sequence[bytes] | None,
     ) -> None:
         """Nothing writes the block any more; `contents` are the hashes of what it holds."""
         if landing.over:
@@ -235,19 +258,18 @@ class KVReceiver:
                 self._acknowledge(incoming)
             self.table.end_units(landing.lease, digests, self._clock())
             self._settle()
+            on_over()
 
-    def _room_for(self, units: Sequence[Unit], header: UnitHeader) -> memoryview:
-        """Room for the units as they travel.
+    def _room_for(self, landing: _BlockLanding) -> memoryview:
+        """Room for the landing's units as they travel.
 
         Units that follow each other do so in the block, if each of them lies there in one piece:
         then they have all heads, and are cut by layers alone.
         """
-        layout, geometry = self._memory.layout, self._incoming[header.lease].geometry
-        dtype = geometry.dtype_for(layout)
-        first, last = place_of(units[0], layout, dtype), place_of(units[-1], layout, dtype)
+        layout = self._memory.layout
+        first, last = (place_of(landing.units[i], layout, landing.dtype) for i in (0, -1))
         part = None if first is None or last is None else slice(first.start, last.stop)
-        num_bytes = sum(unit_bytes(unit, layout, geometry) for unit in units)
-        return self._memory.room(header.handle.block_id, part, num_bytes)
+        return self._memory.room(landing.header.handle.block_id, part, landing.num_bytes)
 
     def _drop(self, sender: NodeId, header: UnitHeader, cause: str) -> None:
         self._stats.units_dropped[cause] += 1
@@ -302,15 +324,11 @@ class KVReceiver:
 
 
 class _BlockLanding:
-    """See Landing: the place of units of one block under one lease.
-
-    Args:
-        sealer: hashes what `fill` copies; None: whoever writes the block will.
-    """
+    """See Landing and DeviceLanding: the place of units of one block under one lease."""
 
     __slots__ = (
-        *("_receiver", "_sealer", "contents", "header"),
-        *("lease", "over", "units", "view"),
+        *("_receiver", "_sealer", "_view", "contents", "dtype"),
+        *("header", "lease", "num_bytes", "over", "units"),
     )
 
     def __init__(
@@ -319,43 +337,59 @@ class _BlockLanding:
         lease: Lease,
         units: Sequence[Unit],
         header: UnitHeader,
-        sealer: UnitSealer | None,
+        incoming: _Incoming,
+        memory: BlockMemory,
     ) -> None:
+        layout, geometry = memory.layout, incoming.geometry
         self.lease = lease
         self.units = units
         self.header = header
-        self.view = receiver._room_for(units, header)
+        self.dtype = geometry.dtype_for(layout)
+        self.num_bytes = sum(unit_bytes(unit, layout, geometry) for unit in units)
         self.contents: dict[int, bytes] = {}  # the units' hashes, where `fill` computed them
         self.over = False  # nothing writes the block any more
         self._receiver = receiver
-        self._sealer = sealer
+        self._sealer = incoming.sealer if memory.in_place else None  # else the memory hashes
+        self._view: memoryview | None = None
 
-    def parts(self, of: memoryview | None = None) -> Sequence[tuple[Unit, memoryview]]:
+    @property
+    def view(self) -> memoryview:
+        """Room for the bytes, taken when it is first asked for."""
+        if self._view is None:
+            self._view = self._receiver._room_for(self)
+        return self._view
+
+    def parts(self, of: memoryview) -> Sequence[memoryview]:
         """Each unit's bytes in `view`, or in what is like it."""
-        of = self.view if of is None else of
+        return [of[part] for part in self._slices()]
+
+    def _slices(self) -> Sequence[slice]:
         if len(self.units) == 1:
-            return ((self.units[0], of),)
+            return (slice(0, self.num_bytes),)
         vectors = [unit.num_layers * unit.num_heads for unit in self.units]  # of each token
-        size, ends = len(of) // sum(vectors), list(accumulate(vectors))
+        size, ends = self.num_bytes // sum(vectors), list(accumulate(vectors))
         return [
-            (unit, of[(end - count) * size : end * size])
-            for unit, count, end in zip(self.units, vectors, ends, strict=True)
+            slice((end - count) * size, end * size)
+            for count, end in zip(vectors, ends, strict=True)
         ]
 
     def fill(self, data: memoryview) -> None:
-        if self._sealer is not None and len(data) == len(self.view):
-            for (unit, part), (_, target) in zip(self.parts(data), self.parts(), strict=True):
+        view = self.view
+        if self._sealer is not None and len(data) == self.num_bytes:
+            parts = zip(self.units, self.parts(data), self.parts(view), strict=True)
+            for unit, part, target in parts:
                 self.contents[unit.index] = self._sealer.copy(part, target)
-        else:  # verified later, or never: it is too short or too long
-            size = min(len(data), len(self.view))
-            self.view[:size] = data[:size]
+        else:  # hashed later, or never: it is too short or too long
+            size = min(len(data), len(view))
+            view[:size] = data[:size]
 
     def end(self, num_bytes: int) -> None:
-        self._receiver._landed(self, num_bytes)
+        whole = num_bytes == self.num_bytes  # else nothing is looked at
+        self._receiver._landed(self, num_bytes, self.parts(self.view) if whole else ())
 
-
-def _is_whole(landing: _BlockLanding, num_bytes: int) -> bool:
-    return num_bytes == len(landing.view)
+    def take(self, source: DeviceBytes, on_over: Callable[[], None]) -> None:
+        parts = [DeviceBytes(source.address + p.start, p.stop - p.start) for p in self._slices()]
+        self._receiver._landed(self, source.nbytes, parts, on_over)
 
 
 def _answer(message: Commit, outcome: Outcome) -> Message:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
-from kvtransfer.block_memory import BlockMemory, HeldUnit
+from kvtransfer.block_memory import BlockMemory, DeviceBytes, HeldUnit
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
 from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
 from kvtransfer.outgoing import Outgoing, own_units
-from kvtransfer.transport import TransferStats, UnitSender
+from kvtransfer.relay import place_of
+from kvtransfer.transport import DeviceUnitSender, TransferStats, UnitSender
 from kvtransfer.units import bounds
 from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
@@ -105,7 +106,7 @@ class KVSender:
             TransferError: the two nodes cannot exchange blocks; the text says why.
         """
         assert id not in self._outgoing, f"{id} is handed over already"
-        layout = self._memory.layout
+        layout, address = self._memory.layout, self._choice.choose(grant)
         self._outgoing[id] = Outgoing(
             Handoff(
                 id,
@@ -123,8 +124,9 @@ class KVSender:
                 model_fingerprint=self._fingerprint,
                 cache_salt=cache_salt,
             ),
-            self._choice.choose(grant),
+            address,
             layout,
+            isinstance(self._transports[address.transport], DeviceUnitSender),
         )
 
     @property
@@ -166,7 +168,7 @@ class KVSender:
                 out.dtype,
                 partial(self._sealed, out, waiting),
                 seed=out.sealer.seed,
-                payload=self._can_leave(out, units),
+                payload=self._memory.in_place or self._can_leave(out, units),
             )
         except Exception:
             while waiting:
@@ -194,7 +196,9 @@ class KVSender:
         self._ask_first_commit(out)
 
     def _can_leave(self, out: Outgoing, units: Sequence[ReadyUnit]) -> bool:
-        """Whether window and memory have room for all of them now."""
+        """Whether window and memory have room for the bytes of all of them now."""
+        if all(self._on_device(out, ready) is not None for ready in units):
+            return False  # their bytes are not needed
         num_bytes = sum(out.handoff.unit_bytes(ready.unit) for ready in units)
         limit = self._max_sending_bytes
         fits = not limit or self._sending_bytes + num_bytes <= limit
@@ -318,7 +322,7 @@ class KVSender:
         unread: list[tuple[UnitHeader, ReadyUnit]] = []
         while not self._is_full() and (sendable := out.handoff.next_send()) is not None:
             self._sending_bytes += sendable[0].num_bytes
-            payload = made.get(sendable[0].unit)
+            payload = self._on_device(out, sendable[1]) or made.get(sendable[0].unit)
             if payload is None:
                 unread.append(sendable)
             else:
@@ -354,17 +358,29 @@ class KVSender:
         else:
             self._send_unit(out, header, ready, payload)
 
+    def _on_device(self, out: Outgoing, ready: ReadyUnit) -> DeviceBytes | None:
+        """Where the unit lies as it travels, if its transport reads it there."""
+        part = place_of(ready.unit, out.layout, out.dtype) if out.from_device else None
+        if part is None:
+            return None
+        return self._memory.device_bytes(ready.sources[0].block_id, part)
+
     def _send_unit(
-        self, out: Outgoing, header: UnitHeader, ready: ReadyUnit, payload: memoryview
+        self,
+        out: Outgoing,
+        header: UnitHeader,
+        ready: ReadyUnit,
+        payload: memoryview | DeviceBytes,
     ) -> None:
+        transport = self._transports[out.address.transport]
+        to = (out.address.url, out.handoff.grant.decode)
+        sent = partial(self._sent, ready.sources, payload)
         try:
-            self._transports[out.address.transport].send(
-                out.address.url,
-                out.handoff.grant.decode,
-                header,
-                payload,
-                partial(self._sent, ready.sources, payload),
-            )
+            if isinstance(payload, memoryview):
+                transport.send(*to, header, payload, sent)
+            else:
+                assert isinstance(transport, DeviceUnitSender)
+                transport.send_from_device(*to, header, payload, sent)
         except TransferError as error:
             self._over(ready.sources, header.num_bytes)
             self._choice.failed(out.address, error)
@@ -378,7 +394,7 @@ class KVSender:
         self._held_back |= bool(limit) and self._sending_bytes >= limit
         return bool(limit) and self._sending_bytes >= limit
 
-    def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview) -> None:
+    def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview | DeviceBytes) -> None:
         """A transport does not read `payload` any more; until now it was held for it."""
         self._over(sources, payload.nbytes)
         if self._held_back:

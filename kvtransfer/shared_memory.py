@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtransfer.block_memory import DeviceBytes
 from wire.errors import ConfigError
 
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE of linux/fcntl.h, since Linux 5.1
@@ -51,10 +52,12 @@ class SharedMemory:
     def __len__(self) -> int:
         return len(self.buffer)
 
-    def offset_of(self, view: memoryview) -> int | None:
-        """Where `view` lies in this memory; None if it lies elsewhere."""
-        offset = int(np.frombuffer(view, np.uint8).ctypes.data) - self._address
-        return offset if 0 <= offset <= len(self.buffer) - view.nbytes else None
+    def offset_of(self, payload: memoryview | DeviceBytes) -> int | None:
+        """Where `payload` lies in this memory; None if it lies elsewhere."""
+        if isinstance(payload, DeviceBytes):
+            return None
+        offset = int(np.frombuffer(payload, np.uint8).ctypes.data) - self._address
+        return offset if 0 <= offset <= len(self.buffer) - payload.nbytes else None
 
     def close(self) -> None:
         """Give it to nobody any more."""
@@ -65,6 +68,9 @@ class SharedMemory:
 
 class MappedMemory:
     """The reader's side: another process's memory, read-only."""
+
+    on_device = False
+    alignment = 1
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
         """Map it. The descriptor stays the caller's.

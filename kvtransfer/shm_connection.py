@@ -19,7 +19,8 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
+from kvtransfer.device_pool import ForeignPool, OpenPool, Pool
+from kvtransfer.shared_memory import host_id
 from wire.codec import Envelope, decode, encode
 from wire.errors import MalformedMessage, TransferError
 from wire.messages import RenewLeases
@@ -29,16 +30,16 @@ HELLO = struct.Struct("<8sQI")
 MAGIC = b"baton-k1"
 MAX_PEERS = 256
 _MAX_GREETING_BYTES = 4096
-_URL = re.compile(r"shm://([0-9a-f.-]{1,80})/([0-9a-f]{32})")
+_URL = re.compile(r"(?:shm|cuda-ipc)://([0-9a-f.-]{1,80})/([0-9a-f]{32})")
 
 
-def listen() -> tuple[socket.socket, str]:
+def listen(scheme: str) -> tuple[socket.socket, str]:
     """A new listening socket, and its address for processes of this host."""
     name = secrets.token_hex(16)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     listener.bind(_abstract(name))
     listener.listen(MAX_PEERS)
-    return listener, f"shm://{host_id()}/{name}"
+    return listener, f"{scheme}://{host_id()}/{name}"
 
 
 def is_here(url: str) -> bool:
@@ -49,7 +50,7 @@ def is_here(url: str) -> bool:
     return found[1] == host_id()
 
 
-def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.socket:
+def connect(url: str, me: NodeId, to: NodeId, pool: Pool) -> socket.socket:
     """Connect and give the pool away. Never waits: an abstract socket answers at once."""
     if not is_here(url):
         raise TransferError("transport", f"{url} is another host")
@@ -74,7 +75,7 @@ def connect(url: str, me: NodeId, to: NodeId, pool: SharedMemory) -> socket.sock
     return peer
 
 
-def receive_pool(connection: socket.socket) -> tuple[Envelope, MappedMemory]:
+def receive_pool(connection: socket.socket, open_pool: OpenPool) -> tuple[Envelope, ForeignPool]:
     """Take what the first message brings: who it is from, and his pool.
 
     Raises:
@@ -94,7 +95,7 @@ def receive_pool(connection: socket.socket) -> tuple[Envelope, MappedMemory]:
             raise MalformedMessage("another protocol")
         greeting = decode(connection.recv(greeting_bytes))
         try:
-            return greeting, MappedMemory(descriptors[0], num_bytes)
+            return greeting, open_pool(descriptors[0], num_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise MalformedMessage(f"the pool cannot be mapped: {error}") from error
     finally:

@@ -1,4 +1,4 @@
-"""The decode node's end of the shm transport: copies units out of other processes' pools."""
+"""The decode node's end of `shm` and `cuda-ipc`: copies units out of other processes' pools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterable
+from functools import partial
 
+from kvtransfer.device_pool import ForeignPool, OpenPool
+from kvtransfer.late_units import LateUnits
 from kvtransfer.shared_memory import MappedMemory
 from kvtransfer.shm_connection import MAX_PEERS, listen, receive_pool, same_user
 from kvtransfer.shm_stream import ANSWER, PlacedUnit, UnitParser
@@ -26,16 +29,30 @@ _PAUSE_S = 1.0  # without a free descriptor nobody is let in for so long
 
 
 class ShmUnitReceiver:
-    """The listening socket of a decode node, and the pools that it may read."""
+    """The listening socket of a decode node, and the pools that it may read.
 
-    def __init__(self, me: NodeId, sink: UnitSink, stats: TransferStats) -> None:
+    Args:
+        name: the transport's.
+        open_pool: maps what a connection brings: host memory, or a device's.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        sink: UnitSink,
+        stats: TransferStats,
+        *,
+        name: str = "shm",
+        open_pool: OpenPool = MappedMemory,
+    ) -> None:
+        self.open_pool = open_pool
         self._me = me
         self._sink = sink
         self._stats = stats
         self._loop = asyncio.get_running_loop()
         self._peers: set[_Peer] = set()
-        self._listener, url = listen()
-        self.address = TransportAddress("shm", url)
+        self._listener, url = listen(name)
+        self.address = TransportAddress(name, url)
         self._listen()
 
     @property
@@ -94,12 +111,16 @@ class ShmUnitReceiver:
             copy.end()
 
     def _begin(self, sender: NodeId, header: UnitHeader, source: memoryview) -> _Copy | None:
+        landing = self.begin(sender, header)
+        return _Copy(landing, source) if landing else None
+
+    def begin(self, sender: NodeId, header: UnitHeader) -> Landing | None:
+        """Where a unit goes; None: nowhere."""
         try:
-            landing = self._sink.begin(sender, header)
+            return self._sink.begin(sender, header)
         except Exception:  # a bug there must not end the connection for the others' units
             log.exception("a unit was not handled")
             return None
-        return _Copy(landing, source) if landing else None
 
     def malformed(self, reason: object) -> None:
         """A connection is closed for what came over it."""
@@ -140,7 +161,8 @@ class _Peer:
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
         self._sender: NodeId | None = None  # not known before the hello
-        self._pool: MappedMemory | None = None
+        self._pool: ForeignPool | None = None
+        self._late: LateUnits | None = None  # where the pool is a device's
         self._parser = UnitParser(0)
         self._over = 0  # units that are over and were not answered
         self._over_bytes = 0
@@ -156,7 +178,9 @@ class _Peer:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
         self._socket.close()
-        if self._pool is not None:
+        if self._late is not None:
+            self._late.close()
+        elif self._pool is not None:
             self._pool.close()
         self._receiver.forget(self)
 
@@ -183,9 +207,12 @@ class _Peer:
         self._work()
 
     def _greet(self) -> None:
-        greeting, self._pool = receive_pool(self._socket)
+        greeting, self._pool = receive_pool(self._socket, self._receiver.open_pool)
         self._sender = greeting.sender
-        self._parser = UnitParser(len(self._pool))
+        self._parser = UnitParser(len(self._pool), self._pool.alignment)
+        if self._pool.on_device:
+            begin = partial(self._receiver.begin, self._sender)
+            self._late = LateUnits(self._pool, begin, self._are_over)
         if not self._receiver.is_meant(greeting):
             self.close()
 
@@ -217,9 +244,18 @@ class _Peer:
             return
         assert self._pool is not None
         assert self._sender is not None
+        if self._late is not None:
+            self._late.take(units)
+            return
         pool = self._pool
         self._receiver.place(self._sender, [(unit.header, _source(unit, pool)) for unit in units])
         self._over += len(units)
+
+    def _are_over(self, count: int) -> None:
+        """Told of many in one turn of the loop; they are answered together."""
+        if not self._over:
+            self._loop.call_soon(self._answer)
+        self._over += count
 
     def _answer(self) -> None:
         if not self._over or self._closed:
@@ -238,7 +274,9 @@ class _Peer:
         self._answer()
 
 
-def _source(unit: PlacedUnit, pool: MappedMemory) -> memoryview:
+def _source(unit: PlacedUnit, pool: ForeignPool) -> memoryview:
     if unit.inline is not None:
         return memoryview(unit.inline)
-    return pool.part(unit.offset, unit.header.num_bytes)
+    part = pool.part(unit.offset, unit.header.num_bytes)
+    assert isinstance(part, memoryview)
+    return part

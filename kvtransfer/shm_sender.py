@@ -1,4 +1,4 @@
-"""The prefill node's end of the shm transport: says where its units lie."""
+"""The prefill node's end of `shm` and `cuda-ipc`: says where in its pool its units lie."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from kvtransfer.shared_memory import SharedMemory
+from kvtransfer.block_memory import DeviceBytes
+from kvtransfer.device_pool import Pool
 from kvtransfer.shm_connection import connect, is_here
 from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES
+from kvtransfer.transport import OnLost
 from kvtransfer.unit_header import pack
 from wire.errors import TransferError
 from wire.messages import UnitHeader
-from wire.types import NodeId
+from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class ShmUnitSender:
 
     Args:
         pool: the memory that full units lie in.
+        name: the transport's.
+        on_lost: told of a lane that ended with units on the way.
         stall_s: a decode node that takes no unit for so long loses its lane, which gives the
             blocks back.
     """
@@ -63,13 +67,17 @@ class ShmUnitSender:
     def __init__(
         self,
         me: NodeId,
-        pool: SharedMemory,
+        pool: Pool,
         *,
+        name: str = "shm",
+        on_lost: OnLost | None = None,
         stall_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._me = me
         self._pool = pool
+        self._name = name
+        self._on_lost = on_lost
         self._stall_s = stall_s
         self._clock = clock
         self._lanes: dict[tuple[str, NodeId], _Lane] = {}
@@ -88,18 +96,18 @@ class ShmUnitSender:
         url: str,
         to: NodeId,
         header: UnitHeader,
-        payload: memoryview,
+        payload: memoryview | DeviceBytes,
         on_done: Callable[[], None],
     ) -> None:
-        """See UnitSender."""
+        """See UnitSender and DeviceUnitSender."""
         lane = self._lane(url, to)
         offset = self._pool.offset_of(payload)
-        if offset is None and payload.nbytes > MAX_INLINE_BYTES:
-            raise TransferError("transport", f"a partial unit of {payload.nbytes} bytes")
-        place = INLINE if offset is None else offset
-        lane.outbox.append(memoryview(pack(header, place)))
-        if offset is None and payload.nbytes:
-            lane.outbox.append(payload)
+        inline = payload if offset is None else memoryview(b"")
+        if isinstance(inline, DeviceBytes) or inline.nbytes > MAX_INLINE_BYTES:
+            raise TransferError("transport", f"{inline.nbytes} bytes outside of the pool")
+        lane.outbox.append(memoryview(pack(header, INLINE if offset is None else offset)))
+        if inline.nbytes:
+            lane.outbox.append(inline)
         if not lane.in_flight:
             lane.moved_at = self._clock()
         lane.in_flight.append(on_done)
@@ -151,9 +159,13 @@ class ShmUnitSender:
 
     def _lose(self, lane: _Lane, reason: object) -> None:
         # With nothing on the way it is only a decode node that has ended, as nodes do.
-        level = logging.WARNING if lane.in_flight else logging.INFO
+        carried = bool(lane.in_flight)
+        level = logging.WARNING if carried else logging.INFO
         log.log(level, "lost the connection to %s: %s", lane.url, reason)
         self._close_lane(lane)
+        if carried and self._on_lost is not None:
+            error = TransferError("transport", f"{lane.url} took units and is gone")
+            self._on_lost(TransportAddress(self._name, lane.url), error)
 
     def _watch_later(self) -> None:
         if not self._watching and any(lane.in_flight for lane in self._lanes.values()):

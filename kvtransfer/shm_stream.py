@@ -33,10 +33,12 @@ class UnitParser:
 
     Args:
         pool_bytes: the size of the sender's pool.
+        alignment: of places in it.
     """
 
-    def __init__(self, pool_bytes: int) -> None:
+    def __init__(self, pool_bytes: int, alignment: int = 1) -> None:
         self._pool_bytes = pool_bytes
+        self._alignment = alignment
         self._buffer = bytearray()
         self._start = 0  # of what is left of it
         self._head: tuple[UnitHeader, int] | None = None  # its inline bytes are to come
@@ -72,6 +74,8 @@ class UnitParser:
         limit = MAX_INLINE_BYTES if place == INLINE else self._pool_bytes - place
         if header.num_bytes > limit:
             raise MalformedMessage("a unit that is larger than its place")
+        if place != INLINE and place % self._alignment:
+            raise MalformedMessage("a unit at an odd place")
         return header, place
 
     def _take(self, num_bytes: int) -> bytearray | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
+from kvtransfer.block_memory import DeviceBytes
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
 from wire.errors import TransferError
@@ -34,6 +35,18 @@ class Landing(Protocol):
 
     def end(self, num_bytes: int) -> None:
         """The bytes are in `view`; `num_bytes` is how many really came."""
+        ...
+
+
+@runtime_checkable
+class DeviceLanding(Protocol):
+    """A landing that can be filled from a device's memory."""
+
+    def take(self, source: DeviceBytes, on_over: Callable[[], None]) -> None:
+        """Have the bytes copied, and end the landing; `on_over` is called once nobody reads them.
+
+        Instead of `fill` and `end`. Also where it raises, `on_over` has been called.
+        """
         ...
 
 
@@ -76,6 +89,22 @@ class UnitSender(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class DeviceUnitSender(Protocol):
+    """A sender that need not have what is sent on the host: the receiver reads it on the device."""
+
+    def send_from_device(
+        self,
+        url: str,
+        to: NodeId,
+        header: UnitHeader,
+        source: DeviceBytes,
+        on_done: Callable[[], None],
+    ) -> None:
+        """See UnitSender.send."""
+        ...
 
 
 OnLost: TypeAlias = Callable[[TransportAddress, TransferError], None]

@@ -14,6 +14,7 @@ import torch
 
 from engine.beam_search import num_continuations
 from engine.config import EngineConfig
+from engine.device import tensor_at
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.kv_store import KVStore
@@ -23,15 +24,17 @@ from engine.runner import ModelRunner, at_once
 from engine.staging import Staging, staging_bytes
 from engine.stops import end_tokens
 from engine.unit_copies import UnitCopies
+from kvtransfer.cuda_memory import CudaMapping, CudaPool
+from kvtransfer.device_pool import OpenPool, Pool
 from kvtransfer.shared_memory import SharedMemory
 from node.config import NodeConfig
-from node.devices import is_gpu
+from node.devices import gpu_index, is_gpu
 from node.drafting import beside_drafts, draft_layout, load_drafter, make_speculation
 from node.gpu import CopyWaiter, Gpu, LayerWaiter
 from node.machine import WORK_BYTES, available_memory, default_kv_memory, size
 from node.memory import NodeMemory
 from node.staged_memory import StagedMemory
-from node.transports import shared_pool
+from node.transports import shared_gpu_pool, shared_pool
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 from wire.logprobs import MAX_PAIRS, MAX_TOP_LOGPROBS
@@ -53,6 +56,8 @@ class BuiltEngine:
     memory: NodeMemory | StagedMemory
     num_blocks: int
     pool: SharedMemory | None = None  # where the blocks are, if other processes may read them
+    device_pool: Pool | None = None  # the same of a device
+    open_pool: OpenPool | None = None  # maps another process's device pool
     num_failed_graphs: int = 0  # captures; such steps run without
 
     @property
@@ -158,7 +163,10 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     if Role.PREFILL in roles:  # on a GPU not of the blocks, but of what copies them
         num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
         pool = shared_pool(config, num_bytes)
-    store = _store(config, layout, num_blocks, pool)
+    device_pool = None
+    if gpu and Role.PREFILL in roles:
+        device_pool = shared_gpu_pool(config, (num_blocks + 1) * layout.block_bytes)
+    store = _store(config, layout, num_blocks, pool, device_pool)
     prepare = partial(gpu.prepare, progress=progress) if gpu else None
     speculation = make_speculation(config, model, draft, num_blocks, prepare)
     runner = ModelRunner(
@@ -176,13 +184,22 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         grammars=_grammars(config.model, model),
         speculation=speculation,
     )
-    memory = _memory(engine, store, pool)
     return BuiltEngine(
-        config, model, engine, memory, num_blocks, pool, gpu.num_failed_graphs if gpu else 0
+        config,
+        model,
+        engine,
+        _memory(engine, store, pool, shared=device_pool is not None),
+        num_blocks,
+        pool,
+        device_pool,
+        partial(CudaMapping, device=gpu_index(config.device)) if gpu else None,
+        gpu.num_failed_graphs if gpu else 0,
     )
 
 
-def _memory(engine: Engine, store: KVStore, pool: SharedMemory | None) -> NodeMemory | StagedMemory:
+def _memory(
+    engine: Engine, store: KVStore, pool: SharedMemory | None, *, shared: bool
+) -> NodeMemory | StagedMemory:
     if store.blocks.device.type == "cpu":
         return NodeMemory(engine, store)
     num_bytes = staging_bytes(store.layout.block_bytes)
@@ -190,19 +207,26 @@ def _memory(engine: Engine, store: KVStore, pool: SharedMemory | None) -> NodeMe
     waiter = CopyWaiter()
     copies = UnitCopies(store, staging, when_over=waiter)
     copies.warm_up(store.num_blocks - 1)  # the one that padding rows write
-    memory = StagedMemory(engine, store, staging, copies)
+    memory = StagedMemory(engine, store, staging, copies, shared=shared)
     waiter.on_error = memory.failed
     return memory
 
 
 def _store(
-    config: NodeConfig, layout: KVLayout, num_blocks: int, pool: SharedMemory | None
+    config: NodeConfig,
+    layout: KVLayout,
+    num_blocks: int,
+    pool: SharedMemory | None,
+    device_pool: CudaPool | None,
 ) -> KVStore:
     """On a GPU with one more block, which takes what padding rows write."""
     if not is_gpu(config.device):
         return KVStore(layout, num_blocks, buffer=pool.buffer if pool else None)
+    memory = None
+    if device_pool is not None:
+        memory = tensor_at(device_pool.address, len(device_pool), config.device)
     try:
-        return KVStore(layout, num_blocks + 1, config.device)
+        return KVStore(layout, num_blocks + 1, config.device, memory)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"too little GPU memory: the KV pool of {size(num_blocks * layout.block_bytes)} does "

@@ -16,7 +16,7 @@ from wire.errors import ConfigError
 from wire.geometry import SCALED_DTYPES
 
 STORAGES = ("float32", "bfloat16", "float16", "int8")  # of weights, as kernels/weights.py
-TRANSPORTS = ("shm", "zmq", "ucx")  # auto chooses among them, see node/transports.py
+TRANSPORTS = ("shm", "zmq", "ucx", "cuda-ipc")  # auto chooses among them, see node/transports.py
 DEFAULT_CONTROL_URL = "tcp://127.0.0.1:7400"
 _MAX_NAME = 256  # no message carries a longer one
 _MAX_PORT = 65535
@@ -311,8 +311,9 @@ def add_kv_arguments(group: argparse._ArgumentGroup) -> None:
         default=default.transport,
         metavar="NAME[,NAME]",
         help="how KV blocks travel, the best way first: shm (within one host), zmq (TCP), ucx "
-        "(RDMA or TCP, not encrypted, needs baton-serve[ucx]); later ones stand in for earlier "
-        "ones (auto: shm, then ucx where UCX has RDMA, then zmq)",
+        "(RDMA or TCP, not encrypted, needs baton-serve[ucx]), cuda-ipc (from GPU to GPU within "
+        "one host); later ones stand in for earlier ones (auto: cuda-ipc on a GPU, then shm, then "
+        "ucx where UCX has RDMA, then zmq)",
     )
     group.add_argument(
         "--kv-overcommit",

@@ -32,6 +32,11 @@ def is_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
+def gpu_index(device: str) -> int:
+    """N of `cuda:N`."""
+    return int(device.partition(":")[2] or 0)
+
+
 def resolve_device(requested: str, root: Path = ROOT, *, torch_has_cuda: bool | None = None) -> str:
     """`cpu` or `cuda:N`.
 

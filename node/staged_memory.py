@@ -32,6 +32,7 @@ from kvtransfer.block_memory import (
     TellRead,
     TellWritten,
 )
+from kvtransfer.device_pool import ALIGNMENT
 from kvtransfer.digest import content_of
 from kvtransfer.numbers import STORES, decode, encode
 from kvtransfer.units import Unit
@@ -85,17 +86,28 @@ class _Write:
 
 
 class StagedMemory:
-    """See kvtransfer.block_memory.BlockMemory. For one event loop."""
+    """See kvtransfer.block_memory.BlockMemory. For one event loop.
+
+    Args:
+        shared: other processes may read the blocks on the device.
+    """
 
     in_place = False
 
     def __init__(
-        self, engine: Engine, store: KVStore, staging: Staging, copies: UnitCopies
+        self,
+        engine: Engine,
+        store: KVStore,
+        staging: Staging,
+        copies: UnitCopies,
+        *,
+        shared: bool = False,
     ) -> None:
         self.engine = engine
         self.staging = staging
         self.on_lost: Callable[[str], None] = log.error  # the device; with why
         self._store = store
+        self._address = store.blocks.data_ptr() if shared else None
         self._copies = copies
         self._writes: list[_Write] = []
 
@@ -120,8 +132,12 @@ class StagedMemory:
         self.engine.end_io(handle)
 
     def device_bytes(self, block_id: int, part: slice) -> DeviceBytes | None:
-        """See BlockMemory."""
-        return None
+        """See BlockMemory. The reader's device must be able to digest it, too."""
+        num_bytes = part.stop - part.start
+        start = block_id * self.layout.block_bytes + part.start
+        if self._address is None or start % ALIGNMENT or not can_digest(num_bytes):
+            return None
+        return DeviceBytes(self._address + start, num_bytes)
 
     def room(self, block_id: int, part: slice | None, num_bytes: int) -> memoryview:
         """See BlockMemory."""

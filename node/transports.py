@@ -1,9 +1,10 @@
 """The KV transports that a node offers and uses, the best one first.
 
-shm   both nodes on one host: one copy, out of the prefill node's shared pool
-ucx   RDMA; by itself only where UCX has it. Over TCP it is slower than zmq, costs half a second of
-      imports, and opens a port whose reader trusts what it reads: then only for who asks for it
-zmq   everything else, over TCP
+cuda-ipc  both nodes on GPUs of one host that can read each other: one copy, from GPU to GPU
+shm       both nodes on one host: one copy, out of the prefill node's shared pool
+ucx       RDMA; by itself only where UCX has it. Over TCP it is slower than zmq, costs half a second
+          of imports, and opens a port whose reader trusts what it reads: then only for who asks
+zmq       everything else, over TCP
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any, TypeVar
 
 import zmq
 
+from kvtransfer.cuda_ipc_transport import NAME as CUDA_IPC
+from kvtransfer.cuda_ipc_transport import CudaIpcUnitSender, cuda_ipc_receiver
+from kvtransfer.cuda_memory import CudaPool
+from kvtransfer.device_pool import OpenPool, Pool
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
 from kvtransfer.transport import OnLost, TransferStats, UnitReceiver, UnitSender, UnitSink
@@ -22,6 +27,7 @@ from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.zmq_transport import ZmqUnitReceiver, ZmqUnitSender
 from node.config import NodeConfig, is_loopback
+from node.devices import gpu_index, is_gpu
 from wire.errors import ConfigError
 from wire.types import NodeId, TransportAddress
 
@@ -35,12 +41,21 @@ def shared_pool(config: NodeConfig, num_bytes: int) -> SharedMemory | None:
 
     Raises ConfigError where it is wanted by name and there is none.
     """
-    if config.transport != "auto" and "shm" not in config.transport.split(","):
+    return _pool("shm", config, lambda: SharedMemory(num_bytes))
+
+
+def shared_gpu_pool(config: NodeConfig, num_bytes: int) -> CudaPool | None:
+    """The same of a GPU, for its blocks themselves."""
+    return _pool(CUDA_IPC, config, lambda: CudaPool(gpu_index(config.device), num_bytes))
+
+
+def _pool(name: str, config: NodeConfig, make: Callable[[], End]) -> End | None:
+    if config.transport != "auto" and name not in config.transport.split(","):
         return None
     try:
-        return SharedMemory(num_bytes)
+        return make()
     except ConfigError as error:
-        _do_without("shm", config, error)
+        _do_without(name, config, error)
         return None
 
 
@@ -50,26 +65,45 @@ def unit_senders(
     pool: SharedMemory | None,
     context: zmq.Context[Any],
     on_lost: OnLost,
+    device_pool: Pool | None = None,
 ) -> dict[str, UnitSender]:
-    """The sending ends of a prefill node. Raises ConfigError where one asked for is not there."""
+    """The sending ends of a prefill node. Raises ConfigError where one asked for is not there.
+
+    Args:
+        pool: host memory that decode nodes of this host may read, if there is any.
+        device_pool: the same of a device, with the blocks themselves.
+    """
     make: dict[str, Callable[[], UnitSender]] = {
         "zmq": lambda: ZmqUnitSender(me, context),
         "ucx": lambda: UcxUnitSender(me, on_lost=on_lost, options=_ucx(config).options),
     }
     if pool is not None:
         make["shm"] = lambda: ShmUnitSender(me, pool)
+    if device_pool is not None:
+        make[CUDA_IPC] = lambda: CudaIpcUnitSender(me, device_pool, on_lost)
     return _make_all(config, make)
 
 
 def unit_receivers(
-    config: NodeConfig, me: NodeId, sink: UnitSink, stats: TransferStats, context: zmq.Context[Any]
+    config: NodeConfig,
+    me: NodeId,
+    sink: UnitSink,
+    stats: TransferStats,
+    context: zmq.Context[Any],
+    open_pool: OpenPool | None = None,
 ) -> list[UnitReceiver]:
-    """The receiving ends of a decode node. Raises ConfigError where one asked for is not there."""
+    """The receiving ends of a decode node. Raises ConfigError where one asked for is not there.
+
+    Args:
+        open_pool: maps memory of a device that other processes share, where this node has one.
+    """
     make: dict[str, Callable[[], UnitReceiver]] = {
         "shm": lambda: ShmUnitReceiver(me, sink, stats),
         "zmq": lambda: ZmqUnitReceiver(me, config.bind_url, sink, stats, context),
         "ucx": lambda: UcxUnitReceiver(me, sink, stats, options=_ucx(config).options),
     }
+    if open_pool is not None:
+        make[CUDA_IPC] = lambda: cuda_ipc_receiver(me, sink, stats, open_pool)
     return list(_make_all(config, make).values())
 
 
@@ -79,6 +113,8 @@ def _make_all(config: NodeConfig, make: Mapping[str, Callable[[], End]]) -> dict
         try:
             if name in make:
                 ends[name] = make[name]()
+            elif config.transport != "auto":
+                raise ConfigError(f"--transport {name} needs a node on a GPU; see --device")
         except ConfigError as error:
             _do_without(name, config, error)
     return ends
@@ -101,7 +137,8 @@ def public_address(address: TransportAddress, config: NodeConfig) -> TransportAd
 def _wanted(config: NodeConfig) -> tuple[str, ...]:
     if config.transport != "auto":
         return tuple(config.transport.split(","))
-    return ("shm", "ucx", "zmq") if _ucx_is_fast(config) else ("shm", "zmq")
+    on_gpu = (CUDA_IPC,) if is_gpu(config.device) else ()
+    return (*on_gpu, *(("shm", "ucx", "zmq") if _ucx_is_fast(config) else ("shm", "zmq")))
 
 
 def _ucx_is_fast(config: NodeConfig) -> bool:

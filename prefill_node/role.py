@@ -71,7 +71,12 @@ class PrefillRole:
         self._outbox = TokenOutbox()
         self._peers = PeerLinks(shell.me, self._from_decode_node, shell.context)
         self._transports = unit_senders(
-            shell.config, shell.me, shell.built.pool, shell.context, self._way_lost
+            shell.config,
+            shell.me,
+            shell.built.pool,
+            shell.context,
+            self._way_lost,
+            shell.built.device_pool,
         )
         self._sender = KVSender(
             memory=shell.built.memory,

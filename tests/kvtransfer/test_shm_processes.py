@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvtransfer.shared_memory import SharedMemory
-from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
-from kvtransfer.transport import TransferStats
+from kvtransfer.shm_transport import ShmUnitSender
 from tests.kvtransfer.rig import until
-from tests.kvtransfer.shm_peer import BLOCK_BYTES, DECODE, NUM_BLOCKS, PREFILL, OneBlock, header
+from tests.kvtransfer.shm_peer import (
+    BLOCK_BYTES,
+    DECODE,
+    NUM_BLOCKS,
+    PREFILL,
+    OneBlock,
+    header,
+    make_receiver,
+    make_sender,
+)
 from wire.errors import TransferError
 
 ROOT = Path(__file__).parents[2]
 SOME_POINTS = [0, 1, 7, 100]  # units before the kill
+TRANSPORTS = ["shm", "cuda-ipc"]
 
 
 @contextmanager
@@ -60,18 +71,19 @@ def assert_nothing_is_left(url: str, before: set[str]) -> None:
     assert not [name for name in os.listdir("/dev/shm") if "baton" in name]
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("num_units", SOME_POINTS)
-def test_a_sender_is_killed(num_units: int) -> None:
+def test_a_sender_is_killed(num_units: int, transport: str) -> None:
     async def body() -> None:
         before = mappings()
-        stats = TransferStats()
         sink = OneBlock(memoryview(bytearray(BLOCK_BYTES)))
-        receiver = ShmUnitReceiver(DECODE, sink, stats)
+        receiver = make_receiver(sink, transport)
         with peer("send", receiver.address.url) as (process, _):
             await until(lambda: receiver.num_peers and sink.landed >= num_units)
             kill(process)
             await until(lambda: not receiver.num_peers)
-        assert not stats.units_dropped
+        assert not receiver._stats.units_dropped
+        await until(lambda: mappings() <= before)  # once nothing reads it any more
         assert sink.landed == 0 or bytes(sink.view) == b"\x05" * BLOCK_BYTES
         receiver.close()
         assert_nothing_is_left(receiver.address.url, before)
@@ -79,17 +91,16 @@ def test_a_sender_is_killed(num_units: int) -> None:
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("num_units", SOME_POINTS)
-def test_a_receiver_is_killed(num_units: int) -> None:
+def test_a_receiver_is_killed(num_units: int, transport: str) -> None:
     async def body() -> None:
         before = mappings()
-        pool = SharedMemory(NUM_BLOCKS * BLOCK_BYTES)
-        sender = ShmUnitSender(PREFILL, pool)
-        block = memoryview(pool.buffer)[:BLOCK_BYTES]
+        sender, send, pool = make_sender(transport)
         ended: list[int] = []
-        with peer("receive") as (process, url):
+        with peer("receive", transport) as (process, url):
             for number in range(num_units + 500):
-                sender.send(url, DECODE, header(number), block, lambda n=number: ended.append(n))  # type: ignore[misc]
+                send(url, number, partial(ended.append, number))
             await until(lambda: len(ended) >= num_units)
             kill(process)
             await until(lambda: len(ended) == num_units + 500)
@@ -98,10 +109,11 @@ def test_a_receiver_is_killed(num_units: int) -> None:
         with pytest.raises(TransferError):
             sender.reaches(url, DECODE)
         with pytest.raises(TransferError, match="cannot connect"):
-            sender.send(url, DECODE, header(0), block, lambda: None)
-        block.release()
+            send(url, 0, lambda: None)
         sender.close()
         pool.close()
+        del send
+        gc.collect()
         pool.buffer.close()
         assert_nothing_is_left(url, before)
 
@@ -114,7 +126,7 @@ def test_a_stopped_receiver_goes_on_where_it_was() -> None:
         sender = ShmUnitSender(PREFILL, pool)
         block = memoryview(pool.buffer)[:BLOCK_BYTES]
         ended: list[int] = []
-        with peer("receive") as (process, url):
+        with peer("receive", "shm") as (process, url):
             assert sender.reaches(url, DECODE)
             process.send_signal(signal.SIGSTOP)
             for number in range(2000):

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from kvtransfer.cuda_ipc_transport import CudaIpcUnitSender, cuda_ipc_receiver
+from kvtransfer.device_pool import HostDeviceMapping
 from kvtransfer.digest import UnitSealer
 from kvtransfer.lease import LeaseState
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, host_id
@@ -26,6 +28,7 @@ from kvtransfer.shm_connection import HELLO, MAGIC
 from kvtransfer.shm_stream import ANSWER, INLINE
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
 from kvtransfer.unit_header import pack, unpack
+from tests.kvtransfer.device_memory import DeviceMemory
 from tests.kvtransfer.rig import (
     DECODE,
     LAYOUT,
@@ -41,7 +44,7 @@ from wire.codec import Envelope, encode
 from wire.errors import TransferError
 from wire.layout import KVLayout
 from wire.messages import RenewLeases, UnitHeader
-from wire.types import AttemptId, BlockHandle, NodeId
+from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=16, dtype="float32")
 NUM_BLOCKS = 64  # of the rig's pools
@@ -76,6 +79,9 @@ class ShmRig:
     def url(self) -> str:
         return self.receiver.address.url
 
+    def seal(self) -> None:
+        """What is computed is sealed by now."""
+
     def close(self) -> None:
         self.sender.close()
         self.receiver.close()
@@ -84,6 +90,31 @@ class ShmRig:
     async def hand_over(self, num_tokens: int, request: str = "last") -> Job:
         """A handoff that must work, whatever came before it."""
         return await self.rig.hand_over_well(num_tokens, request)
+
+
+@dataclass
+class CudaIpcRig(ShmRig):
+    """The same lanes to a device's memory, with host memory in the device's place."""
+
+    def __post_init__(self) -> None:
+        self.rig = Rig(layout=self.layout, make_pool=DeviceMemory)
+        source = cast(DeviceMemory, self.rig.source)
+        self.pool = source.shared  # type: ignore[assignment]
+        self.receiver = cuda_ipc_receiver(
+            DECODE, self.rig.receiver, self.rig.received, HostDeviceMapping
+        )
+        sender = CudaIpcUnitSender(PREFILL, source.shared, self._lost, clock=lambda: self.now)
+        self.rig.use(sender, self.receiver.address)
+        self.sender = sender._lanes
+
+    def seal(self) -> None:
+        cast(DeviceMemory, self.rig.source).go_on()
+
+    def _lost(self, address: TransportAddress, error: TransferError) -> None:
+        self.rig.sender.lost(address, error)
+
+
+both_ways = pytest.mark.parametrize("make", [ShmRig, CudaIpcRig], ids=["shm", "cuda-ipc"])
 
 
 # ---------------------------------------------------------------- the memory
@@ -167,9 +198,10 @@ def test_a_header_comes_out_as_it_went_in(secret: bytes) -> None:
 
 @pytest.mark.parametrize("layout", [LAYOUT, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 250])
-def test_blocks_arrive_bit_identical(layout: KVLayout, num_tokens: int) -> None:
+@both_ways
+def test_blocks_arrive_bit_identical(make: type[ShmRig], layout: KVLayout, num_tokens: int) -> None:
     async def body() -> None:
-        both = ShmRig(layout)
+        both = make(layout)
         await both.hand_over(num_tokens)
         both.close()
 
@@ -194,9 +226,10 @@ def test_full_units_go_by_place_and_partial_ones_inline(monkeypatch: pytest.Monk
     run(body())
 
 
-def test_many_handoffs_through_one_connection() -> None:
+@both_ways
+def test_many_handoffs_through_one_connection(make: type[ShmRig]) -> None:
     async def body() -> None:
-        both = ShmRig()
+        both = make()
         jobs = [both.rig.reserve(20 + n, id=AttemptId(f"r{n}", 1)) for n in range(9)]
         for job in jobs:
             both.rig.hand_over(job)
@@ -299,15 +332,17 @@ def test_a_payload_of_another_length_is_rejected(length: int, inline: bool) -> N
     run(body())
 
 
-def test_a_block_reused_while_it_is_copied_does_not_verify() -> None:
+@both_ways
+def test_a_block_reused_while_it_is_copied_does_not_verify(make: type[ShmRig]) -> None:
     """What makes it safe to give the blocks back when the connection is lost."""
 
     async def body() -> None:
-        both = ShmRig()
+        both = make()
         rig = both.rig
         job = rig.reserve(8)
         rig.start(job)
         rig.compute(job, [0, 1])
+        both.seal()
         rig.source.block_bytes(job.source[1].block_id)[5] ^= 1  # before it left
         rig.sender.first_token(job.id, (7,))
         await rig.until_ended()
@@ -343,12 +378,14 @@ def test_a_receiver_that_closes_ends_all_sends_once() -> None:
     run(body())
 
 
-def test_a_sender_that_closes_gives_its_blocks_back_at_once() -> None:
+@both_ways
+def test_a_sender_that_closes_gives_its_blocks_back_at_once(make: type[ShmRig]) -> None:
     async def body() -> None:
-        both = ShmRig()
+        both = make()
         rig = both.rig
         job = rig.reserve(40)
         rig.hand_over(job)
+        both.seal()
         rig.sender.abort(job.id, "drained")
         both.sender.close()
         assert not rig.source.touched

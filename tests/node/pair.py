@@ -27,6 +27,7 @@ from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.staging import Staging
 from engine.unit_copies import UnitCopies, WhenOver
+from kvtransfer.device_pool import HostDeviceMapping, HostDevicePool
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transport import TransferStats
 from node.build import BuiltEngine
@@ -56,7 +57,7 @@ from wire.messages import (
 from wire.sockets import Hub
 from wire.types import AttemptId, FinishReason, NodeId, SamplingParams
 
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
 ROUTER = NodeId("router", 1)
 SAMPLING = SamplingParams(seed=5, max_tokens=6, ignore_eos=True)
 ID = AttemptId("request", 1)
@@ -119,7 +120,10 @@ def build(
     when_over: WhenOver = later,
 ) -> BuiltEngine:
     """With `staging_blocks` as on a device: blocks travel through memory for so many."""
-    store = KVStore(LAYOUT, num_blocks)
+    device_pool = None
+    if config.transport == "cuda-ipc":
+        device_pool = HostDevicePool(num_blocks * LAYOUT.block_bytes)
+    store = KVStore(LAYOUT, num_blocks, buffer=device_pool.buffer if device_pool else None)
     engine = Engine(
         EngineConfig(
             block_size=LAYOUT.block_size,
@@ -148,8 +152,18 @@ def build(
     pool = SharedMemory(staging_blocks * LAYOUT.block_bytes)
     staging = Staging(len(pool), pool.buffer, pinned=False)
     copies = UnitCopies(store, staging, when_over=when_over, scratch_bytes=SCRATCH_BYTES)
-    memory = StagedMemory(engine, store, staging, copies)
-    return BuiltEngine(config, cast(Any, model), engine, memory, num_blocks, pool)
+    shared = device_pool is not None
+    memory = StagedMemory(engine, store, staging, copies, shared=shared)
+    return BuiltEngine(
+        config,
+        cast(Any, model),
+        engine,
+        memory,
+        num_blocks,
+        pool,
+        device_pool,
+        HostDeviceMapping if shared else None,
+    )
 
 
 class FakeShell:

@@ -12,6 +12,7 @@ import pytest
 from engine.staging import FreeRanges, Staging
 from engine.unit_copies import UnitCopies, at_once
 from node.staged_memory import StagedMemory
+from telemetry import metrics as names
 from tests.node.pair import ID, LAYOUT, Pair, expected, pair
 from wire.types import AttemptId, SamplingParams
 
@@ -32,18 +33,22 @@ async def staged(**settings: Any) -> AsyncIterator[Pair]:
             assert memory.staging.num_free == memory.staging.num_bytes
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["cuda-ipc", "shm", "zmq"])
 @pytest.mark.parametrize("staging_blocks", [2, 8])
 def test_a_handoff_through_staging_memory(transport: str, staging_blocks: int) -> None:
     async def scenario() -> None:
         async with staged(transport=transport, staging_blocks=staging_blocks) as p:
             p.start(p.grant(tokens=LONG), tokens=LONG)
             assert await p.finish() == expected(LONG)
+            stats = p.prefill.role.stats
+            assert stats.transport_failures == {}
+            by_transport = stats.histograms[names.TRANSFER_BYTES]
+            assert by_transport.keys() == {transport}
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["cuda-ipc", "shm", "zmq"])
 def test_several_handoffs_share_it(transport: str) -> None:
     async def scenario() -> None:
         async with staged(transport=transport, decode_blocks=64, prefill_blocks=64) as p:

@@ -128,6 +128,25 @@ class Eagle3Layer(nn.Module):
         return output
 
 
+class LlamaLayers(nn.Module):
+    """Layers of Llama's kind with the call of the decoder that they are from.
+
+    That one's own takes 0.12 ms more, an eighth of a small head's pass, for what nobody needs here.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.rotary, self.layers = decoder.rotary_emb, decoder.layers
+        self.config = decoder.config
+
+    def forward(self, *, inputs_embeds: Tensor, position_ids: Tensor, **told: Any) -> Any:
+        x = inputs_embeds
+        turn = self.rotary(x, position_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, position_embeddings=turn, **told)
+        return SimpleNamespace(last_hidden_state=x)
+
+
 class PartialVocabulary(nn.Module):
     """Logits of a head's own vocabulary, at the ids that the target has for them."""
 
@@ -149,7 +168,7 @@ class DraftHead(nn.Module):
     """A head with the call of a causal language model, and states besides tokens.
 
     Args:
-        body: transformers' decoder of the head's layers; nothing of it before or behind them.
+        body: a decoder of the head's layers, with nothing before or behind them.
         norm: before the vocabulary.
         chains_normed: a row's state, for the row behind it, is the one after `norm`.
         layers: of the target, whose inputs it reads; none: what the target's head is given.

@@ -26,6 +26,7 @@ from engine.drafting.head import (
     Eagle3Layer,
     EagleEntry,
     Lent,
+    LlamaLayers,
     MtpEntry,
     PartialVocabulary,
     lent_embedding,
@@ -119,7 +120,7 @@ def _eagle(checkpoint: Checkpoint, target: LoadedModel) -> _Made:
     files.check_all_taken()
     body.layers[0].input_layernorm = nn.Identity()
     lent = (lent_embedding(target.model), lent_vocabulary(target.model))
-    head = DraftHead(entry, body, nn.Identity(), *lent)
+    head = DraftHead(entry, LlamaLayers(body), nn.Identity(), *lent)
     return _Made(head, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
 
@@ -135,7 +136,7 @@ def _eagle3(checkpoint: Checkpoint, target: LoadedModel) -> _Made:
     embed, vocabulary = _embedding(files, target, width), _vocabulary(files, target, width)
     body = _eagle3_body(files, config)
     files.check_all_taken()
-    head = DraftHead(entry, body, norm, embed, vocabulary, layers=layers)
+    head = DraftHead(entry, LlamaLayers(body), norm, embed, vocabulary, layers=layers)
     return _Made(head, 1, config.num_key_value_heads, config.head_dim)
 
 

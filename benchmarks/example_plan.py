@@ -87,8 +87,10 @@ def _draw_goodput(panel: Axes, plan: Plan) -> None:
 def _draw_attainment(panel: Axes, plan: Plan) -> None:
     """Each split with its best token budget."""
     best: dict[Split, Candidate] = {}
-    for candidate in sorted(plan.candidates[::-1], key=lambda c: (c.rate, c.most_good)):
-        best[candidate.split] = candidate
+    for candidate in plan.candidates:
+        known = best.setdefault(candidate.split, candidate)
+        if (candidate.rate, candidate.most_good) > (known.rate, known.most_good):
+            best[candidate.split] = candidate
     for number, (split, candidate) in enumerate(sorted(best.items(), key=lambda kv: kv[0].prefill)):
         points = candidate.points
         panel.plot(

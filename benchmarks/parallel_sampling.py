@@ -58,7 +58,7 @@ def fleet(folder: Path, model: Path) -> Iterator[Urls]:
     """One router and one node of each role, a compute thread each."""
     port, control = free_port(), free_port()
     with ExitStack() as stack:
-        ports = ["--port", str(port), "--control-port", str(control)]
+        ports = ["--port", str(port), "--control-port", str(control), "--handoff", "always"]
         router = stack.enter_context(running([BATON, "router", *ports], folder / "router.log"))
         router.wait_for(r"^baton router ready", START_TIMEOUT_S)
         nodes = {}

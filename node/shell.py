@@ -202,6 +202,7 @@ class NodeShell:
             peer_url=self.public_url(self._peers.url),
             transports=self._role.transports,
             http_url=self.config.url("http", self._http_url),
+            speculation=self.config.speculative.words,
         )
 
     def public_url(self, url: str) -> str:

@@ -71,6 +71,7 @@ def _node(node: Node, now: float) -> dict[str, Any]:
         "block_size": node.info.layout.block_size,
         "transports": [address.transport for address in node.info.transports],
         "numerics": node.info.model.numerics,
+        "speculation": node.info.speculation,
         "load": asdict(node.load),
     }
 

@@ -70,6 +70,7 @@ class Register:
     peer_url: Name  # where other nodes reach this one
     transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16, fail_fast=True)]
     http_url: Name
+    speculation: Text = ""  # who drafts and how much, for people: no node is refused for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,14 @@ class SpeculativeConfig:
             f"prompt_lookup_min and prompt_lookup_max must go from 1 to {MAX_DRAFT}, in order",
         )
 
+    @property
+    def words(self) -> str:
+        """What a node tells of it: `ngram, up to 5 tokens`; nothing where nobody drafts."""
+        if self.method == "none":
+            return ""
+        model = "" if self.model is None else f" {self.model.name[:200]}"
+        return f"{self.method}{model}, up to {self.num_speculative_tokens} tokens"
+
 
 NO_SPECULATION = SpeculativeConfig()
 _TYPES: dict[str, type] = {

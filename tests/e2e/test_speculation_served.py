@@ -14,6 +14,7 @@ from tests.e2e.client import Answer, Client
 from tests.e2e.conftest import MakeFleet
 from tests.e2e.fleet import Fleet
 from tests.e2e.test_faults import num_moved, until_busy
+from tests.e2e.test_mixed import served
 from tests.engine.tiny_heads import save_eagle_for_bundled
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -72,6 +73,13 @@ def test_drafts_change_no_answer(make_fleet: MakeFleet, tmp_path: Path) -> None:
         node.wait_ready()
     fleet.wait_for_nodes()
 
+    told_by = {node["name"]: node["speculation"] for node in served(fleet, "/debug/fleet")["nodes"]}
+    assert told_by == {
+        "prefill-0": "",
+        "decode-0": "draft_model baton-draft, up to 4 tokens",
+        "decode-1": "ngram, up to 6 tokens",
+        "decode-2": "eagle head, up to 5 tokens",
+    }
     plain = [told(answer) for answer in asyncio.run(ask_all(fleet, drafts=False))]
     assert set(num_drafted(fleet).values()) == {0}
     for _ in range(2):

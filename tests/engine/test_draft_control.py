@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from engine.drafting.control import LONGEST_PAUSE, Controller, Decoding, Drafted, Observed
+from engine.drafting.control import (
+    LEARNING_STEPS,
+    LONGEST_PAUSE,
+    LOOK_EVERY,
+    OFF_MARGIN,
+    ON_MARGIN,
+    PLAIN_EVERY,
+    Controller,
+    Decoding,
+    Drafted,
+    Observed,
+)
 
 
 class Machine:
@@ -139,3 +151,45 @@ def test_what_may_not_be_drafted_is_not() -> None:
     assert controller.lengths(batch) == [0, 2, 5]
     assert Controller(5).lengths([Decoding("a", 10, 0)]) == [0]
     assert Controller(5).lengths([]) == []
+
+
+def test_a_gain_between_the_margins_changes_nothing() -> None:
+    """Else noise of a few per cent would switch drafting on and off for ever."""
+    between = (ON_MARGIN + OFF_MARGIN) / 2
+    for on in (True, False):
+        controller = Learned(gain=between, on=on)
+        for _ in range(40):
+            controller.pauses(1)
+            controller.lengths([Decoding("a", 10, 4)])
+        assert controller.speculating is on
+        for gain, then in ((OFF_MARGIN - 0.01, False), (ON_MARGIN + 0.01, True)):
+            controller.gain = gain
+            for _ in range(LOOK_EVERY):
+                controller.pauses(1)
+                controller.lengths([Decoding("a", 10, 4)])
+            assert controller.speculating is then
+
+
+class Learned(Controller):
+    """It has looked often enough, and finds the gain that a test wants."""
+
+    def __init__(self, *, gain: float, on: bool) -> None:
+        super().__init__(4, _num_learning=LEARNING_STEPS, _on=on)
+        self.gain = gain
+
+    def _best(self, batch: Sequence[Decoding]) -> tuple[list[int], float]:
+        return [request.most for request in batch], self.gain
+
+
+def test_one_step_in_many_goes_without_drafts_so_that_the_comparison_stays_true() -> None:
+    machine = Machine(Controller(4), row_s=1e-5)
+    machine.rate([0.95] * 2, 3 * PLAIN_EVERY)
+    plain = [number for number, length in enumerate(machine.lengths[20:]) if not length]
+    assert machine.controller.speculating
+    assert len(plain) in (2, 3)
+
+
+def test_lengths_that_were_decided_end_where_a_request_does() -> None:
+    controller = Learned(gain=2.0, on=True)
+    assert controller.lengths([Decoding("a", 10, 4), Decoding("b", 10, 4)]) == [4, 4]
+    assert controller.lengths([Decoding("b", 14, 0), Decoding("a", 14, 3)]) == [0, 3]

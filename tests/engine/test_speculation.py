@@ -128,6 +128,32 @@ def test_tokens_that_there_are_not_and_too_many(drafts: Sequence[Sequence[Any]])
     outputs_with(Mischief(drafts))
 
 
+@pytest.mark.parametrize(
+    ("draft", "kept"),
+    [
+        ([3, 4, 5, 6, 7, 8], (3, 4, 5, 6)),
+        ([3, VOCAB_SIZE, 4], (3,)),
+        ([3, 4, -1], (3, 4)),
+        ([1 << 40], None),
+        ([], None),
+    ],
+)
+def test_drafts_are_cut_before_anybody_computes_them(
+    draft: list[int], kept: tuple[int, ...] | None
+) -> None:
+    """A model has no embedding for a token that there is not; the runner here would not mind."""
+    speculation = always(Mischief([draft]), 4, VOCAB_SIZE)
+    assert speculation.propose([make_request("r", 5)]).get("r") == kept
+
+
+@pytest.mark.parametrize(("max_tokens", "most"), [(1, 0), (2, 1), (3, 2), (9, 4)])
+def test_nothing_is_drafted_behind_the_last_token_that_may_be(max_tokens: int, most: int) -> None:
+    """Each drafted token lets one more be sampled behind it; the last one is never computed."""
+    speculation = always(Mischief([[3] * 9]), 4, VOCAB_SIZE)
+    request = make_request("r", 5, max_tokens=max_tokens)
+    assert len(speculation.propose([request]).get("r", ())) == most
+
+
 def test_a_drafter_that_raises_is_not_asked_again() -> None:
     drafter = Mischief([[1, 2]], fail_after=3)
     results = outputs_with(drafter)

@@ -3,6 +3,7 @@
     roofline of a decode step     (weights + KV read) / bandwidth of a large copy, in this run
     MFU of a prefill              operations of linears and attention / rate of a large product
     paged attention, gather       their bytes over the same bandwidth
+    handoff                       units from one pool to another one, see gpu/handoff.py
 
 A decode step is a whole one of the engine, from the schedule to the committed tokens, on the host's
 clock; `replay` is its forward pass alone, on the device's. Medians. The last line is one JSON
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.gpu.clock import Clock, Rate, seconds
+from benchmarks.gpu.handoff import Handoff
 from benchmarks.gpu.kernels import Cases
 from benchmarks.gpu.kernels import Sizes as KernelSizes
 from benchmarks.gpu.model import LLAMA_8B, TINY, Node, Target, num_weights
@@ -113,6 +115,18 @@ def measure_kernels(cases: Cases) -> tuple[Rate, Rate, dict[str, float]]:
     return copied, product, figures
 
 
+def measure_handoff(handoff: Handoff, repeats: int) -> dict[str, float]:
+    """Bytes per second from one pool to another, on the host's clock."""
+    figures = {}
+    for name, way in (("staging", handoff.by_staging), ("cuda_ipc", handoff.by_cuda_ipc)):
+        way()  # kernels are compiled, memory is pinned
+        took = statistics.median(seconds(way) for _ in range(repeats))
+        figures[f"handoff_{name}_gb_s"] = rate = handoff.num_bytes / took / 1e9
+        print(f"handoff        {rate:9.2f} GB/s, by {name}", flush=True)
+    handoff.close()
+    return figures
+
+
 def measure_steps(bench: Bench, batches: tuple[int, ...]) -> dict[str, float]:
     """Decode at each batch, then a prefill; a line per case."""
     figures: dict[str, float] = {}
@@ -155,6 +169,8 @@ def main() -> int:
     print(f"{name}, torch {torch.__version__}, operations {target.ops.name}")
     clock = Clock(target.device, sizes.repeats, sizes.burst)
     copied, product, figures = measure_kernels(Cases(target, sizes.kernels, clock))
+    blocks = max(1, sizes.kernels.moved_blocks // 4)
+    figures |= measure_handoff(Handoff(target.layout, blocks, target.device), sizes.repeats)
     bench = Bench(target, sizes, copied.per_second, product.per_second)
     figures |= measure_steps(bench, sizes.batches)
     rounded = {key: float(f"{value:.4g}") for key, value in figures.items()}

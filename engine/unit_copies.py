@@ -31,10 +31,11 @@ from torch import Tensor
 from engine.kv_store import KVStore
 from engine.staging import Staging, view_of
 from kernels.block_copy import Part
-from kernels.unit_kernels import UnitKernels, kernels_for
+from kernels.unit_kernels import REFERENCE, UnitKernels, kernels_for
 from kernels.xxh3 import MIN_BYTES, finish, secret_words
 
 SCRATCH_BYTES = 64 << 20
+WITHOUT_TRITON: UnitKernels = REFERENCE
 
 
 def scratch_size(block_bytes: int, wanted: int = SCRATCH_BYTES) -> int:
@@ -98,7 +99,12 @@ class Copied:
 
 
 class UnitCopies:
-    """The copies of one store, for one thread."""
+    """The copies of one store, for one thread.
+
+    Args:
+        kernels: None: those of Triton on a GPU, else the references. References move units on a GPU
+            too, slower; only they cannot read an `Address` there.
+    """
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from engine.model_info import LoadedModel
 from engine.runner import ModelRunner, at_once
 from engine.staging import Staging, staging_bytes
 from engine.stops import end_tokens
-from engine.unit_copies import UnitCopies
+from engine.unit_copies import WITHOUT_TRITON, UnitCopies
 from kvtransfer.cuda_memory import CudaMapping, CudaPool
 from kvtransfer.device_pool import OpenPool, Pool
 from kvtransfer.shared_memory import SharedMemory
@@ -164,7 +164,8 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
         pool = shared_pool(config, num_bytes)
     device_pool = None
-    if gpu and Role.PREFILL in roles:
+    peers = gpu is not None and model.ops.name.startswith("triton")  # whose kernels read peers
+    if peers and Role.PREFILL in roles:
         device_pool = shared_gpu_pool(config, (num_blocks + 1) * layout.block_bytes)
     store = _store(config, layout, num_blocks, pool, device_pool)
     prepare = partial(gpu.prepare, progress=progress) if gpu else None
@@ -188,24 +189,25 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         config,
         model,
         engine,
-        _memory(engine, store, pool, shared=device_pool is not None),
+        _memory(engine, store, pool, shared=device_pool is not None, triton=peers),
         num_blocks,
         pool,
         device_pool,
-        partial(CudaMapping, device=gpu_index(config.device)) if gpu else None,
+        partial(CudaMapping, device=gpu_index(config.device)) if peers else None,
         gpu.num_failed_graphs if gpu else 0,
     )
 
 
 def _memory(
-    engine: Engine, store: KVStore, pool: SharedMemory | None, *, shared: bool
+    engine: Engine, store: KVStore, pool: SharedMemory | None, *, shared: bool, triton: bool
 ) -> NodeMemory | StagedMemory:
     if store.blocks.device.type == "cpu":
         return NodeMemory(engine, store)
     num_bytes = staging_bytes(store.layout.block_bytes)
     staging = Staging(num_bytes, pool.buffer if pool else None, pinned=True)
     waiter = CopyWaiter()
-    copies = UnitCopies(store, staging, when_over=waiter)
+    kernels = None if triton else WITHOUT_TRITON
+    copies = UnitCopies(store, staging, when_over=waiter, kernels=kernels)
     copies.warm_up(store.num_blocks - 1)  # the one that padding rows write
     memory = StagedMemory(engine, store, staging, copies, shared=shared)
     waiter.on_error = memory.failed

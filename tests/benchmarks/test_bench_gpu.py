@@ -20,6 +20,8 @@ FIGURES = {
     "paged_decode_bw",
     "prefill8k_mfu",
     "gather_scatter_bw",
+    "handoff_staging_gb_s",
+    "handoff_cuda_ipc_gb_s",
 }
 
 

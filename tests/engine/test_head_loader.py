@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,11 @@ def test_of_another_model(llama: LoadedModel, tmp_path: Path) -> None:
         save_eagle3(tmp_path / "f", [0, 1]), lambda t: t.update({"fc.weight": torch.ones(32, 96)})
     )
     assert "fc.weight has shape [32, 96], not [32, 64]" in refused("eagle3", folder, llama)
+
+
+def test_a_model_that_does_not_show_its_states(llama: LoadedModel, tmp_path: Path) -> None:
+    silent = replace(llama, can_embed=False)
+    assert "does not show the states" in refused("eagle", save_eagle(tmp_path / "a"), silent)
 
 
 def test_layers_of_an_unknown_kind(llama: LoadedModel, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.engine.head_reference import Reference
 from tests.engine.test_grammar import LONG, tokenizer_json
 from tests.engine.test_speculation import mixed_requests, needs_equal_bits
 from tests.engine.tiny_heads import add_mtp, save_eagle, save_eagle3, save_llama
-from wire.types import SamplingParams
+from wire.types import Pooling, SamplingParams
 
 METHODS = ("eagle", "eagle3", "mtp")
 
@@ -114,6 +114,35 @@ def test_output_is_what_it_is_without_to_the_bit(
         assert accepted > 0
         drafter.propose([])
         assert drafter.num_blocks_held == 0
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_embeddings_beside_requests_that_are_drafted(
+    folders: dict[str, Path], target: LoadedModel, method: str
+) -> None:
+    """One forward pass shows its states to both, each those that it wants."""
+    wanted: list[bytes | None] = []
+    drafter = make_drafter(method, load_head(method, folders[method], target))
+    for engine in (make_engine(target, None), make_engine(target, drafter)):
+        engine.add(make_request("drafted", 9))
+        for _ in range(4):
+            engine.step()
+        for name, pooling in (("last", Pooling.LAST), ("mean", Pooling.MEAN)):
+            tokens, sampling = list(range(3, 12)), SamplingParams(max_tokens=1)
+            engine.add(Request(name, tokens, 9, sampling, 10, prefill_only=True, pooling=pooling))
+        done = [progress for result in run_all(engine) for progress in result.progress]
+        wanted += [progress.embedding for progress in done if progress.embedding]
+    assert len(wanted) == 4
+    for alone, beside in zip(wanted[:2], wanted[2:], strict=True):
+        assert alone is not None
+        assert beside is not None
+        numbers = [
+            torch.frombuffer(bytearray(found), dtype=torch.float32) for found in (alone, beside)
+        ]
+        torch.testing.assert_close(*numbers)
+    reference = Reference(method, folders["target"], folders[method], drafter.layers)
+    for tokens, base, draft in drafter.seen:
+        assert draft == reference.draft(tokens, base, len(draft))
 
 
 def test_a_head_starts_where_the_node_starts(folders: dict[str, Path], target: LoadedModel) -> None:

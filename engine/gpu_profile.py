@@ -44,9 +44,13 @@ class LargestStep:
     max_num_seqs: int
     max_model_len: int
     block_size: int
+    num_draft_tokens: int = 0  # of a request; each has a row of logits
 
     def plan(self) -> StepPlan:
-        """Prompts of about equal lengths that fill the budget; their blocks are the scratch's."""
+        """Prompts of about equal lengths that fill the budget; their blocks are the scratch's.
+
+        Each with as many draft tokens at its end as there may be.
+        """
         budget = self.max_num_batched_tokens
         seats = min(self.max_num_seqs, budget)
         longest = self.max_model_len - 1
@@ -58,10 +62,12 @@ class LargestStep:
         )
 
     def _prompt(self, number: int, length: int) -> ScheduledRequest:
-        made = Request(str(number), [0] * length, length, SAMPLING, length + 1)
+        draft = (0,) * min(self.num_draft_tokens, length - 1)
+        known = length - len(draft)
+        made = Request(str(number), [0] * known, known, SAMPLING, known + 1)
         num_blocks = -(-length // self.block_size)
         made.block_table = [block % SCRATCH_BLOCKS for block in range(num_blocks)]
-        return ScheduledRequest(made, 0, length)
+        return ScheduledRequest(made, 0, length, draft)
 
 
 def runner_on_scratch(loaded: LoadedModel, block_size: int) -> ModelRunner:

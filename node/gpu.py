@@ -93,12 +93,13 @@ class Gpu:
         log.info("graphs and kernels of %s took %.1f s", model.name, time.monotonic() - began)
 
     def _largest(self, model: LoadedModel) -> LargestStep:
-        config = self._config
+        config, speculative = self._config, self._config.speculative
         return LargestStep(
             config.max_num_batched_tokens,
             config.max_num_seqs,
             model.max_model_len,
             config.block_size,
+            0 if speculative.method == "none" else speculative.num_speculative_tokens,
         )
 
 

@@ -104,9 +104,17 @@ def test_the_largest_step_fills_the_budget(tokens: int, seats: int, longest: int
     assert blocks <= set(range(SCRATCH_BLOCKS))
 
 
+def test_the_largest_step_has_logits_for_every_draft_token() -> None:
+    largest = LargestStep(64, 5, 50, 4, num_draft_tokens=3)
+    plan = largest.plan()
+    assert plan.num_tokens == 64
+    assert len(plan.sampling) == plan.num_samples == 5 * (1 + 3)
+    assert len(LargestStep(8, 8, 50, 4, num_draft_tokens=3).plan().sampling) == 8, "no room"
+
+
 def test_the_largest_step_can_be_tried(make_model: Callable[[str], Path]) -> None:
     loaded = load_model(make_model("llama"), max_model_len=40)
-    try_largest_step(loaded, LargestStep(50, 4, 40, 4))
+    try_largest_step(loaded, LargestStep(50, 4, 40, 4, num_draft_tokens=2))
 
 
 class CapturingRunner:

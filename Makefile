@@ -9,7 +9,7 @@ ARGS ?=
 N ?= 20
 PACKAGES := baton router prefill_node decode_node node engine kvtransfer tuner kernels wire telemetry
 
-.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-weight-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator bench-simulator example-plan clean help
+.PHONY: serve test clients browser soak lint bench-api bench-serve bench-kv-layout bench-transfer bench-curve bench-digest bench-transfer-dtype bench-weight-dtype bench-engine bench-structured bench-speculation gpu-check bench-gpu bench-goodput validate-simulator bench-simulator example-plan tuner-timeline clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -119,6 +119,9 @@ validate-simulator: $(VENV)/.dev  ## the simulator beside real nodes on three wo
 
 example-plan: $(VENV)/.dev  ## the plan of an example, in words and as docs/example-plan.png
 	$(BIN)/python -m benchmarks.example_plan $(ARGS)
+
+tuner-timeline: $(VENV)/.dev  ## draw what the online tuner does while the work changes: docs/tuner-timeline.png
+	$(BIN)/python -m benchmarks.tuner_timeline $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_JS)/node_modules $(CONSOLE_JS)/node_modules build .mypy_cache .ruff_cache .pytest_cache *.egg-info

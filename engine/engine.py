@@ -170,6 +170,7 @@ class Engine:
             plan.num_preempted,
             tuple(sorted(corrupted)),
             counts,
+            shape=plan.shape,
         )
 
     def _shrink(self, plan: StepPlan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from engine.request import Request
 from engine.rows import Ahead, Row
@@ -75,6 +76,18 @@ class ScheduledRequest:
         return int(self.is_last and self.request.pooling is Pooling.LAST)
 
 
+class StepShape(NamedTuple):
+    """What a step computes, as far as its time depends on it."""
+
+    prefill_tokens: int = 0
+    prefill_squares: int = 0  # Σ(end² - start²)
+    decode_batch: int = 0
+    decode_context: int = 0  # tokens whose KV the decoding requests read
+
+
+NO_SHAPE = StepShape()
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """The rows of one forward pass, in batch order."""
@@ -112,6 +125,18 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+    @property
+    def shape(self) -> StepShape:
+        tokens = squares = batch = context = 0
+        for item in self.scheduled:
+            if item.num_new_tokens == 1 and item.start:
+                batch += 1
+                context += item.end
+            else:
+                tokens += item.num_new_tokens
+                squares += item.end**2 - item.start**2
+        return StepShape(tokens, squares, batch, context)
 
 
 MAX_PROMPT_LOGITS = 256
@@ -232,3 +257,4 @@ class StepResult:
     num_retries: int = 0  # larger steps before it that did not fit into memory
     was_ahead: bool = False  # launched before the step before it was read
     seconds: float = 0.0  # what it took; whoever has a clock fills it in
+    shape: StepShape = NO_SHAPE

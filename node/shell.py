@@ -320,6 +320,8 @@ class NodeShell:
             blocks_total=load.blocks_total,
             blocks_free=load.blocks_free,
             blocks_promised=load.blocks_promised,
+            prefill_steps=self.stats.prefill_steps,
+            decode_steps=self.stats.decode_steps,
         )
 
     def _publish_cache_events(self) -> None:

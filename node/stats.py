@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.plan import DraftCounts, StepResult
+from engine.plan import DraftCounts, StepResult, StepShape
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
+from wire.types import StepSums
 
 
 @dataclass(slots=True)
@@ -36,6 +37,9 @@ class NodeStats:
     tokens_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.ITERATION_TOKENS))
     seconds_per_step: Buckets = field(default_factory=lambda: Buckets.of(names.NODE_STEP_SECONDS))
 
+    prefill_steps: StepSums = field(default_factory=StepSums)  # that only computed prompts
+    decode_steps: StepSums = field(default_factory=StepSums)  # that only decoded, without drafts
+
     def count_step(self, result: StepResult) -> None:
         """A step is done."""
         self.steps += 1
@@ -51,6 +55,17 @@ class NodeStats:
             self.unfinished_chunks += not progress.new_tokens and not progress.num_beams
         if result.speculation is not None:
             self._count_drafts(result.speculation)
+        if result.speculation is None or not result.speculation.drafts:
+            self._sum_up(result.shape, result.seconds)
+
+    def _sum_up(self, shape: StepShape, seconds: float) -> None:
+        """Steps of both kinds at once do not tell which part took the time."""
+        if not shape.decode_batch and shape.prefill_tokens:
+            tokens, squares = shape.prefill_tokens, shape.prefill_squares
+            self.prefill_steps = _plus(self.prefill_steps, tokens, squares, seconds)
+        elif shape.decode_batch and not shape.prefill_tokens:
+            context, batch = shape.decode_context, shape.decode_batch
+            self.decode_steps = _plus(self.decode_steps, context, batch, seconds)
 
     def _count_drafts(self, counts: DraftCounts) -> None:
         self.draft_s += counts.draft_s
@@ -68,3 +83,9 @@ class NodeStats:
         """A prompt was looked up in the prefix cache."""
         self.prefix_queries += num_tokens
         self.prefix_hits += num_found
+
+
+def _plus(sums: StepSums, tokens: int, weight: int, seconds: float) -> StepSums:
+    return StepSums(
+        sums.steps + 1, sums.tokens + tokens, sums.weight + weight, sums.seconds + seconds
+    )

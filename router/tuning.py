@@ -22,6 +22,7 @@ from router.moving import standing, to_move
 from router.role_switch import State as SwitchState
 from router.role_switch import SwitchImpossible
 from tuner.goodput import Slo
+from tuner.live import LiveModel
 from tuner.observed import Observed
 from tuner.online import Decision, Limits, Observation, State, decide
 from tuner.profile import Profile
@@ -69,6 +70,7 @@ class FleetTuner:
         self._last: Decision | None = None
         self._seen: Observation | None = None
         self._state = State()
+        self._live = LiveModel(profile.latency)
         self._profile, self._slo, self._limits = profile, slo, limits
         self._control, self._metrics, self._clock = control, metrics, clock
         self._dry_run, self._num_workers = dry_run, num_workers
@@ -99,6 +101,8 @@ class FleetTuner:
         if any(switch.state in _GOING for switch in self._control.switches.all()):
             return
         now = self._clock()
+        for node in self._control.fleet:
+            self._live.report(str(node.id), node.load.prefill_steps, node.load.decode_steps, now)
         waiting = self._control.requests.num_waiting * self._num_workers
         seen = self.observed.look(now, standing(self._control.fleet, waiting))
         self._seen = replace(
@@ -107,7 +111,7 @@ class FleetTuner:
             answers_per_s=seen.answers_per_s * self._num_workers,
             num_requests=seen.num_requests * self._num_workers,
         )
-        model = self._profile.latency
+        model = self._live.model(now)
         decision, self._state = decide(self._seen, self._state, now, model, self._slo, self._limits)
         self._last = decision
         self._metrics.tuned(decision)
@@ -155,6 +159,7 @@ class FleetTuner:
             "pressure": None
             if self._last is None or self._last.pressure is None
             else asdict(self._last.pressure),
+            "slower_than_profile": self._live.factors(now),
             "decision": "" if self._last is None else self._last.reason,
             "moves": [
                 {"ago_s": round(now - moved.at, 3), **_without_time(moved)} for moved in self.moved

@@ -154,39 +154,3 @@ class LatencyModel:
 
     def transfer_s(self, num_bytes: int) -> float:
         return self.transfer[0] + self.transfer[1] * num_bytes
-
-
-class OnlineModel:
-    """A latency model that follows live steps; what it began with is forgotten as they come."""
-
-    PRIOR_SAMPLES = 50  # so much does the profile count, until live steps say otherwise
-
-    def __init__(
-        self, profile: LatencyModel, prior: Sequence[StepWork], memory: float = 2000
-    ) -> None:
-        """`prior`: steps at which the profile is believed, of both kinds, different enough."""
-        self._prefill = Fit(3, memory)
-        self._decode = Fit(3, memory)
-        self._transfer = Fit(2, memory)
-        for index in range(self.PRIOR_SAMPLES * len(prior)):
-            work = prior[index % len(prior)]
-            self.step(work, profile.step_s(work))
-        for num_bytes in (1 << 10, 1 << 20, 1 << 26) * self.PRIOR_SAMPLES:
-            self.transfer(num_bytes, profile.transfer_s(num_bytes))
-
-    def step(self, work: StepWork, seconds: float) -> None:
-        """A live step; mixed ones are not used, as they do not tell which part took the time."""
-        if work.prefill_tokens and not work.decode_batch:
-            self._prefill.add(prefill_sample(work, seconds))
-        elif work.decode_batch and not work.prefill_tokens:
-            self._decode.add(decode_sample(work, seconds))
-
-    def transfer(self, num_bytes: int, seconds: float) -> None:
-        self._transfer.add(transfer_sample(num_bytes, seconds))
-
-    @property
-    def model(self) -> LatencyModel:
-        a, b, c = self._prefill.solve()
-        d, e, f = self._decode.solve()
-        g, h = self._transfer.solve()
-        return LatencyModel((a, b, c), (d, e, f), (g, h))

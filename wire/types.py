@@ -178,6 +178,16 @@ class TransportAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSums:
+    """Steps of one kind since a node's start: the variables of their latency formula, summed up."""
+
+    steps: U64 = 0
+    tokens: U64 = 0  # computed by prefills; whose KV decodes have read
+    weight: U64 = 0  # of prefills Σ(end² - start²); of decodes Σ requests
+    seconds: Seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeLoad:
     """A snapshot of a node, sent with every heartbeat; the router's policies read only this."""
 
@@ -189,6 +199,8 @@ class NodeLoad:
     blocks_total: Count = 0
     blocks_free: Count = 0  # free or evictable
     blocks_promised: Count = 0  # predicted growth of what is admitted
+    prefill_steps: StepSums = StepSums()  # that did nothing else
+    decode_steps: StepSums = StepSums()
 
 
 def new_node_id(name: str) -> NodeId:

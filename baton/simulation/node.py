@@ -41,19 +41,6 @@ class _Run:
     num_done: int = 0
 
 
-def step_work(plan: StepPlan) -> StepWork:
-    """What the latency model needs to know of a plan."""
-    tokens = squares = batch = context = 0
-    for item in plan.scheduled:
-        if item.num_new_tokens == 1 and item.start:
-            batch += 1
-            context += item.end
-        else:
-            tokens += item.num_new_tokens
-            squares += item.end**2 - item.start**2
-    return StepWork(tokens, squares, batch, context)
-
-
 class SimulatedEngine:
     """What a node's engine does, and when. Whoever owns it hears of each request's progress."""
 
@@ -170,7 +157,7 @@ class SimulatedEngine:
         if plan.scheduled:
             self._stepping = True
             self.step_began = self._clock.now
-            self._compute(step_work(plan), lambda: self._step_over(plan))
+            self._compute(StepWork(*plan.shape), lambda: self._step_over(plan))
 
     def _num_plain_steps(self) -> int:
         if self.config.kv_overcommit > 1 or self._machine is not None:

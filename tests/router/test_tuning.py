@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tuner.profile import Profile, save_profile
 from wire.errors import ConfigError
 from wire.layout import KVLayout
 from wire.messages import SwitchRole
-from wire.types import Role
+from wire.types import Role, StepSums
 
 # Prompts of these nodes take so long that any of them presses.
 MODEL_S = LatencyModel((0.4, 0.05, 0.0), (0.001, 0.0, 0.0), (0.001, 1e-9))
@@ -93,10 +94,11 @@ def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
         async with router(endless) as harness:
             for _ in range(3):
                 await harness.add_pair(endless)
-            tuner(harness)
-            for _ in range(4):
-                await harness.complete(max_tokens=3)
-            made = used(harness)
+            made, now = tuner(harness), harness.server._clock()
+            for _ in range(50):
+                made.observed.arrived(now, prompt_tokens=10)
+                made.observed.ended(now, prompt_tokens=10, output_tokens=3)
+            made.look()
             assert [(m.role, m.outcome) for m in made.moved] == [("prefill", "asked")] * 3
             fleet, switches = harness.server.control.fleet, harness.server.control.switches
             assert fleet.num_serving(Role.DECODE) == 1, "each role keeps its last node"
@@ -111,6 +113,26 @@ def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
             assert not any(fleet[switch.node].serves for switch in others)
 
     asyncio.run(scenario())
+
+
+def test_it_follows_the_nodes_own_pace() -> None:
+    """The profile says 0.4 s for a step and 0.05 for a token; the nodes take twice that."""
+
+    def act(harness: Harness) -> None:
+        made = used(harness, dry_run=True)
+        before = made.as_json()
+        assert before["slower_than_profile"] == {"prefill": 1.0, "decode": 1.0}
+        fleet, now = harness.server.control.fleet, harness.server._clock()
+        node = next(node for node in fleet if node.info.role is Role.PREFILL)
+        for steps in range(1, 20):
+            sums = StepSums(steps, 10 * steps, 0, steps * 2 * 0.9)
+            fleet.heartbeat(node.id, replace(node.load, prefill_steps=sums), now)
+            made.look()
+        told = made.as_json()
+        assert told["slower_than_profile"] == {"prefill": pytest.approx(2.0), "decode": 1.0}
+        assert told["pressure"]["prefill"] > before["pressure"]["prefill"]
+
+    with_pressed_fleet(act)
 
 
 def test_a_dry_run_asks_nobody() -> None:

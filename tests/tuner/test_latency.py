@@ -12,7 +12,6 @@ import pytest
 from tuner.latency import (
     Fit,
     LatencyModel,
-    OnlineModel,
     Sample,
     StepWork,
     decode_sample,
@@ -80,20 +79,6 @@ def test_mixed_steps_pay_one_constant() -> None:
     alone = replace(mixed, decode_batch=0, decode_context=0)
     apart = MODEL.step_s(alone) + MODEL.step_s(DECODES[3])
     assert MODEL.step_s(mixed) == pytest.approx(apart - min(MODEL.prefill[0], MODEL.decode[0]))
-
-
-def test_the_online_model_follows() -> None:
-    online = OnlineModel(MODEL, [*PREFILLS, *DECODES])
-    assert online.model.prefill == pytest.approx(MODEL.prefill, rel=1e-3)
-    slower = LatencyModel((0.02, 3e-4, 6e-8), (0.02, 9e-7, 8e-4), (0.001, 4e-9))
-    for index in range(15_000):
-        work = (PREFILLS + DECODES)[index % len(PREFILLS + DECODES)]
-        online.step(work, slower.step_s(work))
-        online.transfer(1000 + index, slower.transfer_s(1000 + index))
-    found = online.model
-    for work in [*PREFILLS, *DECODES]:
-        assert found.step_s(work) == pytest.approx(slower.step_s(work), rel=0.05)
-    assert found.transfer_s(5000) == pytest.approx(slower.transfer_s(5000), rel=0.05)
 
 
 PROFILE = Profile(

@@ -131,6 +131,7 @@ def _draw_pressures(panel: Axes, tuned: Simulated) -> None:
     panel.set_yscale("log")
     panel.set_ylabel("pressure")
     panel.set_yticks(PRESSURES, [f"{value:g}" for value in PRESSURES])
+    panel.set_ylim(bottom=0.08)
     panel.minorticks_off()
 
 

@@ -60,7 +60,7 @@ class Effort:
     run_s: float
 
 
-FULL = Effort(15.0, (8, 4), 300, 25.0)
+FULL = Effort(15.0, (8, 4), 300, 30.0)
 QUICK = Effort(6.0, (3, 2), 60, 8.0)
 
 

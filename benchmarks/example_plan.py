@@ -1,8 +1,8 @@
 """`make example-plan`: the plan of an example, in words and as a picture.
 
-Four nodes for a mixed load: chats, and one request in ten with a long prompt. The latency model is
-the 88 M random model's on one thread of a Xeon, rounded, so that plan and picture are the same
-anywhere; `baton plan --html` draws the same of a profile and a workload of one's own.
+Four nodes for a mixed load: chats, and three requests in twenty with a long prompt. The latency
+model is the 88 M random model's on one thread of a Xeon, rounded, so that plan and picture are the
+same anywhere; `baton plan --html` draws the same of a profile and a workload of one's own.
 """
 
 from __future__ import annotations

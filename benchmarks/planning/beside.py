@@ -27,9 +27,9 @@ from tuner.trace import Trace, scale_rate
 from tuner.workload import Span
 
 SHARE = 0.9
-LONG_SHARE = 0.1
+LONG_SHARE = 0.15
 CHATS = (Span(32, 96), Span(16, 48))  # prompt, answer
-LONG = (Span(1000, 1500), Span(8, 16))
+LONG = (Span(1500, 1900), Span(8, 16))
 LONG_FROM = 500  # tokens of a prompt that is no chat's
 STEP = 1.3  # from one rate to the next
 MAX_RATES = 5  # of one fleet
@@ -44,11 +44,19 @@ def kind_of(record: RequestRecord) -> str:
 
 
 def load(number: int) -> Trace:
-    """Poisson arrivals, one request in ten with a long prompt; about one request per second."""
+    """Chats by a Poisson process, and long prompts between them; about one request per second.
+
+    Long prompts come evenly: with few of them in half a minute, a random process would decide how
+    much a fleet carries.
+    """
     num_long = max(2, round(number * LONG_SHARE))
     chats = drawn("chats", number - num_long, *CHATS, seed=1, rate=1 - LONG_SHARE)
-    longs = drawn("long", num_long, *LONG, seed=2, rate=LONG_SHARE)
-    return merged("mixed", [chats, longs])
+    longs = drawn("long", num_long, *LONG, seed=2)
+    spaced = [
+        replace(request, at=(index + 0.5) / LONG_SHARE)
+        for index, request in enumerate(longs.requests)
+    ]
+    return merged("mixed", [chats, replace(longs, requests=tuple(spaced))])
 
 
 def at_rate(rate: float, run_s: float) -> Trace:

@@ -64,6 +64,8 @@ class Engine:
         self._runner = runner
         self._sampler = Sampler(eos_token_ids, ops)
         self._grammars = grammars
+        if speculation is not None:
+            speculation.guide = grammars
         self._pool = BlockPool(config.num_blocks, epoch)
         self._cache = PrefixCache(
             self._pool,

@@ -126,6 +126,26 @@ class Grammars:
         """
         return Masks(rows, self._thread.submit(self._masks, requests))
 
+    def guided(self, request: Request, draft: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """See engine.drafting.drafter.Guide: `num_tokens` at most.
+
+        What must follow is known as text; the model may cut it into other tokens, and then this
+        was a wrong draft.
+        """
+        constrained = Constrained.of(request)
+        return self._thread.submit(self._guided, constrained, draft, num_tokens).result()
+
+    def _guided(
+        self, request: Constrained, draft: tuple[int, ...], num_tokens: int
+    ) -> tuple[int, ...]:
+        try:
+            matcher = self._advanced(request).deep_copy()
+        except GrammarError:
+            return ()  # the step will say so
+        forced = tuple(matcher.compute_ff_tokens()[:num_tokens])
+        allowed = draft[: matcher.validate_tokens(list(draft))]
+        return allowed if len(allowed) >= len(forced) else forced
+
     def _masks(self, requests: list[Constrained]) -> Tensor:
         """bool [R, V]: what is forbidden."""
         allowed = [mask for request in requests for mask in self._masks_of(request)]

@@ -18,6 +18,14 @@ class Ask(NamedTuple):
     num_tokens: int
 
 
+class Guide(Protocol):
+    """Knows which tokens a request's grammar allows."""
+
+    def guided(self, request: Request, draft: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """`draft` up to the first token that is forbidden; or what must follow, if that is more."""
+        ...
+
+
 class Drafter(Protocol):
     """Proposes tokens for a batch. A wrong proposal costs time, never a wrong token."""
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
 from engine.drafting.control import Controller, Decoding, Drafted, Observed
-from engine.drafting.drafter import Ask, Drafter, ReadingDrafter
+from engine.drafting.drafter import Ask, Drafter, Guide, ReadingDrafter
 from engine.plan import DraftCounts, RequestProgress, ScheduledRequest, StepPlan
 from engine.request import Request
 
@@ -53,6 +54,8 @@ class Speculation:
         self._stall_s = stall_s
         self._asked: _Asked | None = None
         self._failure = ""
+        self._replaced: dict[str, tuple[int, ...]] = {}  # drafts that a grammar has changed
+        self.guide: Guide | None = None
 
     def propose(self, requests: Sequence[Request]) -> dict[str, Sequence[int]]:
         """Drafts by request, for those that decode in the coming step."""
@@ -83,13 +86,14 @@ class Speculation:
     ) -> dict[str, Sequence[int]]:
         """Of all who are asked for; an idle engine's drafter is told that nobody is left."""
         assert self._drafter is not None
+        self._replaced.clear()
         asks = [Ask(request, length) for request, length in zip(requests, lengths, strict=True)]
         try:
             proposed = self._drafter.propose(asks)
             return {
                 ask.request.request_id: sound
                 for ask, draft in zip(asks, proposed, strict=True)
-                if (sound := self._sound(draft, ask.num_tokens))
+                if (sound := self._guided(ask, self._sound(draft, ask.num_tokens)))
             }
         except Exception as error:  # whatever a drafter does, requests go on without it
             self._give_up(repr(error))
@@ -103,6 +107,15 @@ class Speculation:
                 break
             kept.append(int(token))
         return tuple(kept)
+
+    def _guided(self, ask: Ask, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """What its grammar makes of a draft: what it forbids would be computed for nothing."""
+        if self.guide is None or not ask.request.sampling.grammar or not ask.num_tokens:
+            return draft
+        guided = self.guide.guided(ask.request, draft, ask.num_tokens)
+        if guided != draft:
+            self._replaced[ask.request.request_id] = draft
+        return guided
 
     def _watch(self, seconds: float) -> None:
         if seconds > self._stall_s:
@@ -169,8 +182,16 @@ class Speculation:
             item = items[done.request_id]
             drafts.append(_outcome(item, done, num_asked))
             if self._drafter is not None and item.draft_tokens:
-                self._drafter.accepted(item.request, drafts[-1].num_accepted)
+                self._drafter.accepted(item.request, self._num_right(done, drafts[-1]))
         return drafts
+
+    def _num_right(self, done: RequestProgress, drafted: Drafted) -> int:
+        """Of the drafter's own tokens, where a grammar put others in their place."""
+        own = self._replaced.get(done.request_id)
+        if own is None:
+            return drafted.num_accepted
+        pairs = zip(own, done.new_tokens[: drafted.num_accepted], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     def _saved(self, step: Observed) -> float:
         """Seconds that the step's tokens would have taken longer one by one, as was measured."""

@@ -53,6 +53,7 @@ class Mischief:
         self._drafts = drafts
         self._left = fail_after
         self.num_calls = 0
+        self.num_right = 0
 
     def propose(self, asks: Sequence[Ask]) -> list[Sequence[int]]:
         self.num_calls += 1
@@ -62,6 +63,7 @@ class Mischief:
 
     def accepted(self, request: Request, num_tokens: int) -> None:
         """Nothing is learned."""
+        self.num_right += num_tokens
 
 
 def always(

@@ -20,7 +20,7 @@ from engine.grammar import MAX_COMPILED, Constrained, GrammarError, Grammars
 from engine.request import Request
 from engine.sampler import Sampler
 from engine.stops import finish_reason
-from tests.engine.drafters import Oracle, always
+from tests.engine.drafters import Mischief, Oracle, always
 from tests.engine.hash_runner import VOCAB_SIZE, HashRunner, chain, logits_after
 from wire.grammar import NOT_SATISFIABLE
 from wire.logprobs import unpack
@@ -287,3 +287,38 @@ def test_a_vocabulary_smaller_than_the_tokenizers() -> None:
     logits = torch.zeros(1, 20)
     masks.apply(logits)
     assert int((logits == 0).sum()) == 3
+
+
+# ------------------------------------------------------------ drafts that know the grammar
+
+
+def test_what_must_follow_is_drafted_whoever_drafts(grammars: Grammars) -> None:
+    """Property names and brackets; what the drafter itself says is never right here."""
+    wrong = Mischief([[0] * 4])  # no text of this grammar
+    engine = make_engine(grammars, speculation=always(wrong, 4, VOCAB_SIZE))
+    request = make_request("r", [5, 6, 7], seed=3)
+    expected = alone(request, grammars)
+    engine.add(request)
+    accepted, drafted = 0, 0
+    while engine.has_work():
+        result = engine.step()
+        assert result is not None
+        assert result.speculation is not None
+        accepted += sum(right for _, right in result.speculation.drafts)
+        drafted += sum(tokens for tokens, _ in result.speculation.drafts)
+    assert request.output_tokens == expected
+    assert accepted >= len('{"a":"","b":[,],"c":') - 4
+    assert accepted >= drafted - 4, "what is forbidden is computed for nothing"
+    assert wrong.num_right == 0, "the drafter is not told that others' tokens were its own"
+
+
+def test_a_draft_ends_before_what_is_forbidden(grammars: Grammars) -> None:
+    token = {letter: END + 1 + place for place, letter in enumerate(dict.fromkeys(ALPHABET))}
+    request = make_request("r", [5, 6, 7], grammar=LONG)
+    draft = tuple(token[letter] for letter in "abd")
+    assert grammars.guided(request, draft, 3) == draft[:2]
+    assert grammars.guided(request, (), 3) == ()
+    request.tokens += [token["2"]]  # by somebody who did not know the grammar
+    assert grammars.guided(request, draft, 3) == ()
+    json = make_request("j", [5, 6, 7])
+    assert text_of(grammars.guided(json, (token["2"],), 3)) == '{"a'

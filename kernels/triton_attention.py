@@ -33,6 +33,7 @@ from kernels.triton_join import join
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128  # query heads per kv head
+MAX_NUMBERS = 1 << 14  # of a group's queries: twice as many in fp32 are too many for an A100
 
 
 def supports(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -51,7 +52,8 @@ def supports(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 def has_kernel(head_dim: int, group: int) -> bool:
     """Whether there is a kernel for such heads."""
-    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
+    fits = power_of_2(group) * power_of_2(head_dim) <= MAX_NUMBERS
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP and fits
 
 
 @on_its_device

@@ -214,7 +214,7 @@ STEADY: dict[str, list[Callable[[], object]]] = {
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEADS = {64: (28, 4), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 2)}
-WIDE_GROUPS = {64: (71, 1), 128: (48, 1), 256: (128, 1)}
+WIDE_GROUPS = {64: (71, 1), 128: (48, 1), 256: (64, 1)}
 
 
 def every_attention() -> Iterator[Callable[[], object]]:

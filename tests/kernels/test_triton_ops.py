@@ -41,6 +41,8 @@ def test_its_name_tells_what_decides_the_bits() -> None:
     assert not plain.is_batch_invariant(128, 4)
     assert invariant.is_batch_invariant(128, 4)
     assert not invariant.is_batch_invariant(300, 4)
+    assert invariant.is_batch_invariant(256, 64)
+    assert not invariant.is_batch_invariant(256, 65), "more than an A100 holds in fp32"
 
 
 def test_importing_the_operations_imports_no_triton() -> None:

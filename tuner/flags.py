@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `baton bench`."""
     _add_target_arguments(parser.add_argument_group("what to ask"))
     _add_request_arguments(parser.add_argument_group("requests"))
-    _add_load_arguments(parser.add_argument_group("load"))
+    load = parser.add_argument_group("load")
+    _add_load_arguments(load)
+    _add_arrival_arguments(load)
     _add_trace_arguments(parser.add_argument_group("recorded load"))
     _add_report_arguments(parser.add_argument_group("report"))
 
@@ -96,12 +98,6 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add("--rate", type=_positive, metavar="R", help="send R requests per second")
     add(
-        "--arrival",
-        choices=[arrival.value for arrival in Arrival],
-        default=Arrival.FIXED.value,
-        help="times between requests with --rate (%(default)s)",
-    )
-    add(
         "--sweep",
         type=_positive,
         nargs="+",
@@ -109,7 +105,17 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="R",
         help="run once at each of these rates, with the same requests",
     )
-    shape = PLAIN_SHAPE
+    add("--warmup", type=int, default=0, metavar="N", help="requests sent before (%(default)s)")
+
+
+def _add_arrival_arguments(group: argparse._ArgumentGroup) -> None:
+    add, shape = group.add_argument, PLAIN_SHAPE
+    add(
+        "--arrival",
+        choices=[arrival.value for arrival in Arrival],
+        default=Arrival.FIXED.value,
+        help="times between requests with --rate (%(default)s)",
+    )
     add(
         "--burstiness",
         type=float,
@@ -138,7 +144,6 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="of diurnal: how far the rate leaves its mean, 0 to 1 (%(default)g)",
     )
-    add("--warmup", type=int, default=0, metavar="N", help="requests sent before (%(default)s)")
 
 
 def _add_trace_arguments(group: argparse._ArgumentGroup) -> None:

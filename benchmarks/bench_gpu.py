@@ -6,8 +6,11 @@
     handoff                       units from one pool to another one, see gpu/handoff.py
 
 A decode step is a whole one of the engine, from the schedule to the committed tokens, on the host's
-clock; `replay` is its forward pass alone, on the device's. Medians. The last line is one JSON
-object, in which `missed` names the goals that were not reached. About 35 GB of the GPU are taken.
+clock: as nodes run it on a GPU, launched before the one before it is read, and `sync`, one after
+the other, which takes `async_gain` times as long. `replay` is the forward pass alone, on the
+device's clock; what a step takes longer is the host's share of it. Medians. The last line is one
+JSON object, in which `missed` names the goals that were not reached. About 35 GB of the GPU are
+taken.
 Without a GPU: `--tiny --device cpu` runs the same code on a toy, whose figures say nothing.
 """
 
@@ -56,6 +59,16 @@ TINY_SIZES = Sizes(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Seconds of one batch's decode step."""
+
+    step: float  # launched before the one before it was read
+    sync: float  # one after the other
+    replay: float  # the graph alone
+    floor: float  # reading what must be read
+
+
 class Bench:
     """Whole steps on one device, beside a bandwidth and a rate of products."""
 
@@ -68,14 +81,19 @@ class Bench:
         blocks = max(max(sizes.batches) * -(-decoded // block), 2 * -(-longest // block))
         self._node = Node(target, blocks, sizes.batches, longest)
 
-    @torch.inference_mode()
-    def decode(self, batch: int) -> tuple[float, float, float]:
-        """Seconds of a step, of its replay, and of reading what it must read."""
+    def _steps(self, batch: int, *, lookahead: bool) -> float:
+        """Seconds from one step's tokens to the next one's."""
         sizes = self._sizes
-        engine = self._node.decoding(batch, sizes.context, sizes.steps + 4)
+        engine = self._node.decoding(batch, sizes.context, sizes.steps + 4, lookahead=lookahead)
         for _ in range(3):
             engine.step()
-        steps = [seconds(engine.step) for _ in range(sizes.steps)]
+        return statistics.median(seconds(engine.step) for _ in range(sizes.steps))
+
+    @torch.inference_mode()
+    def decode(self, batch: int) -> Decoded:
+        """One batch's steps."""
+        sizes = self._sizes
+        sync, ahead = (self._steps(batch, lookahead=lookahead) for lookahead in (False, True))
         graphs = self._node.runner.graphs
         assert graphs is not None
         assert batch in graphs.rungs, f"no graph of {batch} requests: see the log"
@@ -83,7 +101,7 @@ class Bench:
         context = sizes.context + 3 + sizes.steps // 2
         weights = num_weights(self._target.shape) * self._target.dtype.itemsize
         read = weights + batch * context * self._target.layout.bytes_per_token
-        return statistics.median(steps), replay, read / self._bandwidth
+        return Decoded(ahead, sync, replay, read / self._bandwidth)
 
     def prefill(self) -> tuple[float, float]:
         """Seconds of a step with the whole prompt, and its share of the product's rate."""
@@ -131,16 +149,21 @@ def measure_steps(bench: Bench, batches: tuple[int, ...]) -> dict[str, float]:
     """Decode at each batch, then a prefill; a line per case."""
     figures: dict[str, float] = {}
     for batch in batches:
-        step, replay, floor = bench.decode(batch)
-        figures[f"decode_b{batch}_vs_roofline"] = step / floor
-        figures[f"replay_b{batch}_vs_roofline"] = replay / floor
+        took = bench.decode(batch)
+        figures[f"decode_b{batch}_vs_roofline"] = took.step / took.floor
+        figures[f"decode_b{batch}_sync_vs_roofline"] = took.sync / took.floor
+        figures[f"decode_b{batch}_async_gain"] = took.sync / took.step
+        figures[f"decode_b{batch}_host_share"] = 1 - took.replay / took.step
+        figures[f"decode_b{batch}_sync_host_share"] = 1 - took.replay / took.sync
+        figures[f"replay_b{batch}_vs_roofline"] = took.replay / took.floor
         print(
-            f"decode {batch:<7} {1e3 * step:9.3f} ms a step, {1e3 * replay:.3f} its replay, "
-            f"{1e3 * floor:.3f} the roofline: {step / floor:.2f} x",
+            f"decode {batch:<7} {1e3 * took.step:9.3f} ms a step, {1e3 * took.sync:.3f} one after "
+            f"the other, {1e3 * took.replay:.3f} the replay, {1e3 * took.floor:.3f} the roofline: "
+            f"{took.step / took.floor:.2f} x",
             flush=True,
         )
-    took, figures["prefill8k_mfu"] = bench.prefill()
-    print(f"prefill        {1e3 * took:9.1f} ms, {100 * figures['prefill8k_mfu']:.1f} % MFU")
+    prefill_s, figures["prefill8k_mfu"] = bench.prefill()
+    print(f"prefill        {1e3 * prefill_s:9.1f} ms, {100 * figures['prefill8k_mfu']:.1f} % MFU")
     return figures
 
 

@@ -165,7 +165,7 @@ class Node:
         capture = CudaCapture(target.device) if on_gpu else EagerCapture()
         self.runner.capture(rungs, max_len, capture, scratch=num_blocks)
 
-    def engine(self, max_num_batched_tokens: int) -> Engine:
+    def engine(self, max_num_batched_tokens: int, *, lookahead: bool = False) -> Engine:
         config = EngineConfig(
             block_size=self.target.block_size,
             num_blocks=self._num_blocks,
@@ -173,6 +173,7 @@ class Node:
             max_num_seqs=self._max_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=False,
+            lookahead=lookahead,
         )
         return Engine(
             config,
@@ -183,9 +184,10 @@ class Node:
             ops=self.target.ops,
         )
 
-    def decoding(self, batch: int, context: int, steps: int) -> Engine:
+    def decoding(self, batch: int, context: int, steps: int, *, lookahead: bool = False) -> Engine:
         """An engine whose requests have `context` tokens behind them."""
-        engine = self.engine(max_num_batched_tokens=max(batch, self._max_seqs))
+        limit = max(batch, self._max_seqs)
+        engine = self.engine(max_num_batched_tokens=limit, lookahead=lookahead)
         for number in range(batch):
             request = self.request(number, context, steps)
             reservation = engine.reserve(request.tokens, request.max_num_tokens)

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 import engine.in_flight
+from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.lookahead import OBSTACLES, can_look_beyond
 from engine.plan import ScheduledRequest, StepPlan, StepResult
+from engine.prefix_cache import PrefixCache
 from engine.request import Request
+from engine.scheduler import Scheduler
 from engine.step_inputs import with_sampled
 from tests.engine.hash_runner import VOCAB_SIZE, HashRunner, expected_output
 from wire.types import BeamParams, FinishReason, SamplingParams
@@ -329,7 +332,8 @@ def test_a_step_that_cannot_be_read_takes_the_next_one_with_it(
     with pytest.raises(RunnerBroke):
         made.step()
     made.check_integrity()
-    assert device.log[-1][0] == "wait", "the device is done before anybody gets a block"
+    last = device.num_launched - 1
+    assert device.log[-2:] == [("wait", last - 1), ("wait", last)], "nothing writes any more"
     assert all(r.num_computed_tokens < r.num_tokens == len(r.tokens) for r in requests)
     check_output([r for r in results if r is not None] + run_all(made), *requests)
 
@@ -371,6 +375,8 @@ def test_broken_logits_end_their_request_once(device: Device) -> None:
     assert [r.corrupted for r in results if r.corrupted] == [("bad",)]
     check_output(results, good)
     assert device.num_ahead > 3
+    assert bad.block_hashes
+    assert not {*bad.block_hashes} & {*made.cached_hashes()}, "what broke them is not found again"
 
 
 # ------------------------------------------------------------ what cannot be looked beyond
@@ -458,6 +464,24 @@ def run_all_held(made: Engine) -> list[StepResult]:
         assert result is not None
         results.append(result)
     return results
+
+
+def test_a_plan_that_would_have_to_preempt_is_made_when_the_step_is_over() -> None:
+    """Else whoever needs a block would stand still while the others go on."""
+    config = EngineConfig(BLOCK_SIZE, 3, MAX_LEN, kv_overcommit=9.0, enable_prefix_caching=False)
+    pool = BlockPool(3, 1)
+    scheduler = Scheduler(config, pool, PrefixCache(pool, BLOCK_SIZE, "m", enabled=False), EOS)
+    old = make_request("old", 8, max_tokens=4, ignore_eos=True)  # needs a third block next
+    new = make_request("new", 2, max_tokens=4, ignore_eos=True)
+    scheduler.add(old)
+    scheduler.add(new)
+    step = scheduler.plan()
+    assert [item.request for item in step.scheduled] == [old, new]
+    assert scheduler.plan_ahead(step).scheduled == ()
+    scheduler.check_integrity()
+    scheduler.commit(step, [5, 5])
+    following = scheduler.plan()
+    assert (following.num_preempted, [i.request for i in following.scheduled]) == (1, [old])
 
 
 # ------------------------------------------------------------ what the device reads

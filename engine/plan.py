@@ -256,5 +256,5 @@ class StepResult:
     speculation: DraftCounts | None = None
     num_retries: int = 0  # larger steps before it that did not fit into memory
     was_ahead: bool = False  # launched before the step before it was read
-    seconds: float = 0.0  # what it took; whoever has a clock fills it in
+    seconds: float = 0.0  # what it took, or from the result before; who has a clock fills it in
     shape: StepShape = NO_SHAPE

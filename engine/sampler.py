@@ -82,11 +82,12 @@ class Sampler:
     def _adjust_row(self, row: Tensor, request: Row) -> None:
         sampling = request.sampling
         if request.num_output_tokens < sampling.min_tokens:
-            stops = self._eos_token_ids | set(sampling.stop_token_ids)
-            row[_ids(stops, row)] = -torch.inf
+            stops = _known(self._eos_token_ids | set(sampling.stop_token_ids), row)
+            row.index_fill_(0, to_device(stops, torch.int64, row.device), -torch.inf)
         if sampling.logit_bias:
-            ids = _ids(sampling.logit_bias, row)
-            row[ids] += row.new_tensor([sampling.logit_bias[i] for i in ids.tolist()])
+            ids = _known(sampling.logit_bias, row)
+            biases = to_device([sampling.logit_bias[i] for i in ids], row.dtype, row.device)
+            row.index_add_(0, to_device(ids, torch.int64, row.device), biases)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -103,11 +104,9 @@ def _adjusts(request: Row) -> bool:
     )
 
 
-def _ids(ids: Collection[int], row: Tensor) -> Tensor:
-    """Sorted ids as an index; one beyond the vocabulary can never be sampled, so it is left out."""
-    vocab_size = row.shape[-1]
-    inside = sorted(i for i in ids if i < vocab_size)
-    return torch.tensor(inside, dtype=torch.int64, device=row.device)
+def _known(ids: Collection[int], row: Tensor) -> list[int]:
+    """Those of the vocabulary, sorted; one beyond it can never be sampled."""
+    return sorted(i for i in ids if i < row.shape[-1])
 
 
 def _draw(logits: Tensor, requests: Sequence[Row], ops: LayerOps) -> Tensor:

@@ -15,6 +15,7 @@ number of pairs is bounded.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -79,6 +80,10 @@ class Breaker:
     def __len__(self) -> int:
         """How many pairs are remembered."""
         return len(self._circuits)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """The pairs that are remembered."""
+        return iter(self._circuits)
 
     @property
     def num_open(self) -> int:

@@ -16,6 +16,7 @@ from router.cache_index import CacheIndex
 from router.judge import Judge, Taken, Told
 from router.placement import Handoff, Nowhere, Place, Ways, hands_over
 from router.policy import Candidate, Wishes, choose_decode, choose_in_place, choose_prefill
+from router.shortlist import Kind, by_kind, shortlist
 from router.way import Mode, Rules
 from router.work import Work
 from wire.messages import ModelInfo, Register
@@ -40,12 +41,21 @@ class Node:
     num_unreachable: int = 0  # heartbeats in a row that found no connection
     pending_blocks: int = 0
     assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
+    pending_tokens: int = 0  # of all that are assigned
     taken: Taken = field(default_factory=Taken)  # of its streams, by prompts of this router
+    queue: tuple[int, int, str] = (0, 0, "")  # how long a prompt waits here, among nodes alike
+    room: tuple[int, int, str] = (0, 0, "")  # how full it is: blocks, negative where many are free
 
     @property
     def serves(self) -> bool:
         """Whether it may get new work."""
         return self.reachable and not self.draining and not self.stalled
+
+    def rank(self) -> None:
+        """Its place among nodes that are alike follows from load and assignments."""
+        load, order = self.load, (len(self.assigned), self.id.name)
+        self.queue = (max(load.queued_tokens, self.pending_tokens), *order)
+        self.room = (load.blocks_promised + self.pending_blocks - load.blocks_free, *order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class Fleet:
         self._nodes: dict[NodeId, Node] = {}
         self._superseded: OrderedDict[NodeId, None] = OrderedDict()
         self.breaker = Breaker()
+        self._kinds: dict[Kind, list[Node]] | None = None  # None: to be found anew
 
     # ------------------------------------------------------------ who lives
 
@@ -84,6 +95,8 @@ class Fleet:
         cache = CacheIndex(min(message.num_blocks, _MAX_INDEXED_BLOCKS))
         load = NodeLoad(blocks_total=message.num_blocks, blocks_free=message.num_blocks)
         self._nodes[node] = Node(node, message, cache, load, now)
+        self._nodes[node].rank()
+        self._kinds = None
         return Registration(lost=lost)
 
     def _refusal(self, node: NodeId, message: Register) -> str | None:
@@ -113,25 +126,33 @@ class Fleet:
     def heartbeat(self, node: NodeId, load: NodeLoad, now: float) -> bool:
         """Take over a node's load; True if it has just stalled, and its requests must move."""
         known = self._nodes[node]
+        looked = known.serves, known.load.blocks_total
         known.load, known.last_seen, known.pending_blocks = load, now, 0
+        known.rank()
         known.reachable = True
         was_stalled, known.stalled = known.stalled, load.stalled_s > self._stall
+        if looked != (known.serves, load.blocks_total):
+            self._kinds = None
         return known.stalled and not was_stalled
 
     def drain(self, node: NodeId) -> None:
         self._nodes[node].draining = True
+        self._kinds = None
 
     def resume(self, node: NodeId) -> None:
         """It does not drain after all."""
         self._nodes[node].draining = False
+        self._kinds = None
 
     def mark_unreachable(self, node: NodeId) -> None:
         """A message to it could not be queued: nothing new for it until it is heard again."""
         if node in self._nodes:
             self._nodes[node].reachable = False
+            self._kinds = None
 
     def remove(self, node: NodeId) -> None:
         self._nodes.pop(node, None)
+        self._kinds = None
         self.breaker.forget(node)
 
     def excuse(self, now: float) -> None:
@@ -231,37 +252,63 @@ class Fleet:
         self, work: Work, wishes: Wishes, decode: NodeId | None = None, *, apart: bool = False
     ) -> Candidate | None:
         """`apart`: of those that generate nothing themselves."""
-        partners = [
-            node
-            for node in self
-            if (node.id == decode if decode is not None else node.serves)
-            and node.info.role.receives
-        ]
+        only = self._nodes.get(decode) if decode is not None else None
+        if decode is not None and only is None:
+            return None
+        candidates = self._candidates(
+            lambda role: (
+                role.sends
+                and not (apart and role.receives)
+                and (only is None or hands_over(role, only.info.role))
+            ),
+            work,
+            wishes,
+        )
+        partners = self._partners(wishes) if only is None else [(only.id, only.info.role)]
 
         def is_worse(sender: Candidate) -> bool:
-            pairs = (
-                Pair(sender.id, p.id) for p in partners if hands_over(sender.role, p.info.role)
-            )
+            pairs = (Pair(sender.id, id) for id, role in partners if hands_over(sender.role, role))
             return not any(self._is_good(pair, wishes) for pair in pairs)
 
-        candidates = [
-            self._candidate(node, work, wishes)
-            for node in self
-            if node.serves
-            and node.info.role.sends
-            and not (apart and node.info.role.receives)
-            and (decode is None or any(hands_over(node.info.role, p.info.role) for p in partners))
-        ]
         return choose_prefill(_least_bad(candidates, wishes, is_worse), work.num_tokens)
+
+    def _partners(self, wishes: Wishes) -> list[tuple[NodeId, Role]]:
+        """Whom somebody could hand over to; one of a kind, where no pair is doubted."""
+        every = bool(wishes.avoid_pairs or len(self.breaker))
+        return [
+            (node.id, kind.role)
+            for kind, alike in self._alike().items()
+            if kind.role.receives
+            for node in (alike if every else alike[:1])
+        ]
 
     def _receivers(
         self, work: Work, wishes: Wishes, refused: Collection[NodeId]
     ) -> list[Candidate]:
+        return self._candidates(lambda role: role.receives, work, wishes, refused)
+
+    def _candidates(
+        self,
+        wanted: Callable[[Role], bool],
+        work: Work,
+        wishes: Wishes,
+        refused: Collection[NodeId] = (),
+    ) -> list[Candidate]:
+        """Serving nodes of the wanted roles, but for those that cannot win."""
+        pairs = (*wishes.avoid_pairs, *self.breaker)
+        named = {*wishes.avoid, *wishes.near, *(node for pair in pairs for node in pair)}
         return [
             self._candidate(node, work, wishes)
-            for node in self
-            if node.serves and node.info.role.receives and node.id not in refused
+            for kind, alike in self._alike().items()
+            if wanted(kind.role)
+            for node in shortlist(kind, _without(refused, alike), work, named)
         ]
+
+    def _alike(self) -> dict[Kind, list[Node]]:
+        """The nodes that serve, by kind."""
+        if self._kinds is None:
+            self._kinds = by_kind(node for node in self if node.serves)
+        return self._kinds
 
     def _best_receiver(
         self, prefill: Candidate, receivers: Iterable[Candidate], work: Work, wishes: Wishes
@@ -284,7 +331,7 @@ class Fleet:
             block_size=_block_size(node),
             block_bytes=node.info.layout.block_bytes,
             num_cached_tokens=_num_cached_tokens(node, work, near),
-            pending_tokens=sum(node.assigned.values()),
+            pending_tokens=node.pending_tokens,
             pending_blocks=node.pending_blocks,
             num_assigned=len(node.assigned),
             same_numerics=wishes.numerics in ("", node.info.model.numerics),
@@ -305,8 +352,10 @@ class Fleet:
         """Remember that this router gave `request` to `node`, until the next heartbeat tells."""
         known = self._nodes.get(node)
         if known is not None:
+            known.pending_tokens += num_tokens - known.assigned.get(request, 0)
             known.assigned[request] = num_tokens
             known.pending_blocks += num_blocks
+            known.rank()
 
     def taken(self, node: NodeId, seconds: float, now: float) -> None:
         """A prompt that was given to `node` takes so much of its streams' time."""
@@ -317,7 +366,12 @@ class Fleet:
     def unassign(self, node: NodeId, request: str) -> None:
         known = self._nodes.get(node)
         if known is not None:
-            known.assigned.pop(request, None)
+            known.pending_tokens -= known.assigned.pop(request, 0)
+            known.rank()
+
+
+def _without(refused: Collection[NodeId], nodes: list[Node]) -> list[Node]:
+    return [node for node in nodes if node.id not in refused] if refused else nodes
 
 
 def _block_size(node: Node) -> int:

@@ -216,7 +216,7 @@ def speak(inside: Inside, *, version: int) -> None:
 def poison(inside: Inside, *, max_tokens: int) -> None:
     """Decode node: the logits of requests with this `max_tokens` are not numbers."""
 
-    def sample(
+    def draw(
         original: Call, sampler: Any, logits: Tensor, requests: Sequence[Request], *others: Any
     ) -> Any:
         logits = logits.clone()
@@ -226,7 +226,7 @@ def poison(inside: Inside, *, max_tokens: int) -> None:
                 inside.done.append(f"poisoned {request.request_id}")
         return original(sampler, logits, requests, *others)
 
-    inside.wrap(Sampler, "sample", sample)
+    inside.wrap(Sampler, "draw", draw)
 
 
 # ---------------------------------------------------------------- blindness, for the controls

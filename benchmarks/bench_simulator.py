@@ -2,7 +2,8 @@
 
 Requests have about the lengths of Azure's conversation trace of 2023 (means of 1,155 prompt and 211
 output tokens), drawn log-normally, or are read from a trace. Time is the processor's, which a busy
-machine changes less. `--nodes 1000 --requests 1000000` is a long run: about half an hour or more.
+machine changes less. `--nodes 1000 --blocks 4000 --requests 1000000` is a long run: half an hour or
+more, and 2 GB, most of it the names of cached blocks.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def main() -> int:
     add = parser.add_argument
     add("--nodes", type=int, default=8, metavar="N", help="half of each kind (%(default)s)")
     add("--requests", type=int, default=10_000, metavar="N", help="(%(default)s)")
+    add("--blocks", type=int, default=20_000, metavar="N", help="KV blocks per node (%(default)s)")
     add("--trace", type=Path, metavar="FILE", help="take lengths and order from this")
     add("--quick", action="store_true", help="a tenth of the requests")
     add("--minutes", type=float, default=float("inf"), metavar="M", help="end after so many")
@@ -107,7 +109,11 @@ def main() -> int:
     number = args.requests // 10 if args.quick else args.requests
     trace = load(number, RATE_PER_NODE * args.nodes, args.trace)
     half = max(1, args.nodes // 2)
-    setup = replace(SETUP, split=Split(prefill=half, decode=max(1, args.nodes - half)))
+    setup = replace(
+        SETUP,
+        split=Split(prefill=half, decode=max(1, args.nodes - half)),
+        engine=replace(ENGINE, num_blocks=args.blocks),
+    )
     began = time.process_time()
     run = FleetRun(setup, trace)
     made_s = time.process_time() - began

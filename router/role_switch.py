@@ -176,6 +176,8 @@ class RoleSwitches:
         if switch is None or (switch.node == node and role is switch.old):
             return
         if role is switch.new:
+            # The old life's goodbye has a connection of its own, and may come later or never.
+            switch.left = now if switch.left is None else switch.left
             self._finish(switch, "done", "", now)
         else:
             self._finish(switch, "died", f"another life came back as a {role} node", now)

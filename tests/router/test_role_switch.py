@@ -71,6 +71,15 @@ def test_a_switch_that_goes_well() -> None:
     assert len(w.sent) == 1
 
 
+def test_the_next_life_overtakes_the_goodbye() -> None:
+    w = World()
+    switch = w.begin()
+    w.switches.draining(C)
+    w.switches.registered(NEXT_C, Role.PREFILL, 3.5)
+    w.switches.left(C, 3.6)
+    assert (switch.state, switch.seconds, switch.return_s) == (State.DONE, 3.5, 0.0)
+
+
 def test_what_cannot_be() -> None:
     w = World()
     with pytest.raises(SwitchImpossible, match="no node 'x'") as unknown:

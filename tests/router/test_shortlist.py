@@ -88,8 +88,7 @@ def test_the_shortlist_holds_the_best(
 
 
 def test_most_of_many_need_no_look() -> None:
-    alike = (Role.PREFILL, 0, 30, 0, [], "", 80, True)
-    fleet = fleet_of([alike] * 50)
+    fleet = fleet_of([(Role.PREFILL, 0, 30, 0, [], "", 80, True)] * 50)
     nodes = list(fleet)
     kind = shortlist.kind_of(nodes[0])
     fleet[nodes[7].id].cache.apply(CacheEvents(2, tuple(HASHES[:2]), ()))
@@ -100,11 +99,10 @@ def test_most_of_many_need_no_look() -> None:
 
 
 def test_who_answers_may_be_the_roomiest_or_the_first_with_room() -> None:
-    roomiest, first, full = (
-        (Role.MIXED, queued, free, 0, [], "", 80, True)
-        for queued, free in ((9, 60), (5, 30), (0, 1))
-    )
-    nodes = list(fleet_of([full] * 10 + [first] * 10 + [roomiest] * 10))
+    def mixed(queued: int, free: int) -> tuple[Role, int, int, int, list[int], str, int, bool]:
+        return Role.MIXED, queued, free, 0, [], "", 80, True
+
+    nodes = list(fleet_of([mixed(0, 1)] * 10 + [mixed(5, 30)] * 10 + [mixed(9, 60)] * 10))
     found = shortlist.shortlist(shortlist.kind_of(nodes[0]), nodes, WORK, ())
     assert {node.id.name for node in found} == {"mixed-20", "mixed-10"}
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import zmq
 
+import kvtransfer.block_memory
 import kvtransfer.digest
 import kvtransfer.receiver
 from benchmarks.transfer_sender import Blocks, layout_of, leave_digests_out
@@ -220,6 +221,7 @@ def sender_process(case: Case, url: str) -> Iterator[socket.socket]:
 async def measure(case: Case, rounds: int) -> Rates:
     """Handoff and floor in turns; the first round warms both up."""
     vars(kvtransfer.receiver)["UnitSealer"] = kvtransfer.digest.UnitSealer
+    vars(kvtransfer.block_memory)["content_of"] = kvtransfer.digest.content_of
     if not case.digests:
         leave_digests_out()
     node = ReceiverNode(case)

@@ -17,7 +17,7 @@ from baton.simulation.setup import Setup, Split
 from engine.checkpoint import fingerprint as fingerprint_of
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
-from node.config import parse_bytes
+from node.flags import parse_bytes
 from tuner.arrivals import Arrival, arrival_offsets
 from tuner.goodput import Slo
 from tuner.plots import require_matplotlib

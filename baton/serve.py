@@ -24,8 +24,8 @@ from baton.config import node_environment, visible_gpus
 from baton.model_report import report_on
 from engine.drafting.config import parse_speculative_config
 from node import machine
-from node.config import add_decode_arguments, add_engine_arguments
 from node.devices import is_gpu, num_gpus, resolve_device, spread
+from node.flags import add_decode_arguments, add_engine_arguments
 from router.flags import add_arguments as add_router_arguments
 from wire.errors import ConfigError
 

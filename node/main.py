@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import zmq
 
-from node.config import NodeConfig, add_arguments, add_decode_arguments, from_args, split_url
+from node.config import NodeConfig, split_url
+from node.flags import add_arguments, add_decode_arguments, from_args
 from telemetry.logs import set_up_logging
 from telemetry.progress import ProgressLine
 from wire.curve import SILENCE, knock

@@ -12,7 +12,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from router.fleet import Fleet, Node
+from router.fleet import Fleet
+from router.fleet_node import Node
 from router.requests import Requests
 from router.role_switch import RoleSwitch, RoleSwitches
 from router.tokenizer import Tokenizer, tokenizer_from_files

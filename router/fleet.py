@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from router.breaker import Breaker, Pair
 from router.cache_index import CacheIndex
-from router.judge import Judge, Taken, Told
+from router.fleet_node import Node
+from router.judge import Judge, Told
 from router.placement import Handoff, Nowhere, Place, Ways, hands_over
 from router.policy import Candidate, Wishes, choose_decode, choose_in_place, choose_prefill
 from router.shortlist import Kind, by_kind, shortlist
@@ -24,38 +25,6 @@ from wire.types import NodeId, NodeLoad, Role
 
 _MAX_INDEXED_BLOCKS = 1 << 18  # per node; about 20 MB of hashes
 _MAX_SUPERSEDED = 1024
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One registered life of a node."""
-
-    id: NodeId
-    info: Register
-    cache: CacheIndex
-    load: NodeLoad
-    last_seen: float
-    draining: bool = False
-    stalled: bool = False
-    reachable: bool = True  # the last message to it could be queued
-    num_unreachable: int = 0  # heartbeats in a row that found no connection
-    pending_blocks: int = 0
-    assigned: dict[str, int] = field(default_factory=dict)  # request → prompt tokens not done
-    pending_tokens: int = 0  # of all that are assigned
-    taken: Taken = field(default_factory=Taken)  # of its streams, by prompts of this router
-    queue: tuple[int, int, str] = (0, 0, "")  # how long a prompt waits here, among nodes alike
-    room: tuple[int, int, str] = (0, 0, "")  # how full it is: blocks, negative where many are free
-
-    @property
-    def serves(self) -> bool:
-        """Whether it may get new work."""
-        return self.reachable and not self.draining and not self.stalled
-
-    def rank(self) -> None:
-        """Its place among nodes that are alike follows from load and assignments."""
-        load, order = self.load, (len(self.assigned), self.id.name)
-        self.queue = (max(load.queued_tokens, self.pending_tokens), *order)
-        self.room = (load.blocks_promised + self.pending_blocks - load.blocks_free, *order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +153,7 @@ class Fleet:
         first = next(iter(self), None)
         if first is None:
             return None
-        return replace(first.info.model, max_model_len=min(_context(node.info) for node in self))
+        return replace(first.info.model, max_model_len=min(node.max_context for node in self))
 
     def num_serving(self, role: Role) -> int:
         return sum(node.info.role is role and node.serves for node in self)
@@ -328,9 +297,9 @@ class Fleet:
             id=node.id,
             role=node.info.role,
             load=node.load,
-            block_size=_block_size(node),
+            block_size=node.block_size,
             block_bytes=node.info.layout.block_bytes,
-            num_cached_tokens=_num_cached_tokens(node, work, near),
+            num_cached_tokens=node.num_cached_tokens(work, near),
             pending_tokens=node.pending_tokens,
             pending_blocks=node.pending_blocks,
             num_assigned=len(node.assigned),
@@ -345,7 +314,7 @@ class Fleet:
         """Of `num_tokens` tokens that begin with the prompt, those that the node must compute."""
         if node not in self._nodes:
             return num_tokens
-        cached = _num_cached_tokens(self._nodes[node], work, node in near)
+        cached = self._nodes[node].num_cached_tokens(work, node in near)
         return num_tokens - min(cached, num_tokens - 1)
 
     def assign(self, node: NodeId, request: str, num_tokens: int, num_blocks: int) -> None:
@@ -374,21 +343,6 @@ def _without(refused: Collection[NodeId], nodes: list[Node]) -> list[Node]:
     return [node for node in nodes if node.id not in refused] if refused else nodes
 
 
-def _block_size(node: Node) -> int:
-    return max(1, node.info.layout.block_size)
-
-
-def _num_cached_tokens(node: Node, work: Work, near: bool) -> int:
-    """Of the prompt; all full blocks where another choice has just left them."""
-    block_size = _block_size(node)
-    if near:
-        return work.num_tokens // block_size * block_size
-    if not len(node.cache):
-        return 0
-    hashes = work.block_hashes(node.info.model.fingerprint, block_size)
-    return node.cache.num_cached_blocks(hashes) * block_size
-
-
 def _least_bad(
     nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[Candidate], bool]
 ) -> list[Candidate]:
@@ -396,10 +350,3 @@ def _least_bad(
     against = {node.id: (node.id in wishes.avoid, is_worse(node)) for node in nodes}
     least = min(against.values(), default=None)
     return [node for node in nodes if against[node.id] == least]
-
-
-def _context(info: Register) -> int:
-    """How long a request may become on this node: who generates must hold all of it."""
-    if not info.role.receives:
-        return info.model.max_model_len
-    return min(info.model.max_model_len, info.num_blocks * info.layout.block_size)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from router.fleet import Fleet, Node
+from router.fleet import Fleet
+from router.fleet_node import Node
 from router.judge import Judge
 from router.role_switch import RoleSwitch
 

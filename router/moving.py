@@ -5,7 +5,8 @@ Mixed nodes are left alone: they serve either work as it comes.
 
 from __future__ import annotations
 
-from router.fleet import Fleet, Node
+from router.fleet import Fleet
+from router.fleet_node import Node
 from tuner.observed import Standing
 from wire.types import Role
 
@@ -32,7 +33,7 @@ def to_move(fleet: Fleet, grow: Role, count: int) -> list[Node]:
 
 def _queued(node: Node) -> int:
     """The last heartbeat's word, or what was sent here since."""
-    return max(node.load.queued_tokens, sum(node.assigned.values()))
+    return max(node.load.queued_tokens, node.pending_tokens)
 
 
 def _work(node: Node) -> tuple[int, str]:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from router.fleet import Fleet, Node
+from router.fleet import Fleet
+from router.fleet_node import Node
 from wire.errors import BatonError, WireError
 from wire.messages import Message, SwitchRole
 from wire.types import NodeId, Role

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from router.fleet_node import Node
 from router.work import Work
 from wire.types import NodeId, Role
-
-if TYPE_CHECKING:
-    from router.fleet import Node
 
 FEW = 8  # of a kind are looked at one by one
 
@@ -32,8 +30,7 @@ class Kind(NamedTuple):
 
 def kind_of(node: Node) -> Kind:
     info = node.info
-    block_size = max(1, info.layout.block_size)
-    return Kind(info.role, block_size, node.load.blocks_total, info.model.numerics)
+    return Kind(info.role, node.block_size, node.load.blocks_total, info.model.numerics)
 
 
 def by_kind(nodes: Iterable[Node]) -> dict[Kind, list[Node]]:

@@ -13,8 +13,8 @@ import pytest
 from baton import serve
 from baton.children import Child
 from baton.serve import Launcher, given_flags, make_parser
-from node.config import add_arguments as add_node_arguments
-from node.config import add_decode_arguments, add_engine_arguments
+from node.flags import add_arguments as add_node_arguments
+from node.flags import add_decode_arguments, add_engine_arguments
 from router.flags import add_arguments as add_router_arguments
 
 AddArguments = Callable[[argparse.ArgumentParser], None]

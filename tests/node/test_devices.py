@@ -11,8 +11,9 @@ from baton import serve
 from baton.config import visible_gpus
 from baton.serve import make_parser, on_its_device
 from engine.device import check_device
-from node.config import NodeConfig, add_arguments, from_args
+from node.config import NodeConfig
 from node.devices import is_cuda_build, num_gpus, parse_device, resolve_device, spread
+from node.flags import add_arguments, from_args
 from node.performance import GPU_MODES, step_limits
 from wire.errors import ConfigError
 

@@ -13,15 +13,8 @@ import pytest
 import zmq
 
 from node.build import read_tokenizer
-from node.config import (
-    NodeConfig,
-    add_arguments,
-    add_decode_arguments,
-    from_args,
-    is_loopback,
-    parse_bytes,
-    split_url,
-)
+from node.config import NodeConfig, is_loopback, split_url
+from node.flags import add_arguments, add_decode_arguments, from_args, parse_bytes
 from node.main import wait_for_routers
 from node.performance import MODES
 from wire.curve import FleetContext

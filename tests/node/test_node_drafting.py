@@ -14,8 +14,9 @@ from baton.bundled_model import BUNDLED, DEFAULT_MODEL
 from engine.drafting.config import SpeculativeConfig
 from engine.plan import DraftCounts, StepResult
 from node.build import build_engine
-from node.config import NodeConfig, add_arguments, add_decode_arguments, from_args
+from node.config import NodeConfig
 from node.drafting import beside_drafts, load_draft_model
+from node.flags import add_arguments, add_decode_arguments, from_args
 from node.stats import NodeStats
 from wire.errors import ConfigError
 from wire.layout import KVLayout

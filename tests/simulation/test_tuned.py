@@ -65,8 +65,8 @@ def turns(moves: Sequence[Move]) -> int:
     return sum(before.role is not move.role for before, move in pairwise(moves))
 
 
-@pytest.mark.parametrize("phase_s", [40, PHASE_S])
-def test_it_beats_every_static_split_when_the_work_changes(phase_s: int) -> None:
+@pytest.mark.parametrize(("phase_s", "overall"), [(40, 1.1), (PHASE_S, 1.2)])
+def test_it_beats_every_static_split_when_the_work_changes(phase_s: int, overall: float) -> None:
     trace = phases(PROMPTS, OUTPUTS, phase_s=phase_s)
     static = [
         simulate(replace(SETUP, split=Split(n, 6 - n), tuning=None), trace) for n in (2, 3, 4)
@@ -77,7 +77,7 @@ def test_it_beats_every_static_split_when_the_work_changes(phase_s: int) -> None
     for phase in (0, 1):
         best = max(good(run, phase, phase_s) for run in static)
         assert good(tuned, phase, phase_s) >= 0.9 * best
-    assert good(tuned) > 1.1 * max(map(good, static))
+    assert good(tuned) > overall * max(map(good, static))
     assert {move.role for move in tuned.moves if move.at < phase_s} == {Role.PREFILL}
     assert {move.role for move in tuned.moves if move.at > phase_s} == {Role.DECODE}
     assert all(pressure.worst > 0 for _, pressure in tuned.looks)

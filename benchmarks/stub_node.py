@@ -24,36 +24,38 @@ from tokenizers import Tokenizer, decoders, models
 
 from wire.codec import Envelope
 from wire.errors import WireError
+from wire.fleet_messages import (
+    CacheEvents,
+    FetchCacheSnapshot,
+    FetchTokenizer,
+    Gone,
+    Heartbeat,
+    ModelInfo,
+    Register,
+    RouterHeartbeat,
+    TokenizerFiles,
+    Unwelcome,
+    Welcome,
+)
 from wire.layout import KVLayout
 from wire.logprobs import Logprobs, TokenLogprobs, pack
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     BeamsFound,
-    CacheEvents,
     Embedding,
-    FetchCacheSnapshot,
-    FetchTokenizer,
     Generate,
-    Gone,
     Grant,
     Granted,
-    Heartbeat,
-    Message,
-    ModelInfo,
     Prefill,
     PrefillTiming,
     Rebind,
     Refused,
-    Register,
     Resend,
     Reserve,
-    RouterHeartbeat,
-    TokenizerFiles,
     Tokens,
     TokenUpdate,
-    Unwelcome,
-    Welcome,
 )
 from wire.sockets import Link
 from wire.types import AttemptId, FinishReason, Hypothesis, NodeId, NodeLoad, Role

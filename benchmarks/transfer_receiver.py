@@ -31,7 +31,8 @@ from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.zmq_transport import ZmqUnitReceiver
 from wire.codec import Envelope
 from wire.geometry import geometry_for
-from wire.messages import Grant, Prefill, UnitHeader
+from wire.handoff_messages import UnitHeader
+from wire.request_messages import Grant, Prefill
 from wire.sockets import Hub
 from wire.types import AttemptId, NodeId, SamplingParams
 

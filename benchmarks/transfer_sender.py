@@ -29,8 +29,10 @@ from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.units import Unit
 from kvtransfer.zmq_transport import ZmqUnitSender
 from wire.codec import Envelope
+from wire.handoff_messages import RenewLeases
 from wire.layout import KVLayout
-from wire.messages import Message, Prefill, RenewLeases
+from wire.messages import Message
+from wire.request_messages import Prefill
 from wire.sockets import Link
 from wire.types import BlockHandle, NodeId
 

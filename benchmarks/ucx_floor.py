@@ -24,7 +24,7 @@ from kvtransfer.transport import TransferStats
 from kvtransfer.ucx_receiver import UcxUnitReceiver
 from kvtransfer.ucx_sender import UcxUnitSender
 from kvtransfer.ucx_worker import why_unavailable
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import BlockHandle, NodeId
 
 SIZES = (16 << 10, 96 << 10, 384 << 10, 1 << 20, 4 << 20)

@@ -25,7 +25,7 @@ from node.transports import public_address, unit_receivers
 from wire.errors import CapacityError
 from wire.geometry import Geometry, geometry_for
 from wire.logprobs import UNKNOWN
-from wire.messages import Generate, Grant, Granted, Rebind, Refused, Reserve
+from wire.request_messages import Generate, Grant, Granted, Rebind, Refused, Reserve
 from wire.types import AttemptId, SamplingParams
 
 

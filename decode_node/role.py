@@ -27,13 +27,13 @@ from node.token_outbox import TokenOutbox
 from telemetry.metrics import LEASES
 from wire.errors import CapacityError
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,
     BeamsFound,
     Generate,
-    Message,
     Rebind,
     Refused,
     Resend,

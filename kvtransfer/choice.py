@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from kvtransfer.transport import TransferStats, UnitSender
 from wire.errors import TransferError
-from wire.messages import Grant
+from wire.request_messages import Grant
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from kvtransfer.shm_receiver import ShmUnitReceiver
 from kvtransfer.shm_sender import ShmUnitSender
 from kvtransfer.transport import OnLost, TransferStats, UnitSink
 from wire.errors import TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 NAME = "cuda-ipc"

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvtransfer.units import Unit, unit_bytes
+from wire.handoff_messages import Commit, UnitHeader, UnitSeal
 from wire.logprobs import Logprobs
-from wire.messages import Commit, Grant, TransferRecord, UnitHeader, UnitSeal
+from wire.request_messages import Grant, TransferRecord
 from wire.types import AttemptId, BlockHandle
 
 CREDIT_BYTES = 16 << 20

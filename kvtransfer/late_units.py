@@ -16,7 +16,7 @@ from kvtransfer.block_memory import DeviceBytes
 from kvtransfer.device_pool import ForeignPool
 from kvtransfer.shm_stream import PlacedUnit
 from kvtransfer.transport import DeviceLanding, Landing
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 
 log = logging.getLogger(__name__)
 

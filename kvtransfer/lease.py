@@ -17,8 +17,8 @@ from enum import Enum, auto
 from hmac import compare_digest
 
 from kvtransfer.units import Unit
+from wire.handoff_messages import UnitSeal
 from wire.logprobs import Logprobs
-from wire.messages import UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
 

@@ -18,7 +18,7 @@ from kvtransfer.lease import LIVE, Lease, LeaseState
 from kvtransfer.outcomes import Outcome, Outcomes
 from kvtransfer.units import Unit
 from wire.errors import TransferError
-from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
+from wire.handoff_messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
 

@@ -13,7 +13,7 @@ from itertools import count
 
 from kvtransfer.transport import UnitSink
 from wire.errors import TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 NAME = "loopback"

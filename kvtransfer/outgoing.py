@@ -20,7 +20,7 @@ from wire.errors import TransferError
 from wire.geometry import head_groups
 from wire.layout import KVLayout
 from wire.logprobs import Logprobs
-from wire.messages import Grant
+from wire.request_messages import Grant
 from wire.types import BlockHandle, TransportAddress
 
 Outputs: TypeAlias = tuple[tuple[int, ...], Logprobs | None]

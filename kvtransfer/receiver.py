@@ -26,16 +26,16 @@ from kvtransfer.units import Unit, unit_bytes, units_of
 from telemetry.causes import known_cause
 from wire.errors import TransferError, WireError
 from wire.geometry import WHOLE_BLOCKS, Geometry
-from wire.messages import (
+from wire.handoff_messages import (
     Commit,
     Committed,
     LeaseEnded,
-    Message,
     ReleaseLease,
     RenewLeases,
     UnitHeader,
     UnitsReceived,
 )
+from wire.messages import Message
 from wire.types import AttemptId, BlockHandle, NodeId
 
 log = logging.getLogger(__name__)

@@ -23,19 +23,19 @@ from kvtransfer.transport import DeviceUnitSender, TransferStats, UnitSender
 from kvtransfer.units import bounds
 from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
-from wire.logprobs import Logprobs
-from wire.messages import (
+from wire.fleet_messages import Gone
+from wire.handoff_messages import (
     Committed,
-    Gone,
-    Grant,
     LeaseClaim,
     LeaseEnded,
-    Message,
     ReleaseLease,
     RenewLeases,
     UnitHeader,
     UnitsReceived,
 )
+from wire.logprobs import Logprobs
+from wire.messages import Message
+from wire.request_messages import Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 NOTHING: Mapping[int, memoryview] = MappingProxyType({})

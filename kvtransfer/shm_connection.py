@@ -23,7 +23,7 @@ from kvtransfer.device_pool import ForeignPool, OpenPool, Pool
 from kvtransfer.shared_memory import host_id
 from wire.codec import Envelope, decode, encode
 from wire.errors import MalformedMessage, TransferError
-from wire.messages import RenewLeases
+from wire.handoff_messages import RenewLeases
 from wire.types import NodeId
 
 HELLO = struct.Struct("<8sQI")

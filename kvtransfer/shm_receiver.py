@@ -16,7 +16,7 @@ from kvtransfer.shm_stream import ANSWER, PlacedUnit, UnitParser
 from kvtransfer.transport import Landing, TransferStats, UnitSink
 from wire.codec import Envelope
 from wire.errors import WireError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)

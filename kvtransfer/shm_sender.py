@@ -18,7 +18,7 @@ from kvtransfer.shm_stream import ANSWER, INLINE, MAX_INLINE_BYTES
 from kvtransfer.transport import OnLost
 from kvtransfer.unit_header import pack
 from wire.errors import TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)

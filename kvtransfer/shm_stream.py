@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kvtransfer.unit_header import UNIT, unpack
 from wire.errors import MalformedMessage
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 
 ANSWER = struct.Struct("<I")
 INLINE = (1 << 64) - 1

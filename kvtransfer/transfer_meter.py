@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wire.messages import TransferRecord
+from wire.request_messages import TransferRecord
 
 
 @dataclass(slots=True)

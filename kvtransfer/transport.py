@@ -15,7 +15,8 @@ from kvtransfer.block_memory import DeviceBytes
 from telemetry import metrics as names
 from telemetry.histogram import Buckets
 from wire.errors import TransferError
-from wire.messages import TransferRecord, UnitHeader
+from wire.handoff_messages import UnitHeader
+from wire.request_messages import TransferRecord
 from wire.types import NodeId, TransportAddress
 
 

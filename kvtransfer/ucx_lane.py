@@ -42,7 +42,7 @@ from contextlib import suppress
 from kvtransfer.unit_header import UNIT, pack, unpack
 from wire.codec import Envelope, decode, encode
 from wire.errors import ConfigError, MalformedMessage
-from wire.messages import RenewLeases, UnitHeader
+from wire.handoff_messages import RenewLeases, UnitHeader
 from wire.types import NodeId
 
 NAME = "ucx"

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvtransfer.ucx_lane import JOINED_BYTES, MAX_JOINED
 from kvtransfer.ucx_worker import array
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from kvtransfer.ucx_lane import (
 )
 from kvtransfer.ucx_worker import ANY_TAG, EVERY_BIT, DrivenWorker, array, load, succeeded
 from wire.errors import MalformedMessage
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId
 
 log = logging.getLogger(__name__)

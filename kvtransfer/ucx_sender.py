@@ -27,7 +27,7 @@ from kvtransfer.ucx_lane import (
 from kvtransfer.ucx_payload import Payload, Send, take_payload
 from kvtransfer.ucx_worker import DrivenWorker, array, load, new_context, settings
 from wire.errors import ConfigError, TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from wire.errors import MalformedMessage
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import BlockHandle
 
 UNIT = struct.Struct("<Q32sBIQIQIIIQ")  # the place, the transport's own number, comes last

@@ -23,7 +23,7 @@ import zmq
 from kvtransfer.transport import TransferStats, UnitSink
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
 from wire.errors import ConfigError, MalformedMessage, TransferError, VersionMismatch
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.polled import PolledSocket
 from wire.sockets import bind, connect
 from wire.types import NodeId, TransportAddress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wire.messages import PrefillTiming
+from wire.request_messages import PrefillTiming
 
 
 @dataclass(slots=True)

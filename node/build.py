@@ -36,9 +36,9 @@ from node.memory import NodeMemory
 from node.staged_memory import StagedMemory
 from node.transports import shared_gpu_pool, shared_pool
 from wire.errors import ConfigError
+from wire.fleet_messages import ModelInfo, TokenizerFiles
 from wire.layout import KVLayout
 from wire.logprobs import MAX_PAIRS, MAX_TOP_LOGPROBS
-from wire.messages import ModelInfo, TokenizerFiles
 from wire.types import Role, SamplingParams
 
 log = logging.getLogger(__name__)

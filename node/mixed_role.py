@@ -15,7 +15,8 @@ from engine.plan import LayerProgress, StepResult
 from kvtransfer.transport import TransferStats
 from node.role import OpenTransfers, Role
 from node.router_link import RouterLink
-from wire.messages import Generate, Message, Prefill, Rebind, Resend, Reserve
+from wire.messages import Message
+from wire.request_messages import Generate, Prefill, Rebind, Resend, Reserve
 from wire.types import AttemptId, NodeId, TransportAddress
 from wire.types import Role as RoleName
 

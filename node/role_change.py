@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from engine.engine import Engine
 from node.router_link import RouterLink
-from wire.messages import SwitchRefused, SwitchRole
+from wire.fleet_messages import SwitchRefused, SwitchRole
 from wire.types import Role
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import zmq
 
 from wire.codec import Envelope
 from wire.errors import WireError
-from wire.messages import Gone, Message, Register, RouterHeartbeat, Unwelcome, Welcome
+from wire.fleet_messages import Gone, Register, RouterHeartbeat, Unwelcome, Welcome
+from wire.messages import Message
 from wire.sockets import Link
 from wire.types import NodeId
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from node.router_link import RouterLink
-from wire.messages import Goodbye
+from wire.fleet_messages import Goodbye
 
 log = logging.getLogger(__name__)
 

@@ -34,18 +34,18 @@ from node.stats import NodeStats
 from wire.codec import Envelope
 from wire.curve import FleetContext
 from wire.fleet_key import load_key
-from wire.messages import (
+from wire.fleet_messages import (
     CacheEvents,
     Draining,
     FetchCacheSnapshot,
     FetchTokenizer,
     Goodbye,
     Heartbeat,
-    Message,
     Register,
     SwitchRole,
     TokenizerFiles,
 )
+from wire.messages import Message
 from wire.sockets import Hub
 from wire.types import NodeId, NodeLoad, new_node_id
 from wire.types import Role as RoleName

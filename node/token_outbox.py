@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from node.router_link import RouterLink
 from wire.logprobs import Logprobs
-from wire.messages import BeamsFound, PrefillTiming, Tokens, TokenUpdate
+from wire.request_messages import BeamsFound, PrefillTiming, Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
 _FINISHED_TTL_S = 120.0  # a router that has not acknowledged by then has failed or given up

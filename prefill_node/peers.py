@@ -13,7 +13,9 @@ import zmq
 
 from wire.codec import Envelope
 from wire.errors import ConfigError, WireError
-from wire.messages import Gone, Grant, Message
+from wire.fleet_messages import Gone
+from wire.messages import Message
+from wire.request_messages import Grant
 from wire.sockets import Link
 from wire.types import NodeId
 

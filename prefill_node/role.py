@@ -31,14 +31,14 @@ from prefill_node.peers import PeerLinks
 from telemetry.metrics import HANDOFFS_OPEN
 from wire.errors import CapacityError, TransferError
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,
     BeamsFound,
     Embedding,
     HandoffDone,
-    Message,
     Prefill,
     Resend,
 )

@@ -10,7 +10,7 @@ from router.params import GenerationParams
 from router.prompts import ReadyPrompt
 from router.tokenizer import Tokenizer
 from telemetry.timeline import Timeline
-from wire.messages import ModelInfo
+from wire.fleet_messages import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)

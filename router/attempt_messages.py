@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.work import Work
-from wire.messages import Generate, Grant, Prefill, Rebind, Reserve
+from wire.request_messages import Generate, Grant, Prefill, Rebind, Reserve
 from wire.types import AttemptId, NodeId
 
 

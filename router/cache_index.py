@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wire.messages import CacheEvents
+from wire.fleet_messages import CacheEvents
 
 _ASK_AGAIN_AFTER = 256  # messages dropped while a snapshot is awaited
 

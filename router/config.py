@@ -13,8 +13,8 @@ from router.place import Place
 from router.way import Mode, Rules
 from tuner.goodput import Slo
 from wire.errors import ConfigError
+from wire.fleet_messages import MAX_WORKERS
 from wire.logprobs import MAX_TOP_LOGPROBS
-from wire.messages import MAX_WORKERS
 from wire.types import Pooling
 
 _POSITIVE = (

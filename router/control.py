@@ -21,28 +21,30 @@ from wire.codec import Envelope
 from wire.curve import FleetContext
 from wire.errors import ConfigError, OutboxFull, WireError
 from wire.fleet_key import FleetKey
-from wire.messages import (
-    AttemptFailed,
-    BeamsFound,
+from wire.fleet_messages import (
     CacheEvents,
     Draining,
-    Embedding,
     FetchCacheSnapshot,
     FetchTokenizer,
     Gone,
     Goodbye,
-    Granted,
-    HandoffDone,
     Heartbeat,
-    Message,
-    Refused,
     Register,
     RouterHeartbeat,
     SwitchRefused,
     TokenizerFiles,
-    Tokens,
     Unwelcome,
     Welcome,
+)
+from wire.messages import Message
+from wire.request_messages import (
+    AttemptFailed,
+    BeamsFound,
+    Embedding,
+    Granted,
+    HandoffDone,
+    Refused,
+    Tokens,
 )
 from wire.sockets import Hub
 from wire.types import NodeId

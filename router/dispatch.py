@@ -46,7 +46,7 @@ from router.policy import Wishes
 from router.token_log import Accepted, Divergence, Gap, TokenLog
 from router.way import Verdict
 from router.work import Work
-from wire.messages import (
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,

@@ -7,7 +7,7 @@ from collections import Counter
 from router import errors
 from router.breaker import OF_TRANSFERS, Pair
 from router.errors import ApiError
-from wire.messages import AttemptFailed
+from wire.request_messages import AttemptFailed
 from wire.types import NodeId
 
 # A poison request must not walk through the fleet.

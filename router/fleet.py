@@ -20,7 +20,7 @@ from router.policy import Candidate, Wishes, choose_decode, choose_in_place, cho
 from router.shortlist import Kind, by_kind, shortlist
 from router.way import Mode, Rules
 from router.work import Work
-from wire.messages import ModelInfo, Register
+from wire.fleet_messages import ModelInfo, Register
 from wire.types import NodeId, NodeLoad, Role
 
 _MAX_INDEXED_BLOCKS = 1 << 18  # per node; about 20 MB of hashes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from router.cache_index import CacheIndex
 from router.judge import Taken
 from router.work import Work
-from wire.messages import Register
+from wire.fleet_messages import Register
 from wire.types import NodeId, NodeLoad
 
 

@@ -17,7 +17,7 @@ from router.errors import ApiError, bad_request, context_too_long
 from router.structured import bounded, grammar_of, json_grammar
 from router.tools.choose import READ_AS_TEXT, Reading
 from router.tools.use import NO_TOOLS, TOOL_WHITESPACE, ToolUse, tool_use
-from wire.messages import ModelInfo
+from wire.fleet_messages import ModelInfo
 from wire.types import MAX_REQUEST_TOKENS, BeamParams, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16

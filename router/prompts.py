@@ -10,7 +10,7 @@ from router.echo import Echo, echo_of
 from router.errors import bad_request, context_too_long
 from router.params import GenerationParams, check_tokens
 from router.tokenizer import Encoded, Tokenizer
-from wire.messages import ModelInfo
+from wire.fleet_messages import ModelInfo
 
 INLINE_TOKENS = 2_000
 """Up to so many tokens are written out at once; more of them in a thread, beside the streams."""

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from router.trace import RUNNING, ChoiceTrace
-from wire.messages import HandoffDone
+from wire.request_messages import HandoffDone
 
 
 @dataclass(slots=True, eq=False)

@@ -35,7 +35,8 @@ from telemetry import metrics as names
 from telemetry.causes import known_cause
 from tuner.observed import Observed
 from wire.errors import WireError
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,
@@ -44,7 +45,6 @@ from wire.messages import (
     Generate,
     Granted,
     HandoffDone,
-    Message,
     Prefill,
     Rebind,
     Refused,

@@ -18,7 +18,8 @@ from enum import StrEnum
 from router.fleet import Fleet
 from router.fleet_node import Node
 from wire.errors import BatonError, WireError
-from wire.messages import Message, SwitchRole
+from wire.fleet_messages import SwitchRole
+from wire.messages import Message
 from wire.types import NodeId, Role
 
 DRAIN_S = 5.0  # how long running requests may finish, where nobody says otherwise

@@ -34,7 +34,7 @@ from router.token_bytes import (
     without_special,
 )
 from wire.errors import ConfigError
-from wire.messages import TokenizerFiles
+from wire.fleet_messages import TokenizerFiles
 
 INLINE_CHARS = 2_000
 """Texts up to this length take less time to tokenize than to hand to a thread and back."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from router.way import Verdict
 from telemetry.timeline import Timeline
-from wire.messages import Embedding, PrefillTiming, TokenUpdate, TransferRecord
+from wire.request_messages import Embedding, PrefillTiming, TokenUpdate, TransferRecord
 from wire.types import NodeId
 
 RUNNING = ""

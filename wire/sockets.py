@@ -22,7 +22,8 @@ import zmq
 from wire.codec import MAX_MESSAGE_BYTES, Envelope, decode, encode
 from wire.curve import FleetContext, Watch, refusal
 from wire.errors import ConfigError, MalformedMessage, OutboxFull, VersionMismatch, WireError
-from wire.messages import Gone, Message, Unwelcome
+from wire.fleet_messages import Gone, Unwelcome
+from wire.messages import Message
 from wire.polled import LINGER_MS, PolledSocket
 from wire.types import NodeId
 

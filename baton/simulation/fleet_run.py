@@ -25,16 +25,14 @@ from router.judge import Judge, Told
 from router.work import Prompt, Work
 from tuner.record import RequestRecord
 from tuner.trace import Trace, TracedRequest
-from wire.messages import (
+from wire.fleet_messages import CacheEvents, ModelInfo, Register
+from wire.messages import Message
+from wire.request_messages import (
     AttemptFailed,
-    CacheEvents,
     Generate,
     Granted,
-    Message,
-    ModelInfo,
     Prefill,
     Refused,
-    Register,
     Reserve,
     TokenUpdate,
 )

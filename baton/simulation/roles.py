@@ -19,14 +19,14 @@ from engine.request import Request
 from engine.reservations import Reservation
 from wire.errors import CapacityError
 from wire.geometry import geometry_for
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,
     Generate,
     Grant,
     Granted,
-    Message,
     Prefill,
     Rebind,
     Refused,

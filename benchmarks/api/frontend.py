@@ -24,7 +24,8 @@ from benchmarks.stub_node import StubNode, StubPair, model_info, stamping
 from router.api_chat import parse_chat
 from router.config import RouterConfig
 from router.server import RouterServer
-from wire.messages import CacheEvents, Message, TokenizerFiles
+from wire.fleet_messages import CacheEvents, TokenizerFiles
+from wire.messages import Message
 from wire.prefix import block_hashes, root_hash
 from wire.types import NodeId
 

@@ -24,7 +24,7 @@ from baton.router import main
 from benchmarks.stub_node import Script, StubPair
 from tests.router import tiny_tokenizer
 from tests.router.harness import MODEL, alphabet, endless
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 pytestmark = pytest.mark.timeout(180)
 

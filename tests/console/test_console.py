@@ -11,7 +11,7 @@ import pytest
 from router.access_config import AccessConfig
 from tests.console.browser import Page, browser, find_chromium
 from tests.router.harness import Harness, alphabet, endless, eventually, router
-from wire.messages import Abort, Prefill
+from wire.request_messages import Abort, Prefill
 
 VIEWS = ("chat", "completion", "requests", "fleet")
 ENTER = 13  # its virtual key code

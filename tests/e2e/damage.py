@@ -24,7 +24,9 @@ from node.build import BuiltEngine
 from node.token_outbox import TokenOutbox
 from tests.e2e.mischief import Call, Inside, mischief
 from wire import codec
-from wire.messages import Commit, Grant, Message, UnitHeader
+from wire.handoff_messages import Commit, UnitHeader
+from wire.messages import Message
+from wire.request_messages import Grant
 from wire.types import AttemptId, NodeId
 
 

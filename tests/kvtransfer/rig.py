@@ -18,8 +18,10 @@ from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
 from wire.errors import BatonError, WireError
 from wire.geometry import WHOLE_BLOCKS, Geometry
+from wire.handoff_messages import UnitHeader
 from wire.layout import KVLayout
-from wire.messages import Grant, Message, UnitHeader
+from wire.messages import Message
+from wire.request_messages import Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")

@@ -20,7 +20,7 @@ from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.shm_transport import ShmUnitReceiver, ShmUnitSender
 from kvtransfer.transport import TransferStats
 from tests.kvtransfer.device_memory import at
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import BlockHandle, NodeId
 
 PREFILL = NodeId("prefill", 1)

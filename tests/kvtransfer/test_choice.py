@@ -14,7 +14,8 @@ from kvtransfer.lease import LeaseState
 from kvtransfer.transport import TransferStats
 from tests.kvtransfer.rig import DECODE, LAYOUT, Rig, until
 from wire.errors import TransferError
-from wire.messages import Grant, UnitHeader
+from wire.handoff_messages import UnitHeader
+from wire.request_messages import Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvtransfer.handoff import CREDIT_BYTES, MAX_ASK_S, Handoff, HandoffState
 from kvtransfer.units import units_of
+from wire.handoff_messages import Commit
 from wire.layout import KVLayout
-from wire.messages import Commit, Grant
+from wire.request_messages import Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 ID = AttemptId("r", 1)

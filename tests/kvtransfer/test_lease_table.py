@@ -13,7 +13,7 @@ from kvtransfer.outcomes import Outcome
 from kvtransfer.units import Unit
 from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
-from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
+from wire.handoff_messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
 SENDER = NodeId("prefill", 1)

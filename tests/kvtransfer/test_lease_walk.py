@@ -24,7 +24,7 @@ from kvtransfer.lease_table import LeaseTable
 from kvtransfer.outcomes import Outcome
 from tests.kvtransfer.pool import unit_of
 from wire.errors import TransferError
-from wire.messages import Commit, LeaseClaim, UnitHeader, UnitSeal
+from wire.handoff_messages import Commit, LeaseClaim, UnitHeader, UnitSeal
 from wire.types import AttemptId, BlockHandle, NodeId
 
 TTL = 10.0

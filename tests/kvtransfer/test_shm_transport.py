@@ -42,8 +42,8 @@ from tests.kvtransfer.rig import (
 )
 from wire.codec import Envelope, encode
 from wire.errors import TransferError
+from wire.handoff_messages import RenewLeases, UnitHeader
 from wire.layout import KVLayout
-from wire.messages import RenewLeases, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 LARGE = KVLayout(num_layers=4, num_kv_heads=4, head_dim=64, block_size=16, dtype="float32")

@@ -13,7 +13,7 @@ from kvtransfer.loopback import Delivery
 from tests.kvtransfer.rig import ID, LAYOUT, Job, Rig, quiet, run, until
 from tests.kvtransfer.slow_pool import SlowPool
 from wire.geometry import Geometry
-from wire.messages import Commit
+from wire.handoff_messages import Commit
 
 TOKENS = 14  # three full blocks and a half full one
 

@@ -14,18 +14,18 @@ from kvtransfer.lease import Lease, LeaseState
 from kvtransfer.loopback import Delivery
 from tests.kvtransfer.rig import DECODE, ID, LAYOUT, PREFILL, TTL, Rig, quiet, until
 from wire.errors import BatonError, ConfigError, OutboxFull, TransferError
+from wire.fleet_messages import Gone
 from wire.geometry import Geometry
-from wire.layout import KVLayout
-from wire.messages import (
+from wire.handoff_messages import (
     Commit,
     Committed,
-    Gone,
     LeaseEnded,
-    Message,
     ReleaseLease,
     UnitHeader,
     UnitsReceived,
 )
+from wire.layout import KVLayout
+from wire.messages import Message
 from wire.types import AttemptId, NodeId, TransportAddress
 
 LARGE = KVLayout(num_layers=2, num_kv_heads=4, head_dim=4096, block_size=4, dtype="float32")

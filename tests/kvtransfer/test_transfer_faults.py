@@ -21,7 +21,7 @@ from kvtransfer.loopback import Delivery, LoopbackSender
 from kvtransfer.units import unit_bytes
 from tests.kvtransfer.rig import LAYOUT, PREFILL, TTL, Job, Rig, quiet, until
 from wire.geometry import Geometry
-from wire.messages import LeaseEnded, UnitHeader
+from wire.handoff_messages import LeaseEnded, UnitHeader
 from wire.types import AttemptId, NodeId
 
 NUM_TOKENS = 14  # three full blocks and a half full one

@@ -7,7 +7,7 @@ import asyncio
 from kvtransfer.transfer_meter import TransferMeter
 from telemetry import metrics as names
 from tests.kvtransfer.rig import LAYOUT, Rig
-from wire.messages import TransferRecord
+from wire.request_messages import TransferRecord
 
 BLOCK_BYTES = LAYOUT.block_bytes
 

@@ -15,7 +15,7 @@ from kvtransfer.ucx_payload import Send, take_payload
 from tests.kvtransfer.rig import LAYOUT, PREFILL, Job, Rig, header, nothing, run, until
 from tests.kvtransfer.ucx_rig import Hostile, UcxRig
 from wire.geometry import Geometry
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId
 
 HALF = LAYOUT.block_bytes // 2

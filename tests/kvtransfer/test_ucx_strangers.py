@@ -19,7 +19,7 @@ from tests.kvtransfer.rig import DECODE as RIG_DECODE
 from tests.kvtransfer.rig import LAYOUT, header, run, until
 from tests.kvtransfer.ucx_peer import PREFILL
 from tests.kvtransfer.ucx_rig import Hostile, UcxRig
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId
 
 

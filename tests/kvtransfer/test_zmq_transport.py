@@ -18,8 +18,9 @@ from wire.codec import Envelope, encode
 from wire.curve import FleetContext
 from wire.errors import ConfigError, TransferError
 from wire.fleet_key import FleetKey, make_key
+from wire.fleet_messages import FetchTokenizer
+from wire.handoff_messages import UnitHeader
 from wire.layout import KVLayout
-from wire.messages import FetchTokenizer, UnitHeader
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 ANY_PORT = "tcp://127.0.0.1:*"

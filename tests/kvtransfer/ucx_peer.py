@@ -26,8 +26,9 @@ from tests.kvtransfer.pool import Pool
 from wire.codec import Envelope, decode, encode
 from wire.errors import TransferError, WireError
 from wire.layout import KVLayout
-from wire.messages import Grant, Granted, Message
+from wire.messages import Message
 from wire.polled import PolledSocket
+from wire.request_messages import Grant, Granted
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
 
 TTL = 3600.0

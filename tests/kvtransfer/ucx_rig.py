@@ -30,7 +30,7 @@ from tests.kvtransfer.ucx_peer import PREFILL, Post, PrefillEnd
 from wire.codec import decode
 from wire.errors import WireError
 from wire.geometry import WHOLE_BLOCKS, Geometry
-from wire.messages import Granted
+from wire.request_messages import Granted
 
 if WHY_NOT := why_unavailable():
     pytest.skip(WHY_NOT, allow_module_level=True)

@@ -42,12 +42,12 @@ from prefill_node.role import PrefillRole
 from tests.engine.hash_runner import VOCAB_SIZE, HashRunner, expected_output
 from wire.codec import Envelope, decode, encode
 from wire.layout import KVLayout
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Ack,
     AttemptFailed,
     Grant,
     Granted,
-    Message,
     Prefill,
     Refused,
     Reserve,

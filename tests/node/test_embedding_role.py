@@ -12,7 +12,7 @@ import torch
 
 from tests.engine.hash_runner import chain, hidden_state
 from tests.node.pair import ID, PROMPT, Pair, expected, pair
-from wire.messages import Abort, Embedding
+from wire.request_messages import Abort, Embedding
 from wire.types import AttemptId, Pooling, SamplingParams
 
 ONE = SamplingParams(max_tokens=1)

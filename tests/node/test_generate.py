@@ -11,7 +11,7 @@ from node.router_link import RouterLink
 from tests.node.pair import ID, PROMPT, SAMPLING, Pair, expected
 from tests.node.test_roles import LATER, LONG, TELLING, check_logprobs, run
 from tests.node.test_search_roles import SEARCH, check, found
-from wire.messages import Abort, Ack, Generate, Granted, Refused, Resend, TokenUpdate
+from wire.request_messages import Abort, Ack, Generate, Granted, Refused, Resend, TokenUpdate
 from wire.types import AttemptId, FinishReason, SamplingParams
 
 OTHER = AttemptId("other", 1)

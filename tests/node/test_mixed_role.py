@@ -17,13 +17,13 @@ from prefill_node.role import PrefillRole
 from telemetry.metrics import HANDOFFS_OPEN, LEASES
 from tests.node.pair import PROMPT, SAMPLING, FakeLink, FakeShell, Node, Pair, build, expected, pair
 from tests.node.test_roles import LONG
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     Generate,
     Grant,
     Granted,
-    Message,
     Prefill,
     Refused,
     Resend,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from node.attempt_clock import AttemptClock
 from telemetry.metrics import HANDOFFS_OPEN, LEASES
 from tests.node.pair import ID, PROMPT, pair
-from wire.messages import PrefillTiming, Resend
+from wire.request_messages import PrefillTiming, Resend
 
 SECONDS = st.floats(0, 1000)
 

@@ -8,8 +8,11 @@ import pytest
 import zmq
 
 from prefill_node.peers import PeerLinks
+from wire.fleet_messages import Gone
+from wire.handoff_messages import Committed, RenewLeases
 from wire.layout import KVLayout
-from wire.messages import Committed, Gone, Grant, Message, RenewLeases
+from wire.messages import Message
+from wire.request_messages import Grant
 from wire.sockets import Hub
 from wire.types import AttemptId, NodeId
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.node.pair import ID, PROMPT, SAMPLING, Pair, expected, pair
-from wire.messages import Abort, Grant, Granted, Rebind, Refused, Reserve
+from wire.request_messages import Abort, Grant, Granted, Rebind, Refused, Reserve
 from wire.types import AttemptId, NodeId
 
 LATER = AttemptId(ID.request, 2)

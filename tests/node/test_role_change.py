@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.node.test_shell import World, run
-from wire.messages import (
+from wire.fleet_messages import (
     Draining,
     FetchTokenizer,
     Goodbye,

@@ -16,7 +16,7 @@ from tests.engine.hash_runner import chain, logits_after
 from tests.node.pair import ID, LAYOUT, PROMPT, SAMPLING, FakeLink, Pair, expected, pair
 from wire.geometry import Geometry
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import Abort, Ack, Granted, Prefill, Refused, Resend, TokenUpdate
+from wire.request_messages import Abort, Ack, Granted, Prefill, Refused, Resend, TokenUpdate
 from wire.types import AttemptId, FinishReason, NodeId
 
 LATER = AttemptId(ID.request, 2)

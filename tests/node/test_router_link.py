@@ -16,20 +16,20 @@ from node.router_link import RouterLink
 from wire.codec import Envelope
 from wire.curve import FleetContext
 from wire.fleet_key import make_key
-from wire.layout import KVLayout
-from wire.messages import (
-    Abort,
+from wire.fleet_messages import (
     FetchTokenizer,
     Gone,
     Goodbye,
     Heartbeat,
-    Message,
     ModelInfo,
     Register,
     RouterHeartbeat,
     Unwelcome,
     Welcome,
 )
+from wire.layout import KVLayout
+from wire.messages import Message
+from wire.request_messages import Abort
 from wire.sockets import Hub
 from wire.types import AttemptId, NodeId, NodeLoad, Role
 

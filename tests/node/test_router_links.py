@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.node.test_shell import Router, World, node
-from wire.messages import Draining, Gone, Goodbye, Heartbeat, Register, Welcome
+from wire.fleet_messages import Draining, Gone, Goodbye, Heartbeat, Register, Welcome
 from wire.types import NodeId
 
 

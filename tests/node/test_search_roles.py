@@ -10,7 +10,7 @@ import pytest
 from engine.beam_search import BeamSearch
 from tests.engine.hash_runner import chain, logits_after
 from tests.node.pair import ID, PROMPT, Pair, pair
-from wire.messages import Abort, Ack, BeamsFound, Refused, Resend
+from wire.request_messages import Abort, Ack, BeamsFound, Refused, Resend
 from wire.types import AttemptId, BeamParams, Hypothesis, SamplingParams
 
 SEARCH = SamplingParams(max_tokens=8, temperature=0, beam=BeamParams(3, 0.6))

@@ -9,7 +9,7 @@ import pytest
 from engine.request import Request
 from tests.engine.hash_runner import expected_output
 from tests.node.pair import LAYOUT, Pair, pair
-from wire.messages import Abort, Ack, HandoffDone
+from wire.request_messages import Abort, Ack, HandoffDone
 from wire.types import AttemptId, SamplingParams
 
 N = 8

@@ -27,21 +27,20 @@ from telemetry.metrics import HANDOFFS_OPEN, LEASES
 from tests.node.pair import build
 from wire.codec import Envelope
 from wire.errors import ConfigError
-from wire.messages import (
-    Abort,
+from wire.fleet_messages import (
     CacheEvents,
     Draining,
     FetchTokenizer,
     Gone,
     Goodbye,
     Heartbeat,
-    Message,
     Register,
     TokenizerFiles,
-    TransferRecord,
     Unwelcome,
     Welcome,
 )
+from wire.messages import Message
+from wire.request_messages import Abort, TransferRecord
 from wire.sockets import Hub
 from wire.types import AttemptId, NodeId, Role, TransportAddress
 

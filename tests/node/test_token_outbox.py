@@ -7,7 +7,8 @@ from typing import cast
 from node.router_link import RouterLink
 from node.token_outbox import TokenOutbox
 from wire.logprobs import Logprobs
-from wire.messages import Message, Tokens, TokenUpdate
+from wire.messages import Message
+from wire.request_messages import Tokens, TokenUpdate
 from wire.types import AttemptId, FinishReason
 
 A, B, C = (AttemptId(name, 1) for name in "abc")

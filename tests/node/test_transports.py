@@ -23,7 +23,7 @@ from node.transports import (
     unit_senders,
 )
 from wire.errors import ConfigError, TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.types import NodeId, TransportAddress
 
 ME = NodeId("me", 1)

@@ -32,7 +32,9 @@ from tests.proof.packets import (
 from wire.codec import Envelope
 from wire.errors import CapacityError
 from wire.geometry import Geometry
-from wire.messages import Abort, Grant, Message, Prefill, Rebind, Reserve, UnitHeader
+from wire.handoff_messages import UnitHeader
+from wire.messages import Message
+from wire.request_messages import Abort, Grant, Prefill, Rebind, Reserve
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
 

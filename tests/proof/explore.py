@@ -23,7 +23,8 @@ from tests.proof.decode_model import DecodeModel, Secrets
 from tests.proof.packets import Packet, must
 from tests.proof.snapshot import Frozen, freeze, thaw
 from tests.proof.world import SCENARIOS, STRANGER, Node, Scenario, reborn
-from wire.messages import Committed, Gone, LeaseEnded
+from wire.fleet_messages import Gone
+from wire.handoff_messages import Committed, LeaseEnded
 from wire.types import NodeId
 
 Event = tuple[str, int]  # within a node, without a packet

@@ -19,7 +19,7 @@ from kvtransfer.outcomes import Outcome, Outcomes
 from kvtransfer.sender import KVSender
 from wire.codec import decode
 from wire.errors import TransferError
-from wire.messages import UnitHeader
+from wire.handoff_messages import UnitHeader
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
 

@@ -18,7 +18,9 @@ from kvtransfer.transport import TransferStats
 from tests.proof.packets import ADDRESS, DEADLINE_S, LAYOUT, Packet, content, must
 from wire.codec import Envelope
 from wire.errors import CapacityError
-from wire.messages import Abort, Grant, Message, Prefill, UnitHeader, UnitsReceived
+from wire.handoff_messages import UnitHeader, UnitsReceived
+from wire.messages import Message
+from wire.request_messages import Abort, Grant, Prefill
 from wire.sockets import Inbox
 from wire.types import AttemptId, BlockHandle, NodeId
 

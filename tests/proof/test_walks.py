@@ -17,7 +17,8 @@ from tests.proof.explore import chosen_secrets
 from tests.proof.packets import ROUTER, TTL, Packet
 from tests.proof.prefill_model import PrefillModel
 from tests.proof.world import ANYTHING, Attempt, Node, Scenario, reborn
-from wire.messages import Abort, UnitHeader, UnitsReceived
+from wire.handoff_messages import UnitHeader, UnitsReceived
+from wire.request_messages import Abort
 from wire.types import AttemptId, NodeId
 
 NUM_WALKS = 60

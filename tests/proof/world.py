@@ -17,16 +17,9 @@ from tests.proof.decode_model import DecodeModel
 from tests.proof.packets import DEADLINE_S, ROUTER, TTL, Packet, tokens_of
 from tests.proof.prefill_model import PrefillModel
 from wire.geometry import Geometry
-from wire.messages import (
-    Abort,
-    Commit,
-    Message,
-    Rebind,
-    ReleaseLease,
-    RenewLeases,
-    Reserve,
-    UnitHeader,
-)
+from wire.handoff_messages import Commit, ReleaseLease, RenewLeases, UnitHeader
+from wire.messages import Message
+from wire.request_messages import Abort, Rebind, Reserve
 from wire.types import AttemptId, BlockHandle, NodeId, SamplingParams
 
 Node = DecodeModel | PrefillModel

@@ -17,7 +17,8 @@ from router.config import RouterConfig
 from router.server import RouterServer
 from router.way import Mode
 from tests.router import tiny_tokenizer
-from wire.messages import Message, Prefill
+from wire.messages import Message
+from wire.request_messages import Prefill
 from wire.types import FinishReason
 
 CONFIG = RouterConfig(

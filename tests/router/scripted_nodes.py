@@ -12,7 +12,7 @@ from router.placement import Handoff, InPlace, Nowhere, Place
 from router.policy import Wishes
 from router.work import Prompt, Work
 from wire.layout import KVLayout
-from wire.messages import Grant
+from wire.request_messages import Grant
 from wire.types import FinishReason, NodeId, SamplingParams
 
 P1, P2, P3, D1, D2, M1, M2 = (

@@ -13,7 +13,7 @@ import pytest
 
 from tests.router import tiny_tokenizer
 from tests.router.harness import MODEL, Harness, alphabet, endless, router, saying
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 USER: list[Any] = [{"role": "user", "content": "hi"}]
 TOOL: Any = {

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.stub_node import Script
 from tests.router.harness import Answer, Harness, alphabet, endless, router, saying
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 CHAT = "/v1/chat/completions"
 

@@ -31,7 +31,7 @@ from tests.router.scripted_nodes import (
     grant,
     start,
 )
-from wire.messages import (
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,

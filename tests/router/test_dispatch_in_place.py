@@ -10,7 +10,7 @@ from router.effects import AttemptEnded, Failed, Found, HandedOver, NeedsCapacit
 from router.phase import Phase
 from tests.router.scripted_nodes import D1, LENGTH, M1, M2, P1, PROMPT, Nodes, grant, start
 from tests.router.test_dispatch import aborted, failed, one, update
-from wire.messages import (
+from wire.request_messages import (
     Ack,
     BeamsFound,
     Generate,

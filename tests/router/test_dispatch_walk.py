@@ -15,13 +15,13 @@ from router.policy import Wishes
 from router.work import Work
 from tests.router.scripted_nodes import LENGTH, M1, M2, PROMPT, Nodes, grant, start
 from wire.logprobs import UNKNOWN, Logprobs
-from wire.messages import (
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     Ack,
     AttemptFailed,
     Generate,
     Granted,
-    Message,
     Prefill,
     Rebind,
     Refused,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.router.harness import endless, router
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 USAGE = {"include_usage": True}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -9,7 +9,7 @@ from router.server_timing import server_timing
 from router.trace import ChoiceTrace
 from router.waterfall import WIDTH, bar, duration, size, waterfall
 from telemetry.timeline import Timeline
-from wire.messages import HandoffDone, PrefillTiming, TokenUpdate, TransferRecord
+from wire.request_messages import HandoffDone, PrefillTiming, TokenUpdate, TransferRecord
 from wire.types import AttemptId, NodeId
 
 P, D, P2 = (NodeId(name, 1) for name in ("p", "d", "p2"))

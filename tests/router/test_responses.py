@@ -32,7 +32,7 @@ from tests.router.harness import (
     router,
     saying,
 )
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 TOOL: Any = {
     "type": "function",

@@ -13,15 +13,9 @@ from router.role_switch import RoleSwitch, RoleSwitches, State, SwitchImpossible
 from tests.router import tiny_tokenizer
 from tests.router.harness import MODEL, Answer, Harness, endless, eventually, router
 from wire.errors import WireError
-from wire.messages import (
-    AttemptFailed,
-    Draining,
-    Goodbye,
-    Message,
-    Register,
-    SwitchRefused,
-    SwitchRole,
-)
+from wire.fleet_messages import Draining, Goodbye, Register, SwitchRefused, SwitchRole
+from wire.messages import Message
+from wire.request_messages import AttemptFailed
 from wire.types import NodeId, Role
 
 A, B, C, D = (NodeId(name, 1) for name in "abcd")

@@ -11,7 +11,7 @@ import pytest
 from router.params import choice_seed
 from tests.router import tiny_tokenizer
 from tests.router.harness import Answer, alphabet, endless, eventually, router, saying
-from wire.messages import Ack, Prefill, Reserve
+from wire.request_messages import Ack, Prefill, Reserve
 
 TEXT = "Grüße, 世界 🎉!"
 

@@ -10,7 +10,7 @@ import pytest
 
 from router.errors import MAX_MESSAGE_CHARS
 from tests.router.harness import Answer, endless, router
-from wire.messages import Prefill, Reserve
+from wire.request_messages import Prefill, Reserve
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -12,7 +12,15 @@ from router.effects import AttemptEnded, Found, HandedOver, Send
 from router.phase import Phase
 from tests.router.harness import alphabet, endless, eventually, router, saying
 from tests.router.scripted_nodes import D1, P1, P2, Nodes, grant, start
-from wire.messages import Ack, BeamsFound, Granted, Prefill, Resend, Reserve, TokenUpdate
+from wire.request_messages import (
+    Ack,
+    BeamsFound,
+    Granted,
+    Prefill,
+    Resend,
+    Reserve,
+    TokenUpdate,
+)
 from wire.types import BeamParams, EarlyStopping, FinishReason, Hypothesis
 
 BEAM = BeamParams(2)

@@ -20,7 +20,13 @@ from router.access_config import AccessConfig
 from router.event_stream import EventStream
 from tests.router.harness import Answer, Harness, alphabet, endless, eventually, router
 from tests.router.test_router_app import completion_text
-from wire.messages import AttemptFailed, HandoffDone, Prefill, PrefillTiming, TransferRecord
+from wire.request_messages import (
+    AttemptFailed,
+    HandoffDone,
+    Prefill,
+    PrefillTiming,
+    TransferRecord,
+)
 
 TIMING = PrefillTiming(queue_s=0.0, compute_s=0.0, num_steps=2)
 TO_FIRST_TOKEN = {

@@ -14,7 +14,7 @@ from router.embeddings import WINDOW, embedding_of
 from router.errors import ApiError
 from tests.router.harness import Answer, Harness, endless, eventually, router
 from tests.router.test_router_bad_input import check_error
-from wire.messages import Abort, Embedding, Prefill, Reserve
+from wire.request_messages import Abort, Embedding, Prefill, Reserve
 from wire.types import Pooling
 
 PATH = "/v1/embeddings"

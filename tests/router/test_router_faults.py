@@ -22,13 +22,11 @@ from tests.router.harness import (
     saying,
 )
 from tests.router.test_router_app import completion_text
-from wire.messages import (
+from wire.fleet_messages import Draining, Goodbye, Heartbeat
+from wire.messages import Message
+from wire.request_messages import (
     Abort,
     AttemptFailed,
-    Draining,
-    Goodbye,
-    Heartbeat,
-    Message,
     Prefill,
     Rebind,
     Resend,

@@ -20,7 +20,7 @@ from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.way import Mode, Rules
 from router.work import Prompt, Work
 from tuner.latency import LatencyModel
-from wire.messages import CacheEvents, Register
+from wire.fleet_messages import CacheEvents, Register
 from wire.prefix import block_hashes, root_hash
 from wire.types import NodeId, NodeLoad, Pooling, Role, SamplingParams
 

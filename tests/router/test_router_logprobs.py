@@ -14,7 +14,7 @@ from router.tokenizer import tokenizer_from_files
 from tests.router import tiny_tokenizer
 from tests.router.harness import Answer, endless, router, saying
 from wire.logprobs import TokenLogprobs, pack
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 from wire.types import FinishReason
 
 TEXT = "aé🎉b"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.router.harness import Harness, endless, eventually, router
-from wire.messages import Heartbeat
+from wire.fleet_messages import Heartbeat
 from wire.types import NodeLoad
 
 # What the boards in vLLM's own examples query, `iteration_tokens_total` aside: nodes export that.

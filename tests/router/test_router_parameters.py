@@ -10,7 +10,7 @@ import pytest
 from router.admission import Admission
 from tests.router import tiny_tokenizer
 from tests.router.harness import Answer, Harness, endless, eventually, router, saying
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 from wire.types import FinishReason
 
 EOS = tiny_tokenizer.EOS

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from tests.router.harness import endless, router
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 USER = [{"role": "user", "content": "hé"}]
 

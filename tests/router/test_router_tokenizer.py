@@ -15,7 +15,7 @@ from router.errors import ApiError
 from router.tokenizer import INLINE_CHARS, Tokenizer, load_tokenizer, tokenizer_from_files
 from tests.router import tiny_tokenizer
 from wire.errors import ConfigError
-from wire.messages import TokenizerFiles
+from wire.fleet_messages import TokenizerFiles
 
 RUST = tiny_tokenizer.build()
 TOKENIZER = tokenizer_from_files(tiny_tokenizer.files(), "test")

@@ -14,7 +14,7 @@ from router.work import Prompt, Work
 from tests.router.harness import endless, eventually, router
 from tests.router.scripted_nodes import D1, D2, LIMITS, P1, P2, Nodes, grant, start
 from tests.router.test_router_fleet import candidate, id_of, register
-from wire.messages import Granted, Refused, Reserve, TokenUpdate
+from wire.request_messages import Granted, Refused, Reserve, TokenUpdate
 from wire.types import NodeId, Role, SamplingParams
 
 WORK = Work("r", Prompt(tuple(range(40))), SamplingParams(max_tokens=8))

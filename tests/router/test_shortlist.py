@@ -16,8 +16,8 @@ from router.fleet import Fleet
 from router.policy import Wishes
 from router.work import Prompt, Work
 from tests.router.harness import MODEL
+from wire.fleet_messages import CacheEvents, Register
 from wire.layout import KVLayout
-from wire.messages import CacheEvents, Register
 from wire.types import NodeId, NodeLoad, Role, SamplingParams
 
 LAYOUT = KVLayout(2, 2, 16, 4, "float32")

@@ -13,7 +13,7 @@ from llguidance import LLTokenizer
 
 from tests.router.harness import Harness, endless, router
 from wire.grammar import new_matcher
-from wire.messages import Prefill, Reserve
+from wire.request_messages import Prefill, Reserve
 
 CITY = {
     "type": "object",

@@ -15,7 +15,7 @@ from router.tools.parsers import TaggedParser, WholeParser
 from tests.router import tiny_tokenizer
 from tests.router.harness import MODEL, Answer, Harness, endless, router, saying
 from wire.grammar import new_matcher
-from wire.messages import Prefill
+from wire.request_messages import Prefill
 
 BYTES = LLTokenizer("byte")
 

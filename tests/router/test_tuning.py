@@ -19,8 +19,8 @@ from tuner.observed import Standing
 from tuner.online import Limits
 from tuner.profile import Profile, save_profile
 from wire.errors import ConfigError
+from wire.fleet_messages import SwitchRole
 from wire.layout import KVLayout
-from wire.messages import SwitchRole
 from wire.types import Role, StepSums
 
 # Prompts of these nodes take so long that any of them presses.

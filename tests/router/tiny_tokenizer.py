@@ -7,7 +7,7 @@ import json
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from router.token_bytes import _byte_of_character
-from wire.messages import TokenizerFiles
+from wire.fleet_messages import TokenizerFiles
 
 EOS = 256
 IM_START = 257

@@ -23,7 +23,7 @@ from telemetry import metrics
 from telemetry.causes import CAUSES
 from telemetry.metrics import Metric
 from telemetry.timeline import MEANING
-from wire.messages import TransferRecord
+from wire.request_messages import TransferRecord
 from wire.types import NodeLoad, Role
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"

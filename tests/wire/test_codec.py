@@ -16,7 +16,8 @@ from tests.wire.message_strategy import of_message
 from wire import codec
 from wire.codec import Envelope, decode, encode
 from wire.errors import MalformedMessage, VersionMismatch
-from wire.messages import PROTOCOL_VERSION, TAGS, Abort, Message, Reserve
+from wire.messages import PROTOCOL_VERSION, TAGS, Message
+from wire.request_messages import Abort, Reserve
 from wire.types import AttemptId, NodeId, SamplingParams
 
 node_ids = of_message(NodeId)

@@ -16,15 +16,9 @@ import zmq
 from wire import codec, sockets
 from wire.codec import Envelope, encode
 from wire.errors import ConfigError, OutboxFull, VersionMismatch, WireError
-from wire.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    FetchTokenizer,
-    Gone,
-    Heartbeat,
-    Message,
-    TokenizerFiles,
-)
+from wire.fleet_messages import FetchTokenizer, Gone, Heartbeat, TokenizerFiles
+from wire.messages import PROTOCOL_VERSION, Message
+from wire.request_messages import Abort
 from wire.sockets import Hub, Inbox, Link
 from wire.types import AttemptId, NodeId, NodeLoad
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.assignment import Assignment
 from router.choice_text import ChoiceText
 from router.dispatch import Dispatch
 from router.echo import Echo
@@ -14,7 +15,7 @@ from router.tools.parsers import NamedParser
 from router.tools.pieces import Called, Parser, Piece
 from router.trace import ChoiceTrace
 from router.work import Work
-from wire.types import FinishReason, NodeId
+from wire.types import FinishReason
 
 
 class Listener(Protocol):
@@ -40,6 +41,7 @@ class Choice:
     trace: ChoiceTrace
     listener: Listener
     metrics: ModelMetrics
+    assigned: Assignment
     followers: list[Choice] = field(default_factory=list)
     """Choices of the same prompt that start once its blocks are in both nodes' prefix caches."""
     arrival: int | None = None  # its place in the queue; a follower has that of its first choice
@@ -51,8 +53,6 @@ class Choice:
     num_calls: int = 0
     num_cached_tokens: int = 0
     embedding: bytes | None = None  # little-endian fp32, where that was asked for
-    assigned_prefill: NodeId | None = None
-    assigned_decode: NodeId | None = None
 
     def read(self, text: str) -> list[Piece]:
         """What new text says, and with the last all that was held back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from router.asked import Asked, Served
+from router.assignment import Assignment
 from router.checks import check_num_pairs
 from router.choice import Choice, Listener
 from router.choice_text import ChoiceText, TextRules
@@ -66,6 +67,7 @@ class ChoiceMaker:
             trace=ChoiceTrace(work.request, index, work.num_tokens, asked.timeline.copy()),
             listener=listener,
             metrics=self._metrics.for_model(asked.served.info.name),
+            assigned=Assignment(work),
             echo=echo,
             priority=params.body.priority or 0,
             parser=params.reading.make_parser(),
@@ -90,6 +92,7 @@ class ChoiceMaker:
             trace=ChoiceTrace(work.request, index, work.num_tokens, timeline.copy()),
             listener=listener,
             metrics=self._metrics.for_model(served.info.name),
+            assigned=Assignment(work),
             priority=priority,
         )
 

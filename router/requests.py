@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from router.admission import Admission
 from router.breaker import OF_TRANSFERS, Pair
 from router.choice import Choice
+from router.deliveries import Deliveries
 from router.effects import (
     AttemptEnded,
     Effect,
@@ -34,7 +34,6 @@ from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
 from tuner.observed import Observed
-from wire.errors import WireError
 from wire.messages import Message
 from wire.request_messages import (
     Abort,
@@ -42,13 +41,10 @@ from wire.request_messages import (
     AttemptFailed,
     BeamsFound,
     Embedding,
-    Generate,
     Granted,
     HandoffDone,
     Prefill,
-    Rebind,
     Refused,
-    Reserve,
     Tokens,
     TokenUpdate,
 )
@@ -81,7 +77,7 @@ class Requests:
         self._metrics = metrics
         self._log = log
         self._pace = pace
-        self._send = send
+        self._deliveries = Deliveries(fleet, metrics, send, clock)
         self._clock = clock
         self._choices: dict[str, Choice] = {}
         self.observed: Observed | None = None  # where a tuner looks
@@ -155,7 +151,7 @@ class Requests:
         """What one beam search gave."""
         choice = self._choices.get(message.id.request)
         if choice is None:
-            self._try_send(sender, Ack(message.id))
+            self._deliveries.try_send(sender, Ack(message.id))
             return
         self._perform(choice, choice.dispatch.beams_found(sender, message, self._clock()))
 
@@ -172,12 +168,12 @@ class Requests:
     def _answer_unknown(self, sender: NodeId, update: TokenUpdate) -> None:
         """The choice is over: the node may forget it."""
         answer = Abort(update.id) if update.finish is None else Ack(update.id)
-        self._try_send(sender, answer)
+        self._deliveries.try_send(sender, answer)
 
     def granted(self, sender: NodeId, message: Granted) -> None:
         choice = self._choices.get(message.id.request)
         if choice is None:
-            self._try_send(sender, Abort(message.id))
+            self._deliveries.try_send(sender, Abort(message.id))
             return
         now = self._clock()
         effects = choice.dispatch.granted(sender, message, now)
@@ -191,8 +187,8 @@ class Requests:
         choice = self._choices.get(message.id.request)
         if choice is None:
             return
-        if message.id == choice.dispatch.id and sender == choice.assigned_decode:
-            self._unassign(choice)
+        if message.id == choice.dispatch.id and sender == choice.assigned.decode:
+            choice.assigned.end(self._fleet)
         self._perform(choice, choice.dispatch.refused(sender, message, self._clock()))
 
     def attempt_failed(self, sender: NodeId, message: AttemptFailed) -> None:
@@ -247,11 +243,11 @@ class Requests:
                 case Send():
                     self._deliver(choice, effect)
                 case NeedsCapacity():
-                    self._unassign(choice)
+                    choice.assigned.end(self._fleet)
                     choice.trace.waiting(self._clock())
                     self._admission.wait(choice, self._clock(), effect.retry_after_s)
                 case AttemptEnded():
-                    self._unassign(choice)
+                    choice.assigned.end(self._fleet)
                     choice.trace.attempt_over(known_cause(effect.cause), self._clock())
                     self._metrics.attempts_ended.labels(known_cause(effect.cause)).inc()
                     self._judge(effect)
@@ -281,7 +277,7 @@ class Requests:
         now = self._clock()
         gap = choice.trace.output(len(output.tokens), now)
         choice.metrics.observe(names.INTER_TOKEN_LATENCY, gap)
-        self._prompt_done(choice)
+        choice.assigned.prompt_done(self._fleet)
         text = choice.text.push(output.tokens, output.finish, output.rows)
         finish = choice.text.finish
         if finish is not None:
@@ -292,17 +288,6 @@ class Requests:
         choice.listener.produced(choice, text)
         if finish is not None:
             self._start_followers(choice)
-
-    def _prompt_done(self, choice: Choice) -> None:
-        """Who computed the prompt has no more of it to do; who answers alone goes on."""
-        node = choice.assigned_prefill
-        if node is None:
-            return
-        choice.assigned_prefill = None
-        if node == choice.assigned_decode:
-            self._fleet.assign(node, choice.work.request, 0, 0)
-        else:
-            self._fleet.unassign(node, choice.work.request)
 
     def _observe_end(self, choice: Choice, now: float) -> None:
         self._pace.streamed(choice.trace.num_output_tokens - 1, choice.trace.timeline.decode_s)
@@ -342,100 +327,16 @@ class Requests:
             self.submit(follower)
 
     def _deliver(self, choice: Choice, send: Send) -> None:
-        self._note_assignment(choice, send)
-        if not self._try_send(send.to, self._with_layout(send.message)):
+        if isinstance(send.message, Prefill):
+            self._admission.settle(choice)
+        if not self._deliveries.deliver(choice, send.to, send.message):
             self._fleet.mark_unreachable(send.to)
             self._perform(choice, choice.dispatch.cannot_send(send.to, self._clock()))
-
-    def _with_layout(self, message: Message) -> Message:
-        """A reservation tells how the blocks will come."""
-        if not isinstance(message, Reserve | Rebind) or message.prefill not in self._fleet:
-            return message
-        return replace(message, prefill_layout=self._fleet[message.prefill].info.layout)
-
-    def _try_send(self, to: NodeId, message: Message) -> bool:
-        try:
-            self._send(to, message)
-        except WireError as error:
-            log.warning("%s", error)
-            return False
-        return True
-
-    def _note_assignment(self, choice: Choice, send: Send) -> None:
-        """Remember who works on it, because heartbeats tell it only later."""
-        message = send.message
-        if isinstance(message, Reserve):
-            num_blocks = self._num_blocks(send.to, choice)
-            self._note_reservation(choice, send.to, message, len(message.tokens), num_blocks)
-        elif isinstance(message, Rebind):
-            self._metrics.rebinds.inc()
-            num_tokens = choice.work.num_tokens + len(message.output_tokens)
-            self._note_reservation(choice, send.to, message, num_tokens, 0)
-        elif isinstance(message, Prefill):
-            choice.trace.prefilling(message.id.attempt, send.to, self._clock())
-            self._admission.settle(choice)
-            self._note_prefill(choice, send.to, len(message.tokens))
-        elif isinstance(message, Generate):
-            self._note_offer(choice, send.to, message)
-
-    def _note_offer(self, choice: Choice, node: NodeId, message: Generate) -> None:
-        now, verdict = self._clock(), choice.dispatch.verdict
-        choice.trace.offering(message.id.attempt, node, now)
-        self._note_verdict(choice, "in_place")
-        if verdict is not None:
-            self._fleet.taken(node, verdict.taken_s, now)
-        choice.assigned_decode = node
-        self._metrics.attempts.inc()
-        self._fleet.assign(node, choice.work.request, 0, self._num_blocks(node, choice))
-        self._note_prefill(choice, node, len(message.tokens))
-
-    def _note_verdict(self, choice: Choice, way: str) -> None:
-        """Once per choice of nodes: a reservation may be asked of several."""
-        attempt, verdict = choice.trace.attempt, choice.dispatch.verdict
-        if attempt is None or verdict is None or attempt.verdict is verdict:
-            return
-        attempt.verdict = verdict
-        self._metrics.ways.labels(way, verdict.reason.value).inc()
-
-    def _note_reservation(
-        self,
-        choice: Choice,
-        node: NodeId,
-        message: Reserve | Rebind,
-        num_tokens: int,
-        num_blocks: int,
-    ) -> None:
-        """`num_blocks`: that the node does not count yet."""
-        now = self._clock()
-        self._fleet.breaker.began(Pair(message.prefill, node), now)
-        choice.trace.reserving(message.id.attempt, message.prefill, node, now)
-        self._note_verdict(choice, "handoff")
-        choice.assigned_decode = node
-        self._metrics.attempts.inc()
-        self._fleet.assign(node, choice.work.request, 0, num_blocks)
-        self._note_prefill(choice, message.prefill, num_tokens)
-
-    def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
-        """From the reservation on: else a burst that comes before the first grant goes to one."""
-        choice.assigned_prefill = node
-        missing = self._fleet.num_to_compute(node, choice.work, num_tokens, choice.dispatch.near)
-        self._fleet.assign(node, choice.work.request, missing, 0)
-
-    def _num_blocks(self, node: NodeId, choice: Choice) -> int:
-        if node not in self._fleet:
-            return 0
-        return self._fleet[node].info.layout.num_blocks(choice.work.max_num_tokens)
-
-    def _unassign(self, choice: Choice) -> None:
-        for node in (choice.assigned_prefill, choice.assigned_decode):
-            if node is not None:
-                self._fleet.unassign(node, choice.work.request)
-        choice.assigned_prefill = choice.assigned_decode = None
 
     def _forget(self, choice: Choice, end: str, now: float) -> None:
         """Somebody else may have room now."""
         choice.trace.num_output_tokens = choice.text.num_tokens  # a stop string drops some
         choice.trace.ended(end, now)
         if self._choices.pop(choice.work.request, None) is not None:
-            self._unassign(choice)
+            choice.assigned.end(self._fleet)
             self._admission.leave(choice)

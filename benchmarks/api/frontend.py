@@ -127,17 +127,17 @@ async def _fill_caches(server: RouterServer, pair: StubPair, prompt: list[int]) 
 
 async def _until_first_message(server: RouterServer, body: bytes) -> _Stopwatch:
     """From the handler's call to the first message for a node."""
-    requests = server.control.requests
-    send = requests._send
+    deliveries = server.control.requests._deliveries
+    send = deliveries._send
     request = _request(body)
     watch = _Stopwatch()
 
     def stop(to: NodeId, message: Message) -> None:
         watch.stop()
-        requests._send = send
+        deliveries._send = send
         send(to, message)
 
-    requests._send = stop
+    deliveries._send = stop
     answer = await server.serving.chat(request)
     assert answer.status == 200
     return watch

@@ -54,9 +54,16 @@ class RoleChange:
         self._over = False
 
     def asked(self, link: RouterLink, message: SwitchRole, present: Role) -> None:
-        """A router wants this node, which is a `present` one, for another role."""
+        """A router wants this node, which is a `present` one, for another role.
+
+        It asks until it hears that the node drains. So an order that may be old is not followed: a
+        node that stood still was perhaps given up, and the fleet has arranged itself without it.
+        """
         if self._to is message.role:
             return  # asked twice
+        if link.reads_backlog:
+            log.info("asked to become a %s node, perhaps long ago; ignored", message.role)
+            return
         obstacle = self._obstacle(message.role, present)
         if obstacle is not None:
             link.send(SwitchRefused(obstacle))

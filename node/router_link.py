@@ -28,6 +28,8 @@ _ROUTER_TIMEOUT_S = 5.0  # a router that is silent for so long is dead
 _TIMEOUT_BEATS = 3  # but not before it has left out so many heartbeats
 _REGISTER_AGAIN_S = 0.5
 _CONNECTING_S = 0.05  # how often to try while a connection is being made
+_PAUSE_S = 1.0  # a beat that is so late tells that this process stood still
+_BACKLOG_S = 0.5  # how long after a pause what is read may be from before its end
 
 
 class RouterLink:
@@ -64,6 +66,7 @@ class RouterLink:
         self._clock = clock
         self._router: NodeId | None = None
         self._last_heard = self._last_beat = self._away_since = clock()
+        self._paused_at = float("-inf")  # when this process last noticed that it had stood still
         self._absence_told = False
         self._refusal_told = ""
         self._link = Link(
@@ -96,6 +99,8 @@ class RouterLink:
         now = self._clock()
         if now - self._last_beat > self._timeout_s / 2:
             self._last_heard = now  # this process was away itself; what it was told is yet unread
+        if self._is_late(now):
+            self._paused_at = now
         self._last_beat = now
         if self._router is None:
             self._try_register(now)
@@ -104,6 +109,18 @@ class RouterLink:
             self._lose()
         else:
             self.send(heartbeat)
+
+    @property
+    def reads_backlog(self) -> bool:
+        """Whether what is read now may have been said long ago, and be no longer meant.
+
+        Who stood still finds all that he was told meanwhile; that he was given up comes last.
+        """
+        now = self._clock()
+        return self._is_late(now) or now - self._paused_at < _BACKLOG_S
+
+    def _is_late(self, now: float) -> bool:
+        return now - self._last_beat > max(_PAUSE_S, 2 * self.heartbeat_s)
 
     @property
     def num_malformed(self) -> int:

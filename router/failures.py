@@ -21,13 +21,19 @@ MAX_FAILURES = 6
 # nodes one after the other when it goes on.
 MAX_LOST_RESERVATIONS = 20
 
+# Nodes that drain were told to, by an operator or a tuner that moves them: a long stream may meet
+# many of them.
+MAX_DRAINED = 100
+
 _LIMITS = {
     "node_lost": MAX_DEATHS,
     "digest": MAX_DIGEST_FAILURES,
     "divergence": MAX_DIVERGENCES,
     "internal": MAX_INTERNAL_FAILURES,
     "reserve_lost": MAX_LOST_RESERVATIONS,
+    "drained": MAX_DRAINED,
 }
+_NOT_ITS_FAULT = ("reserve_lost", "drained")  # not among the failures of any kind
 
 
 class Failures:
@@ -51,7 +57,8 @@ class Failures:
         """Whether another attempt would do more harm than good."""
         counts = self._by_cause
         too_often = any(counts[cause] >= limit for cause, limit in _LIMITS.items())
-        return too_often or counts.total() - counts["reserve_lost"] >= MAX_FAILURES
+        excused = sum(counts[cause] for cause in _NOT_ITS_FAULT)
+        return too_often or counts.total() - excused >= MAX_FAILURES
 
 
 def final_error(message: AttemptFailed) -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.e2e.client import Client
 from tests.e2e.conftest import MakeFleet
 from tests.e2e.fleet import Fleet
 from tests.e2e.test_faults import ask_many, assert_whole, num_moved, until_busy
+from tests.e2e.test_stalls import continued
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -20,6 +22,22 @@ async def switch(fleet: Fleet, node: str, role: str, drain_s: float) -> None:
         body = {"node": node, "role": role, "drain_s": drain_s}
         async with client.session.post("/admin/role", json=body) as response:
             assert response.status == 202, await response.text()
+
+
+async def role_of(fleet: Fleet, node: str) -> str | None:
+    """As the router knows it; None where it has given the node up."""
+    async with Client(fleet.url) as client, client.session.get("/debug/fleet") as response:
+        nodes = (await response.json())["nodes"]
+    return next((str(told["role"]) for told in nodes if told["name"] == node), None)
+
+
+async def until_it_drains(fleet: Fleet, node: str) -> None:
+    """By its own word: the router's view changes with the order."""
+    async with Client(fleet.nodes[node].url) as client, asyncio.timeout(60):
+        while True:
+            async with client.session.get("/ready") as response:
+                if response.status == 503:
+                    return
 
 
 async def outcome(fleet: Fleet) -> dict[str, Any]:
@@ -75,3 +93,44 @@ def test_a_node_that_is_killed_while_it_drains(make_fleet: MakeFleet) -> None:
     assert_whole(answers)
     assert [a.text for a in answers] == [a.text for a in undisturbed]
     fleet.assert_balanced()
+
+
+def test_a_node_that_stands_still_while_it_drains_and_one_that_never_heard_of_it(
+    make_fleet: MakeFleet,
+) -> None:
+    """Both are given up, and the fleet goes on.
+
+    What had begun comes to its end later; an order that was given up meanwhile is not followed.
+    """
+    fleet = make_fleet()
+    fleet.start_router("--node-timeout-s", "1.5")
+    for role, name in (("prefill", "first"), ("decode", "other"), ("decode", "node")):
+        fleet.start_node(role, name)
+    for process in fleet.nodes.values():
+        process.wait_ready()
+    fleet.wait_for_nodes()
+    undisturbed = asyncio.run(ask_many(fleet, 6))
+    node = fleet.nodes["node"]
+    before = node.metrics()["baton_sampled_tokens_total"]
+
+    async def stand_still_draining() -> None:
+        await until_busy(fleet, "node", before + 20)
+        await switch(fleet, "node", "prefill", drain_s=60)
+        await until_it_drains(fleet, "node")
+        node.send(signal.SIGSTOP)
+        assert (await outcome(fleet))["outcome"] == "died"
+
+    async def stand_still_before() -> None:
+        node.send(signal.SIGSTOP)
+        await switch(fleet, "node", "decode", drain_s=60)
+        assert (await outcome(fleet))["outcome"] == "died"
+
+    for disturb in (stand_still_draining, stand_still_before):
+        with continued(node):
+            answers = asyncio.run(ask_many(fleet, 6, disturb))
+            assert asyncio.run(role_of(fleet, "node")) is None
+        fleet.wait_for_nodes()
+        assert asyncio.run(role_of(fleet, "node")) == "prefill"
+        assert_whole(answers)
+        assert [a.text for a in answers] == [a.text for a in undisturbed]
+        fleet.assert_balanced()

@@ -104,6 +104,27 @@ def test_told_to_end_while_it_drains_it_ends_as_what_it_was() -> None:
     run(scenario)
 
 
+def test_an_order_from_before_a_pause_is_not_followed() -> None:
+    """Its router may have given it up meanwhile; one that still means it asks again."""
+
+    async def scenario(w: World) -> None:
+        await w.until_ready()
+        w.shell._beating.cancel()
+        (link,) = w.shell._links
+        link._last_beat -= 3  # it stood still
+        ask(w)
+        w.router.tell(FetchTokenizer())
+        await w.until(lambda: w.router.count(TokenizerFiles))
+        assert w.role.calls == []
+        w.shell._begin_to_beat()
+        await w.until(lambda: not link.reads_backlog)
+        first = w.router.node
+        ask(w)
+        await w.until(lambda: w.router.node != first)
+
+    run(scenario)
+
+
 def test_a_next_life_that_cannot_begin_ends_the_node() -> None:
     async def scenario(w: World) -> None:
         await w.until_ready()

@@ -330,6 +330,24 @@ def test_its_own_pause_is_not_the_routers_silence() -> None:
     asyncio.run(scenario())
 
 
+def test_what_is_read_after_a_pause_may_be_old() -> None:
+    """Also what comes in small pieces after the first beat; and no longer than that."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            _, link = await w.registered()
+            pass_time(w, link, 5)
+            assert not link.reads_backlog
+            w.now += 3  # the process was stopped
+            assert link.reads_backlog, "before its own first beat"
+            link.beat(HEARTBEAT)
+            assert link.reads_backlog
+            pass_time(w, link, 0.5)
+            assert not link.reads_backlog
+
+    asyncio.run(scenario())
+
+
 def test_unwelcome_says_why() -> None:
     async def scenario() -> None:
         async with world() as w:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.breaker import Pair
-from router.failures import MAX_FAILURES, MAX_LOST_RESERVATIONS, Failures
+from router.failures import MAX_DRAINED, MAX_FAILURES, MAX_LOST_RESERVATIONS, Failures
 from tests.router.scripted_nodes import D1, P1
 from wire.types import NodeId
 
@@ -19,15 +19,24 @@ def failed(cause: str, times: int) -> Failures:
 
 @pytest.mark.parametrize(
     ("cause", "limit"),
-    [("node_lost", 2), ("capacity", MAX_FAILURES), ("reserve_lost", MAX_LOST_RESERVATIONS)],
+    [
+        ("node_lost", 2),
+        ("capacity", MAX_FAILURES),
+        ("reserve_lost", MAX_LOST_RESERVATIONS),
+        ("drained", MAX_DRAINED),
+    ],
 )
 def test_each_cause_has_its_limit(cause: str, limit: int) -> None:
     assert not failed(cause, limit - 1).hopeless
     assert failed(cause, limit).hopeless
 
 
-def test_lost_reservations_do_not_add_to_other_failures() -> None:
-    failures = failed("reserve_lost", MAX_LOST_RESERVATIONS - 1)
+@pytest.mark.parametrize(
+    ("cause", "limit"), [("reserve_lost", MAX_LOST_RESERVATIONS), ("drained", MAX_DRAINED)]
+)
+def test_what_the_fleet_does_adds_nothing_to_other_failures(cause: str, limit: int) -> None:
+    """A stream that outlives many changes of role still has its own failures before it."""
+    failures = failed(cause, limit - 1)
     failures.count("node_lost", None)
     assert not failures.hopeless
 

@@ -45,7 +45,7 @@ from tuner.latency import (
     transfer_sample,
 )
 from tuner.overheads import Overheads, overheads_of
-from tuner.probe import probe
+from tuner.probe import check, probe
 from tuner.profile import Profile, fit_error, save_profile
 from wire.errors import ConfigError
 from wire.geometry import geometry_for
@@ -71,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="as the nodes' (%(default)s)")
     add("--max-model-len", type=int, metavar="N", help="as the nodes' (all that the model can)")
     add("--seconds", type=float, default=110.0, metavar="S", help="at most about (%(default)g)")
-    add("--fleet", metavar="URL", help="an idle fleet of these nodes: measure its overheads too")
+    add(
+        "--fleet",
+        metavar="URL",
+        help="measure the overheads too of an idle fleet of one prefill and one decode node as "
+        "these, served with --handoff always",
+    )
     add("--chunk", type=int, default=512, metavar="N", help="its --max-num-batched-tokens (512)")
     add("--link-gbit-s", type=float, metavar="R", help="rate between nodes, if not one machine")
     add("--link-latency-ms", type=float, default=0.2, metavar="MS", help="(%(default)g)")
@@ -81,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, fit, write, and say how well it fits."""
     torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
+    if args.fleet:
+        asyncio.run(check(args.fleet, loaded.name))
     layout = loaded.kv_layout(BLOCK_SIZE)
     profiler = Profiler(loaded, layout)
     prefill = profiler.prefills(args.seconds / 2)

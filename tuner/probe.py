@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from random import Random
@@ -19,6 +20,7 @@ from statistics import median
 import aiohttp
 
 from tuner.client import Target, make_session, resolve_model, send
+from tuner.fleet_check import check_fleet
 from tuner.overheads import Alone, Probes, Streams
 from tuner.record import RequestRecord
 from tuner.workload import RequestSpec
@@ -147,9 +149,23 @@ def step_between(records: Sequence[RequestRecord], spans: Sequence[tuple[float, 
     return sum(gaps) / len(gaps) * min(1.0, chunks / tokens) if gaps and tokens else 0.0
 
 
-async def probe(url: str, model: str, chunk: int, max_model_len: int, tell: Tell) -> Probes:
-    """Measure the fleet behind `url`, which must serve `model`. Raises ConfigError."""
+@asynccontextmanager
+async def _measurable(url: str, model: str) -> AsyncIterator[tuple[aiohttp.ClientSession, Target]]:
+    """A session with the fleet behind `url`. Raises ConfigError if the probes are not for it."""
     target = Target(url.rstrip("/").removesuffix("/v1"), model, ignore_eos=True)
     async with make_session(target) as session:
         target = await resolve_model(session, target)
+        await check_fleet(session, target.url)
+        yield session, target
+
+
+async def check(url: str, model: str) -> None:
+    """Raise ConfigError where `probe` would, before anything is measured in vain."""
+    async with _measurable(url, model):
+        pass
+
+
+async def probe(url: str, model: str, chunk: int, max_model_len: int, tell: Tell) -> Probes:
+    """Measure the fleet behind `url`, which must serve `model`. Raises ConfigError."""
+    async with _measurable(url, model) as (session, target):
         return await Prober(session, target, chunk, max_model_len).run(tell)

@@ -19,15 +19,14 @@ from router.role_switch import DRAIN_S, RoleSwitch, RoleSwitches
 from router.work import Prompt, Work
 from tests.router.harness import MODEL
 from tests.router.scripted_nodes import LIMITS, PROMPT, grant
-from wire.messages import (
+from wire.fleet_messages import Register, SwitchRole
+from wire.messages import Message
+from wire.request_messages import (
     AttemptFailed,
     Granted,
-    Message,
     Prefill,
     Rebind,
-    Register,
     Reserve,
-    SwitchRole,
     TokenUpdate,
 )
 from wire.types import FinishReason, NodeId, Role, SamplingParams

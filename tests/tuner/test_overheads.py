@@ -96,16 +96,19 @@ def test_a_step_is_told_by_tokens_though_chunks_come_in_clumps() -> None:
     assert step_between([silent], [(6.0, 9.0)]) == 0.0
 
 
-def a_pair(mode: str = "always", busy: int = 0, **states: str) -> dict[str, Any]:
-    """What a router tells of its fleet; without `states` one node of each kind serves."""
-    kinds = states or {"prefill": "serving", "decode": "serving"}
-    nodes = [{"role": role.split("_")[0], "state": state} for role, state in kinds.items()]
+PAIR = "prefill decode"
+
+
+def a_fleet(mode: str = "always", serving: str = PAIR, others: str = "", busy: int = 0) -> Any:
+    """What a router tells of its nodes."""
+    kinds = {"serving": serving, "draining": others}
+    nodes = [{"role": role, "state": state} for state in kinds for role in kinds[state].split()]
     return {"handoff": {"mode": mode}, "nodes": nodes, "running": busy, "waiting": 0}
 
 
 def test_a_fleet_is_asked_for_everything(server: FakeServer) -> None:
     told: list[str] = []
-    server.fleets = [a_pair()]
+    server.fleets = [a_fleet()]
     server.pause_s = 0.001
     found = asyncio.run(probe(server.url, "first", 64, 256, told.append))
     fitting = [n for n in LENGTHS if n < 256 - 8]
@@ -121,15 +124,17 @@ def test_a_fleet_is_asked_for_everything(server: FakeServer) -> None:
 
 def test_a_fleet_that_is_no_pair_of_its_own_is_not_measured(server: FakeServer) -> None:
     """It would take two minutes and say what holds for nobody."""
-    two = {"prefill": "serving", "decode_0": "serving", "decode_1": "serving"}
     for told, said in (
-        (a_pair("auto"), "with --handoff auto prompts may be computed where they are answered"),
-        (a_pair("never"), "with --handoff never"),
-        (a_pair("always", **two), "it must be one prefill and one decode node, it has 2 decode, 1"),
-        (a_pair("always", prefill="serving", decode="draining"), "it has 1 prefill;"),
-        (a_pair("always", mixed="serving"), "it has 1 mixed"),
-        (a_pair("always", prefill="stalled"), "it has none"),
-        (a_pair(busy=2), "not idle, 2 requests"),
+        (a_fleet("auto"), "with --handoff auto prompts may be computed where they are answered"),
+        (a_fleet("never"), "with --handoff never"),
+        (
+            a_fleet(serving="prefill decode decode"),
+            "one decode node, it has 2 decode, 1",
+        ),
+        (a_fleet(serving="prefill", others="decode"), "it has 1 prefill;"),
+        (a_fleet(serving="mixed"), "it has 1 mixed"),
+        (a_fleet(serving=""), "it has none"),
+        (a_fleet(busy=2), "not idle, 2 requests"),
         ({"nodes": 5}, "not that of a Baton router"),
         (None, "it has no /debug/fleet"),
     ):
@@ -140,12 +145,12 @@ def test_a_fleet_that_is_no_pair_of_its_own_is_not_measured(server: FakeServer) 
         assert "`baton serve MODEL --prefill 1 --decode 1 --handoff always`" in str(refused.value)
         assert "\n" not in str(refused.value)
     assert not server.bodies, "nothing was measured"
-    server.fleets = [a_pair(prefill="serving", prefill_1="draining", decode="serving")]
+    server.fleets = [a_fleet(others="prefill")]
     asyncio.run(check(server.url, "first"))
 
 
 def test_a_fleet_that_fails_tells_no_overheads(server: FakeServer) -> None:
-    server.fleets = [a_pair()]
+    server.fleets = [a_fleet()]
     server.fault = "busy"
     with pytest.raises(ConfigError, match="http_503: busy"):
         asyncio.run(probe(server.url, "first", 64, 256, lambda _: None))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from baton.simulation.planner import Candidate, Plan
 from tuner import plots
 from tuner.html_report import page
-from tuner.plots import Series
+from tuner.plots import Limit, Series
 
 MAX_CURVES = 8  # as many as there are colours
 COLUMNS = ("fleet", "tokens per step", "requests/s", "per node", "at most good")
@@ -68,7 +68,12 @@ def _attainment(plan: Plan, ordered: Sequence[Candidate]) -> tuple[str, str]:
         for c in chosen
     ]
     picture = plots.lines(
-        series, x_label="requests/s", y_label="within both limits", log_x=True, limit=plan.share
+        series,
+        x_label="requests/s",
+        y_label="share within both limits",
+        log_x=True,
+        top=1.05,
+        limit=Limit(plan.share, f"wanted: {plan.share:.0%}"),
     )
     return "Requests within both limits, each split with its best token budget", picture
 
@@ -86,7 +91,7 @@ def _latency(plan: Plan) -> tuple[str, str]:
         y_label="90th percentile / limit",
         log_x=True,
         log_y=True,
-        limit=1.0,
+        limit=Limit(1.0, "the limit"),
     )
     return f"{plan.best}: times relative to their limits", picture
 

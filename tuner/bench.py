@@ -34,8 +34,15 @@ from tuner.goodput import Slo, attainment
 from tuner.html_report import html_report
 from tuner.plots import require_matplotlib
 from tuner.record import RequestRecord
-from tuner.report import Report, build_report, latency_table, overview_lines
-from tuner.results import Json, read_results, result_json, sweep_json
+from tuner.report import (
+    Report,
+    build_report,
+    is_late,
+    late_line,
+    latency_table,
+    overview_lines,
+)
+from tuner.results import Json, named_results, result_json, sweep_json
 from tuner.settings import BenchSettings, settings_from
 from tuner.watch import watching
 from tuner.workload import RequestSpec, Workload, requests
@@ -63,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         settings = settings_from(args)
         if settings.html_path is not None:
             require_matplotlib()
-        if settings.trace is not None and settings.trace.num_skipped:
-            print(settings.trace.skipped_text(), file=sys.stderr)
+        for note in settings.notes:
+            print(note, file=sys.stderr)
         return _run(settings)
     except ConfigError as error:
         print(f"baton bench: {error}", file=sys.stderr)
@@ -75,7 +82,7 @@ def run_report(paths: Sequence[Path], output: Path) -> int:
     """`baton bench report`: the plots of several result files in one HTML file."""
     try:
         require_matplotlib()
-        _write(output, html_report({path.stem: read_results(path) for path in paths}))
+        _write(output, html_report(named_results(paths)))
     except ConfigError as error:
         print(f"baton bench report: {error}", file=sys.stderr)
         return 1
@@ -83,22 +90,32 @@ def run_report(paths: Sequence[Path], output: Path) -> int:
 
 
 def _run(settings: BenchSettings) -> int:
-    rates = settings.sweep or (settings.rate,)
     runs: list[Run] = []
     try:
-        for rate in rates:
-            runs.append(Run(replace(settings, rate=rate)))
+        for planned in _planned(settings):
+            runs.append(Run(planned))
             asyncio.run(measure(runs[-1]))
-            if len(rates) > 1:
-                _console(settings).print(f"{rate:g} requests per second", style="bold")
+            if settings.sweep:
+                _console(settings).print(f"{planned.rate:g} requests per second", style="bold")
             _print(runs[-1])
     except KeyboardInterrupt:
         print("interrupted; what was measured until then:", file=sys.stderr)
         _print(runs[-1])
         _publish(runs)
         return 130
+    except ConfigError:  # the server has gone between two rates
+        if runs[:-1]:
+            _publish(runs[:-1])
+        raise
     _publish(runs)
     return 0 if any(record.error is None for run in runs for record in run.records) else 1
+
+
+def _planned(settings: BenchSettings) -> Sequence[BenchSettings]:
+    """The runs, one for each rate of a sweep."""
+    if not settings.sweep:
+        return [settings]
+    return [settings.at_rate(rate, edition) for edition, rate in enumerate(settings.sweep)]
 
 
 async def measure(run: Run) -> None:
@@ -186,6 +203,8 @@ def _print(run: Run) -> None:
     console, report = _console(run.settings), build_report(run.records)
     console.print("\n".join(overview_lines(report)), soft_wrap=True, markup=False)
     console.print(latency_table(report))
+    if run.settings.is_open_loop and is_late(report):
+        console.print(late_line(report, run.settings.concurrency), soft_wrap=True)
     if run.settings.slo is not None:
         console.print(_goodput_line(run.records, report, run.settings.slo), soft_wrap=True)
 

@@ -106,6 +106,8 @@ async def _exchange(
         async with session.post(target.url + target.endpoint.route, json=body) as response:
             if response.status != 200:
                 return f"http_{response.status}", await _refusal(response)
+            if response.content_type == "application/json":
+                return "bad_stream", "the answer is one JSON object, not a stream of events"
             reader.phases = server_phases(response.headers.get("Server-Timing", ""))
             async for data in response.content.iter_any():
                 reader.feed(data, clock())
@@ -181,4 +183,5 @@ async def _served_models(session: aiohttp.ClientSession, url: str) -> list[str]:
     except ValueError:
         return []
     entries = body.get("data") if isinstance(body, dict) else None
-    return [str(entry["id"]) for entry in entries or () if "id" in entry]
+    known = entries if isinstance(entries, list) else []
+    return [str(entry["id"]) for entry in known if isinstance(entry, dict) and "id" in entry]

@@ -103,46 +103,42 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=(),
         metavar="R",
-        help="run once at each of these rates, with the same requests",
+        help="run once at each of these rates, with requests of the same lengths",
     )
-    add("--warmup", type=int, default=0, metavar="N", help="requests sent before (%(default)s)")
+    add("--warmup", type=_natural, default=0, metavar="N", help="requests before (%(default)s)")
 
 
 def _add_arrival_arguments(group: argparse._ArgumentGroup) -> None:
+    """The shape has the defaults: so it is seen when a flag was given that the arrival ignores."""
     add, shape = group.add_argument, PLAIN_SHAPE
     add(
         "--arrival",
         choices=[arrival.value for arrival in Arrival],
-        default=Arrival.FIXED.value,
-        help="times between requests with --rate (%(default)s)",
+        help="times between requests with --rate (fixed; of a trace: its own, faster or slower)",
     )
     add(
         "--burstiness",
         type=float,
-        default=shape.burstiness,
         metavar="B",
-        help="of gamma: 1 is Poisson, below it requests come in clumps (%(default)g)",
+        help=f"of gamma: 1 is Poisson, below it requests come in clumps ({shape.burstiness:g})",
     )
     add(
         "--period",
         type=float,
-        default=shape.period_s,
         metavar="S",
-        help="of onoff and diurnal (%(default)g)",
+        help=f"of onoff and diurnal ({shape.period_s:g})",
     )
     add(
         "--on-share",
         type=float,
-        default=shape.on_share,
         metavar="X",
-        help="of onoff: which part of a period has load (%(default)g)",
+        help=f"of onoff: which part of a period has load ({shape.on_share:g})",
     )
     add(
         "--swing",
         type=float,
-        default=shape.swing,
         metavar="X",
-        help="of diurnal: how far the rate leaves its mean, 0 to 1 (%(default)g)",
+        help=f"of diurnal: how far the rate leaves its mean, 0 to 1 ({shape.swing:g})",
     )
 
 
@@ -152,8 +148,8 @@ def _add_trace_arguments(group: argparse._ArgumentGroup) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="replay Mooncake JSONL, Azure or BurstGPT CSV, or a file of prompts; at its own times "
-        "unless --rate or --sweep is given",
+        help="replay Mooncake JSONL, Azure or BurstGPT CSV, or a file of prompts; at its own "
+        "times, which --rate and --sweep bring to a rate",
     )
     add(
         "--trace-format",
@@ -163,16 +159,14 @@ def _add_trace_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--rate-scale",
         type=_positive,
-        default=1.0,
         metavar="F",
-        help="requests per second of the trace times this (%(default)g)",
+        help="requests per second of the trace times this (1)",
     )
     add(
         "--length-scale",
         type=_positive,
-        default=1.0,
         metavar="F",
-        help="lengths of the trace times this (%(default)g)",
+        help="lengths of the trace times this (1)",
     )
     add(
         "--max-model-len",
@@ -204,6 +198,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

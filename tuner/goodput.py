@@ -47,13 +47,18 @@ def attainment(records: Sequence[RequestRecord], slo: Slo | SloOf) -> Attainment
     """All zero for no records."""
     limits = (lambda _: slo) if isinstance(slo, Slo) else slo
     completed = [record for record in records if record.error is None]
-    ttft = [(record.ttft or 0.0) <= limits(record).ttft_s for record in completed]
+    ttft = [_first_output(record) <= limits(record).ttft_s for record in completed]
     tpot = [(record.tpot or 0.0) <= limits(record).tpot_s for record in completed]
     good = sum(a and b for a, b in zip(ttft, tpot, strict=True))
     number = max(1, len(records))
     return Attainment(
         good / number, sum(ttft) / number, sum(tpot) / number, len(completed) / number
     )
+
+
+def _first_output(record: RequestRecord) -> float:
+    """Of an answer without a visible token its client knew only at its end."""
+    return record.e2e if record.ttft is None else record.ttft
 
 
 def highest_rate(holds: Callable[[float], bool], first: float) -> float:

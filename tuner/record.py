@@ -109,16 +109,25 @@ class StreamReader:
         if event.get("error"):
             raise ProtocolError("stream_error", error_text(event))
         self._take_usage(event.get("usage"))
-        choices = [choice for choice in event.get("choices") or () if isinstance(choice, dict)]
+        choices = _choices(event)
         self.finished |= any(choice.get("finish_reason") for choice in choices)
         if any(_has_output(choice) for choice in choices):
             self.chunk_times.append(now)
 
     def _take_usage(self, usage: Any) -> None:
+        """A count that is missing or no number stays unknown."""
         if not isinstance(usage, dict):
             return
-        self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        self.usage_tokens = int(usage.get("completion_tokens") or 0)
+        prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        self.prompt_tokens = prompt if type(prompt) is int else self.prompt_tokens
+        self.usage_tokens = output if type(output) is int else self.usage_tokens
+
+
+def _choices(event: Mapping[str, Any]) -> list[dict[str, Any]]:
+    choices = event.get("choices") or []
+    if not isinstance(choices, list):
+        raise ProtocolError("bad_stream", "choices is not a list")
+    return [choice for choice in choices if isinstance(choice, dict)]
 
 
 def server_phases(header: str) -> dict[str, float]:
@@ -137,6 +146,10 @@ def server_phases(header: str) -> dict[str, float]:
     return phases
 
 
+# `reasoning` is what newer servers call `reasoning_content`.
+_OUTPUT = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
+
+
 def _has_output(choice: Mapping[str, Any]) -> bool:
     """Whether a chunk carries text or part of a tool call; a chunk with only the role does not."""
     if choice.get("text"):
@@ -144,7 +157,7 @@ def _has_output(choice: Mapping[str, Any]) -> bool:
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return False
-    return any(delta.get(key) for key in ("content", "reasoning_content", "tool_calls", "refusal"))
+    return any(delta.get(key) for key in _OUTPUT)
 
 
 def _json_object(text: str) -> dict[str, Any]:

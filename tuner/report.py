@@ -12,6 +12,8 @@ from rich.table import Table
 from tuner.record import RequestRecord
 
 SCHEMA = "baton.bench/1"
+LATE_MS = 20.0  # an event loop on a busy machine may be so late
+LATE_SHARE = 0.1  # of the median TTFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,20 @@ def build_report(records: Sequence[RequestRecord]) -> Report:
         itl_ms=_milliseconds(itl for record in completed for itl in record.itls),
         e2e_ms=_milliseconds(record.e2e for record in completed),
         late_ms=_milliseconds(record.start - record.due for record in records),
+    )
+
+
+def is_late(report: Report) -> bool:
+    """Whether so many requests were sent late that the figures are the client's as well."""
+    late, ttft = report.late_ms.p90, report.ttft_ms.p50
+    return late > LATE_MS and late > LATE_SHARE * ttft
+
+
+def late_line(report: Report, concurrency: int) -> str:
+    late = report.late_ms
+    return (
+        f"late       sent {late.p50:.0f} ms (p50), {late.p90:.0f} ms (p90) after their time, which "
+        f"no latency counts: this client, or its limit of {concurrency} in flight, was too slow"
     )
 
 

@@ -87,8 +87,8 @@ def sweep_json(runs: Sequence[Json]) -> Json:
     return {"schema": SWEEP_SCHEMA, "runs": list(runs)}
 
 
-def read_results(path: Path) -> list[tuple[str, Json]]:
-    """The runs of a file with a name for each, lowest rate first.
+def read_results(path: Path, name: str) -> list[tuple[str, Json]]:
+    """The runs of a file, called `name` in a report, with a name for each, lowest rate first.
 
     Raises:
         ConfigError: it cannot be read, or is not a file of `baton bench`.
@@ -103,8 +103,8 @@ def read_results(path: Path) -> list[tuple[str, Json]]:
     if not runs or not all(_is_result(run) for run in runs):
         raise ConfigError(f"{path} is not a result of `baton bench --json`")
     if len(runs) == 1:
-        return [(path.stem, runs[0])]
-    return [(f"{path.stem} at {run['settings']['rate']:g}/s", run) for run in runs]
+        return [(name, runs[0])]
+    return [(f"{name} at {run['settings']['rate']:g}/s", run) for run in runs]
 
 
 def _runs(told: object) -> Iterator[Json]:
@@ -115,4 +115,34 @@ def _runs(told: object) -> Iterator[Json]:
 
 
 def _is_result(run: object) -> bool:
-    return isinstance(run, dict) and run.get("schema") == SCHEMA and "samples" in run
+    """Whether all is there that a report draws, so that a file cut by hand is refused in words."""
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        return False
+    known = ("settings", "samples", "errors", "ttft_ms", "tpot_ms", "num_requests")
+    return all(name in run for name in known)
+
+
+def named_results(paths: Sequence[Path]) -> dict[str, list[tuple[str, Json]]]:
+    """The runs of each file, under as much of its path as tells it from the others.
+
+    Raises:
+        ConfigError: as `read_results`, or a file is given twice.
+    """
+    whole = [path.resolve().with_suffix("") for path in paths]
+    groups = {}
+    for path, full in zip(paths, whole, strict=True):
+        others = [other for other in whole if other != full]
+        if len(others) != len(whole) - 1:
+            raise ConfigError(f"{path} is given twice")
+        name = _shortest_name(full, others)
+        groups[name] = read_results(path, name)
+    return groups
+
+
+def _shortest_name(path: Path, others: Sequence[Path]) -> str:
+    """The fewest last parts of a path that none of the others ends with."""
+    for number in range(1, len(path.parts)):
+        tail = path.parts[-number:]
+        if all(other.parts[-number:] != tail for other in others):
+            return "/".join(tail)
+    return str(path)

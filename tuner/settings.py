@@ -13,7 +13,7 @@ from tuner.client import Endpoint, Target
 from tuner.drive import Limits
 from tuner.flags import DEFAULT_CONCURRENCY, DEFAULT_NUM_REQUESTS, MAX_IN_FLIGHT
 from tuner.goodput import Slo
-from tuner.trace import Trace, limit_lengths, scale_lengths, scale_rate
+from tuner.trace import Trace, first_requests, limit_lengths, scale_lengths, scale_rate
 from tuner.trace_files import TraceFormat, read_trace
 from tuner.workload import PromptKind, RequestSpec, Workload, requests, trace_requests
 from wire.errors import ConfigError
@@ -28,7 +28,7 @@ class BenchSettings:
     limits: Limits
     concurrency: int
     rate: float | None  # requests per second; None: a trace's own, else a closed loop
-    arrival: Arrival
+    arrival: Arrival | None  # with a rate; None: the trace's own times, faster or slower
     warmup: int
     json_path: Path | None = None
     html_path: Path | None = None
@@ -36,6 +36,7 @@ class BenchSettings:
     slo: Slo | None = None
     trace: Trace | None = field(default=None, repr=False)
     sweep: tuple[float, ...] = ()  # rates to run one after the other
+    notes: tuple[str, ...] = ()  # for the user, before anything is sent
 
     @property
     def is_open_loop(self) -> bool:
@@ -43,8 +44,14 @@ class BenchSettings:
 
     @property
     def _keeps_times(self) -> bool:
-        """Whether requests are sent when the trace says."""
-        return self.trace is not None and self.trace.timed and self.rate is None
+        """Whether requests are sent when the trace says, or at its pace."""
+        if self.trace is None or not self.trace.timed:
+            return False
+        return self.rate is None or self.arrival is None
+
+    def at_rate(self, rate: float, edition: int) -> BenchSettings:
+        """One run of a sweep: the same lengths, prompts that no earlier run has sent."""
+        return replace(self, rate=rate, workload=replace(self.workload, edition=edition))
 
     def specs(self) -> Iterator[RequestSpec]:
         """What to send, in order; endless without a trace."""
@@ -56,14 +63,16 @@ class BenchSettings:
         """When to send it, in seconds from the start."""
         if self._keeps_times:
             assert self.trace is not None
-            return (request.at for request in self.trace.requests)
+            slower = 1.0 if self.rate is None else self.trace.rate / self.rate
+            return (request.at * slower for request in self.trace.requests)
         assert self.rate is not None
+        assert self.arrival is not None
         return arrival_offsets(self.rate, self.arrival, self.workload.seed, self.shape)
 
     def as_json(self) -> dict[str, Any]:
         """All settings but the secret ones (headers carry keys)."""
         settings = asdict(replace(self, trace=None))
-        for name in ("json_path", "html_path", "trace", "sweep"):
+        for name in ("json_path", "html_path", "trace", "sweep", "notes"):
             del settings[name]
         del settings["target"]["headers"]
         for name in ("input_len", "output_len", "token_ids"):
@@ -79,8 +88,10 @@ def settings_from(args: argparse.Namespace) -> BenchSettings:
     Raises:
         ConfigError: they contradict each other.
     """
-    trace = None if args.trace is None else _trace(args)
-    is_closed = args.rate is None and not args.sweep and (trace is None or not trace.timed)
+    trace, notes = (None, []) if args.trace is None else _trace(args)
+    _refuse_what_would_be_ignored(args, trace)
+    has_rate = args.rate is not None or bool(args.sweep)
+    is_closed = not has_rate and (trace is None or not trace.timed)
     default_concurrency = DEFAULT_CONCURRENCY if is_closed else MAX_IN_FLIGHT
     return BenchSettings(
         target=_target(args),
@@ -88,7 +99,7 @@ def settings_from(args: argparse.Namespace) -> BenchSettings:
         limits=_limits(args),
         concurrency=args.concurrency or default_concurrency,
         rate=args.rate,
-        arrival=Arrival(args.arrival),
+        arrival=_arrival(args, trace),
         warmup=args.warmup,
         json_path=args.json,
         html_path=args.html,
@@ -96,7 +107,46 @@ def settings_from(args: argparse.Namespace) -> BenchSettings:
         slo=_slo(args),
         trace=trace,
         sweep=_sweep(args),
+        notes=tuple(notes),
     )
+
+
+def _arrival(args: argparse.Namespace, trace: Trace | None) -> Arrival | None:
+    """A trace whose requests all came at once has no times that could be brought to a rate."""
+    if args.arrival is not None:
+        return Arrival(args.arrival)
+    has_times = trace is not None and trace.timed and trace.rate > 0
+    return None if has_times else Arrival.FIXED
+
+
+# Which arrivals read a flag of the shape.
+_READ_BY = {
+    "burstiness": (Arrival.GAMMA,),
+    "period": (Arrival.ONOFF, Arrival.DIURNAL),
+    "on_share": (Arrival.ONOFF,),
+    "swing": (Arrival.DIURNAL,),
+}
+
+
+def _refuse_what_would_be_ignored(args: argparse.Namespace, trace: Trace | None) -> None:
+    """Raise ConfigError for a flag that would change nothing here."""
+    has_rate = args.rate is not None or bool(args.sweep)
+    if trace is None:
+        for name in ("trace_format", "rate_scale", "length_scale", "max_model_len"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"{_flag(name)} is about a --trace; there is none")
+    elif args.rate_scale is not None and (has_rate or not trace.timed):
+        why = "give either it or a rate" if has_rate else f"{trace.name} tells no times; use --rate"
+        raise ConfigError(f"--rate-scale: {why}")
+    if args.arrival is not None and not has_rate:
+        raise ConfigError("--arrival needs --rate or --sweep")
+    for name, readers in _READ_BY.items():
+        if getattr(args, name) is not None and args.arrival not in readers:
+            raise ConfigError(f"{_flag(name)} is read only with --arrival {' or '.join(readers)}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -131,8 +181,14 @@ def _workload(args: argparse.Namespace) -> Workload:
 
 
 def _shape(args: argparse.Namespace) -> ArrivalShape:
+    given = {
+        "burstiness": args.burstiness,
+        "period_s": args.period,
+        "on_share": args.on_share,
+        "swing": args.swing,
+    }
     try:
-        return ArrivalShape(args.burstiness, args.period, args.on_share, args.swing)
+        return replace(PLAIN_SHAPE, **{name: v for name, v in given.items() if v is not None})
     except ValueError as error:
         raise ConfigError(f"--arrival: {error}") from error
 
@@ -149,16 +205,22 @@ def _sweep(args: argparse.Namespace) -> tuple[float, ...]:
     return tuple(sorted(set(args.sweep)))
 
 
-def _trace(args: argparse.Namespace) -> Trace:
-    """The recorded load as it is to be sent. Raises ConfigError."""
+def _trace(args: argparse.Namespace) -> tuple[Trace, list[str]]:
+    """The recorded load as it is to be sent, and what of it will not be. Raises ConfigError."""
     form = None if args.trace_format is None else TraceFormat(args.trace_format)
-    trace = scale_lengths(read_trace(args.trace, form), args.length_scale)
-    trace = scale_rate(trace, args.rate_scale)
+    trace = read_trace(args.trace, form)
+    notes = [trace.skipped_text()] if trace.num_skipped else []
+    trace = scale_rate(scale_lengths(trace, args.length_scale or 1.0), args.rate_scale or 1.0)
     if args.max_model_len is not None:
-        trace, _ = limit_lengths(trace, args.max_model_len)
+        trace, num_long = limit_lengths(trace, args.max_model_len)
+        if num_long:
+            notes.append(f"{trace.name}: {num_long} requests exceed --max-model-len, left out")
     if not trace.requests:
         raise ConfigError(f"no request of {args.trace} fits in --max-model-len")
-    return trace
+    number = args.num_requests or 0
+    if number > len(trace.requests):
+        notes.append(f"{trace.name}: only {len(trace.requests)} requests, not --num-requests")
+    return (first_requests(trace, number) if number else trace), notes
 
 
 def _limits(args: argparse.Namespace) -> Limits:

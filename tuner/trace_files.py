@@ -27,6 +27,7 @@ from wire.errors import ConfigError
 MOONCAKE_BLOCK = 512
 MAX_SKIPPED_SHOWN = 20
 MAX_LEN = 1 << 24
+UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error)
 
 Line = tuple[int, str]
 Parse = Callable[[str], TracedRequest]
@@ -51,7 +52,8 @@ def read_trace(path: Path, form: TraceFormat | None = None) -> Trace:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(): text in JSON may hold what Unicode, but not JSON, takes for a line's end.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path} is empty")
     form = form or detect(path.name, lines[0][1])
@@ -84,7 +86,7 @@ def _collect(name: str, form: TraceFormat, lines: list[Line]) -> Trace:
     for number, line in rest:
         try:
             requests.append(parse(line))
-        except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        except UNREADABLE as error:
             num_skipped += 1
             if len(skipped) < MAX_SKIPPED_SHOWN:
                 skipped.append(SkippedLine(number, _reason(error)))
@@ -96,6 +98,8 @@ def _collect(name: str, form: TraceFormat, lines: list[Line]) -> Trace:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
     return f"no {error}" if isinstance(error, KeyError) else str(error)[:120]
 
 
@@ -115,7 +119,10 @@ def _parser(name: str, form: TraceFormat, lines: list[Line]) -> tuple[Parse, Ite
     read = _azure if form is TraceFormat.AZURE else _burstgpt
 
     def parse(line: str) -> TracedRequest:
-        return read(dict(zip(header, next(csv.reader([line])), strict=True)))
+        row = next(csv.reader([line]))
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} columns, not {len(header)}")
+        return read(dict(zip(header, row, strict=True)))
 
     return parse, rest
 

@@ -37,19 +37,20 @@ async def _watch(session: aiohttp.ClientSession, url: str, clock: Clock, seen: l
         told = await _ask(session, url)
         if told is None:
             return
-        nodes = [_node(node) for node in told["nodes"]]
-        seen.append({"at_s": round(clock() - begin, 3), "waiting": told["waiting"], "nodes": nodes})
+        seen.append({"at_s": round(clock() - begin, 3), **told})
         await asyncio.sleep(INTERVAL_S)
 
 
 async def _ask(session: aiohttp.ClientSession, url: str) -> Json | None:
-    """What the router says; None if this is no server that does."""
+    """What the router says of its nodes; None if this is no server that does."""
     try:
         async with session.get(f"{url}/debug/fleet") as answer:
-            told = await answer.json() if answer.status == 200 else None
-    except (aiohttp.ClientError, TimeoutError, ValueError):
+            if answer.status != 200:
+                return None
+            told = await answer.json()
+        return {"waiting": told["waiting"], "nodes": [_node(node) for node in told["nodes"]]}
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
         return None
-    return told if isinstance(told, dict) and {"nodes", "waiting"} <= told.keys() else None
 
 
 def _node(node: Json) -> Json:

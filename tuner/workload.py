@@ -1,6 +1,8 @@
 """What is asked: random prompts of given lengths, or of a trace's.
 
 All of it is a function of the seed, so two runs with the same settings send the same requests.
+Several runs on one server want the same lengths in other words: else each would find the prompts of
+the one before in the server's prefix cache. That is an edition; text from a file has only one.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Workload:
     prompt_kind: PromptKind = PromptKind.TOKENS
     token_ids: Span = Span(10, 1000)  # almost every vocabulary has plain text tokens here
     seed: int = 0
+    edition: int = 0  # another one asks for the same lengths in other words
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,16 @@ def requests(workload: Workload) -> Iterator[RequestSpec]:
     for index in count():
         rng = random.Random(f"{workload.seed}/{index}")
         length = workload.input_len.draw(rng)
-        yield RequestSpec(index, _prompt(workload, length, rng), workload.output_len.draw(rng))
+        prompt, output_len = _prompt(workload, length, rng), workload.output_len.draw(rng)
+        if workload.edition:
+            prompt = _prompt(workload, length, _rng_of(workload, index))
+        yield RequestSpec(index, prompt, output_len)
+
+
+def _rng_of(workload: Workload, what: object) -> random.Random:
+    """Randomness for `what`, of the workload's seed and edition."""
+    edition = f"/edition-{workload.edition}" if workload.edition else ""
+    return random.Random(f"{workload.seed}/{what}{edition}")
 
 
 def _prompt(workload: Workload, length: int, rng: random.Random) -> Prompt:
@@ -110,9 +122,11 @@ def trace_requests(trace: Trace, workload: Workload) -> Iterator[RequestSpec]:
     Blocks of equal id get equal tokens, so prompts share exactly the prefixes that they shared.
     """
     for index, traced in enumerate(trace.requests):
-        rng = random.Random(f"{workload.seed}/{index}")
-        prompt = _traced_prompt(traced, trace.block_len, workload, rng)
-        yield RequestSpec(index, prompt, traced.output_len or workload.output_len.draw(rng))
+        prompt = _traced_prompt(traced, trace.block_len, workload, _rng_of(workload, index))
+        output_len = traced.output_len or workload.output_len.draw(
+            random.Random(f"{workload.seed}/{index}/output")
+        )
+        yield RequestSpec(index, prompt, output_len)
 
 
 def _traced_prompt(
@@ -120,19 +134,15 @@ def _traced_prompt(
 ) -> Prompt:
     if traced.text is not None:
         return traced.text
-    kind, token_ids, seed = workload.prompt_kind, workload.token_ids, workload.seed
     shared: list[int | str] = []
     for block_id in traced.block_ids:
-        shared += _block(kind, token_ids, block_len, seed, block_id)
+        shared += _block(workload, block_len, block_id)
     own_len = max(0, traced.input_len - len(shared))
     pieces = [*shared[: traced.input_len], *_pieces(workload, own_len, rng)]
-    return _join(kind, pieces)
+    return _join(workload.prompt_kind, pieces)
 
 
 @lru_cache(maxsize=4096)  # a popular prefix is made once
-def _block(
-    kind: PromptKind, token_ids: Span, length: int, seed: int, block_id: int
-) -> tuple[int | str, ...]:
+def _block(workload: Workload, length: int, block_id: int) -> tuple[int | str, ...]:
     """What the block of this id holds."""
-    made = Workload(Span(1, 1), Span(1, 1), kind, token_ids, seed)
-    return tuple(_pieces(made, length, random.Random(f"{seed}/block/{block_id}")))
+    return tuple(_pieces(workload, length, _rng_of(workload, f"block/{block_id}")))

@@ -53,6 +53,8 @@ class FakeServer:
             await asyncio.sleep(30)
         if self.fault == "busy":
             return web.json_response({"error": {"message": "busy"}}, status=503)
+        if self.fault == "whole":
+            return web.json_response({"choices": [{"text": "x", "finish_reason": "stop"}]})
         headers = {"Content-Type": "text/event-stream", "Server-Timing": self.phases}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)

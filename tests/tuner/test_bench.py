@@ -71,6 +71,19 @@ def test_failures_are_counted_and_nothing_completed_is_exit_1(
     assert f"3 x {kind}" in out
 
 
+def test_a_server_that_does_not_stream_is_told_so(server: FakeServer, capsys: Any) -> None:
+    server.fault = "whole"
+    assert bench(server.url, "--num-requests", "2") == 1
+    assert "2 x bad_stream: the answer is one JSON object" in capsys.readouterr().out
+
+
+def test_requests_that_wait_for_a_place_are_told(server: FakeServer, capsys: Any) -> None:
+    server.pause_s = 0.1
+    load = ("--rate", "500", "--num-requests", "3", "--concurrency", "1", "--output-len", "1")
+    assert bench(server.url, *load) == 0
+    assert "its limit of 1 in flight, was too slow" in capsys.readouterr().out
+
+
 def test_unknown_model_is_one_line(server: FakeServer, capsys: Any) -> None:
     assert bench(server.url, "--model", "third") == 1
     lines = capsys.readouterr().err.splitlines()

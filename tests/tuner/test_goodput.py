@@ -38,6 +38,12 @@ def test_one_token_has_no_tpot_to_miss() -> None:
     assert attainment([single], SLO).good == 1
 
 
+def test_an_answer_without_a_visible_token_is_judged_by_its_end() -> None:
+    early, late = (RequestRecord(0, 0.0, 0.0, end, (), 5, 1) for end in (0.9, 1.1))
+    assert attainment([early], SLO).good == 1
+    assert attainment([late], SLO).good == 0
+
+
 def test_nothing_is_not_good() -> None:
     assert attainment([], SLO) == Attainment(0, 0, 0, 0)
 

@@ -51,16 +51,23 @@ def test_usage_event_without_choices_and_null_usage_are_accepted() -> None:
     assert reader.output_tokens == 3
 
 
+def test_usage_that_is_no_count_stays_unknown() -> None:
+    odd = event(choices=None, usage={"prompt_tokens": "many", "completion_tokens": None})
+    reader = read(text("a"), odd, text("b", "stop"), DONE)
+    assert (reader.prompt_tokens, reader.output_tokens) == (0, 2)
+
+
 def test_chat_role_is_not_output_but_reasoning_and_tool_calls_are() -> None:
     reader = read(
         delta(role="assistant", content=""),
         delta(reasoning_content="hm"),
+        delta(reasoning="hm"),
         delta(content="a"),
         delta(tool_calls=[{"index": 0}]),
         delta("stop"),
         DONE,
     )
-    assert reader.chunk_times == [1, 2, 3]
+    assert reader.chunk_times == [1, 2, 3, 4]
 
 
 def test_events_in_one_piece_share_its_time() -> None:
@@ -77,6 +84,7 @@ def test_events_in_one_piece_share_its_time() -> None:
         ((DONE,), "truncated"),
         ((b"data: {nope\n\n",), "bad_stream"),
         ((b"data: 3\n\n",), "bad_stream"),
+        ((b'data: {"choices": 5}\n\n',), "bad_stream"),
         ((b"data: \xff\n\n",), "bad_stream"),
     ],
 )

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from tuner.record import RequestRecord
 from tuner.report import (
+    Report,
     build_report,
+    is_late,
+    late_line,
     latency_table,
     overview_lines,
     percentile,
@@ -85,6 +88,17 @@ def test_table_and_overview() -> None:
     overview = rendered(latency=False, records=RECORDS)
     assert "2 of 5 completed (40.0%)" in overview
     assert "2 x http_503: no capacity" in overview
+
+
+def test_lateness_is_told_where_it_spoils_the_figures() -> None:
+    def late_by(seconds: float, ttft: float) -> Report:
+        return build_report([RequestRecord(0, 0.0, seconds, 9.0, (seconds + ttft,))])
+
+    assert not is_late(late_by(0.01, 0.001))
+    assert not is_late(late_by(0.1, 2.0))
+    assert is_late(late_by(0.1, 0.5))
+    assert "sent 100 ms (p50)" in late_line(late_by(0.1, 0.5), 8)
+    assert "limit of 8" in late_line(late_by(0.1, 0.5), 8)
 
 
 def rendered(*, latency: bool, records: list[RequestRecord]) -> str:

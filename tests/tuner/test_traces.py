@@ -41,6 +41,7 @@ BAD = {
     TraceFormat.MOONCAKE: [
         "{",
         "[]",
+        "[" * 100_000,
         '{"timestamp": 1, "input_length": 5}',
         '{"timestamp": 1, "input_length": 0, "output_length": 1, "hash_ids": []}',
         '{"timestamp": 1, "input_length": 5, "output_length": true, "hash_ids": []}',
@@ -102,6 +103,26 @@ def test_text_lines_are_prompts(tmp_path: Path) -> None:
         ("three", 1, 0),
     ]
     assert not trace.timed
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_line_ends_and_byte_order_marks(name: str, tmp_path: Path) -> None:
+    form = TraceFormat.AZURE if name.endswith("csv") else TraceFormat.PROMPTS
+    odd = '{"prompt": "one\u2028two\x85three"}'  # JSON does not escape them
+    last = GOOD[form] if form is TraceFormat.AZURE else odd
+    lines = [*HEADER.get(form, "").splitlines(), GOOD[form], "broken", "", last]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    trace = read_trace(tmp_path / name)
+    assert len(trace.requests) == 2
+    assert [line.number for line in trace.skipped] == [3 if form is TraceFormat.AZURE else 2]
+
+
+def test_times_of_the_clock_with_zones_and_without(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    times = ["2024-05-10 00:00:00.0099301", "2024-05-10 02:00:01.009930+02:00"]
+    rows = "".join(f"{time},5,5\n" for time in times)
+    path.write_text(HEADER[TraceFormat.AZURE] + rows)
+    assert [r.at for r in read_trace(path).requests] == [0.0, pytest.approx(1.0)]
 
 
 def test_the_order_is_that_of_time(tmp_path: Path) -> None:

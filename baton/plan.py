@@ -30,9 +30,10 @@ from wire.errors import ConfigError
 SCHEMA = "baton.plan/1"
 EXAMPLES = """example:
   baton profile ./my-model -o profile.json --threads 1
-  baton plan --profile profile.json --nodes 4 --ttft 500 --tpot 50 --input-len 64:512 --output-len 32:128
-  baton plan --profile profile.json --nodes 8 --ttft 500 --tpot 50 --trace azure.csv --length-scale 0.1 \\
-      --tokens-per-step 64 --tokens-per-step 512 --html plan.html
+  baton plan --profile profile.json --nodes 4 --ttft 500 --tpot 50 \\
+      --input-len 64:512 --output-len 32:128
+  baton plan --profile profile.json --nodes 8 --ttft 500 --tpot 50 --trace azure.csv \\
+      --length-scale 0.1 --tokens-per-step 64 --tokens-per-step 512 --html plan.html
 """
 
 

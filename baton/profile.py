@@ -60,10 +60,19 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 256, 1024, 4096)
 REPEATS = 5
 TRANSFER_BLOCKS = (1, 4, 16, 64)
+EXAMPLES = """example, the second with what a fleet adds to its engines' steps:
+  baton profile ./my-model -o profile.json --threads 1
+
+  baton serve ./my-model --prefill 1 --decode 1 --threads 1 --handoff always
+  baton profile ./my-model -o profile.json --threads 1 --fleet http://127.0.0.1:8000
+
+`baton plan` reads the file. Run it on a machine that does nothing else.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `baton profile`."""
+    parser.epilog = EXAMPLES
     add = parser.add_argument
     add("model", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder (the bundled model)")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")

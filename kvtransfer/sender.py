@@ -1,25 +1,22 @@
-"""The prefill node's end of the handoff: seals, sends and commits.
+"""The prefill node's end of the handoff: begins it, has its units sent, asks for the commit.
 
-Runs in the event loop. Units are sealed when they are computed, while the request still holds their
-blocks; from then on an io reference keeps each block from being reused until its send is over. The
-memory may take its time to digest and to read them (`block_memory`): the commit waits for that.
+Runs in the event loop. Units are sealed when they are computed (`unit_pump`), and the commit waits
+until all of them are.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 
-from kvtransfer.block_memory import BlockMemory, DeviceBytes, HeldUnit
+from kvtransfer.block_memory import BlockMemory
 from kvtransfer.choice import TransportChoice
 from kvtransfer.digest import UnitSealer
-from kvtransfer.handoff import OPEN, Handoff, HandoffState, ReadyUnit
+from kvtransfer.handoff import OPEN, Handoff, HandoffState
 from kvtransfer.outgoing import Outgoing, own_units
-from kvtransfer.relay import place_of
-from kvtransfer.transport import DeviceUnitSender, TransferStats, UnitSender
+from kvtransfer.transport import TransferStats, UnitSender
+from kvtransfer.unit_pump import UnitPump
 from kvtransfer.units import bounds
 from telemetry.causes import known_cause
 from wire.errors import ConfigError, TransferError, WireError
@@ -30,15 +27,12 @@ from wire.handoff_messages import (
     LeaseEnded,
     ReleaseLease,
     RenewLeases,
-    UnitHeader,
     UnitsReceived,
 )
 from wire.logprobs import Logprobs
 from wire.messages import Message
 from wire.request_messages import Grant
 from wire.types import AttemptId, BlockHandle, NodeId, TransportAddress
-
-NOTHING: Mapping[int, memoryview] = MappingProxyType({})
 
 
 class KVSender:
@@ -50,8 +44,7 @@ class KVSender:
             address is none, and is then asked again later.
         on_ended: called once per handoff, in the loop, when it is DONE or ABORTED.
         window_bytes: unacknowledged bytes per handoff.
-        max_sending_bytes: that transports have at one time, of all handoffs; 0: no limit. Payloads
-            that are copies need memory that long.
+        max_sending_bytes: see UnitPump.
     """
 
     def __init__(
@@ -68,17 +61,23 @@ class KVSender:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
-        self._transports = transports
         self._send = send
         self._on_ended = on_ended
         self._fingerprint = model_fingerprint
         self._stats = stats
         self._window_bytes = window_bytes
-        self._max_sending_bytes = max_sending_bytes
-        self._sending_bytes = 0
-        self._held_back = False  # something could be sent but for the limit
         self._clock = clock
         self._choice = TransportChoice(transports, stats, clock=clock)
+        self._pump = UnitPump(
+            memory,
+            transports,
+            stats,
+            on_sealed=self._ask_first_commit,
+            on_unsent=self._not_sent,
+            on_room=self._pump_all,
+            max_sending_bytes=max_sending_bytes,
+            clock=clock,
+        )
         self._outgoing: dict[AttemptId, Outgoing] = {}
 
     def __len__(self) -> int:
@@ -126,7 +125,7 @@ class KVSender:
             ),
             address,
             layout,
-            isinstance(self._transports[address.transport], DeviceUnitSender),
+            self._pump.reads_devices(address.transport),
         )
 
     @property
@@ -153,68 +152,7 @@ class KVSender:
         if num_layers is None:
             out.meter.pass_over(self._clock())
             num_layers = self._memory.layout.num_layers
-        # A stale source belongs to a preempted run; the block comes again when recomputed.
-        ready = out.ready_units(blocks, num_layers)
-        if units := [ReadyUnit(*both) for both in ready if self._begin_io(both[1])]:
-            self._seal(out, units)
-
-    def _seal(self, out: Outgoing, units: Sequence[ReadyUnit]) -> None:
-        """Have the units digested, and read in one go where they can leave at once."""
-        out.sealing.update(ready.unit.index for ready in units)
-        waiting = dict(enumerate(units))
-        try:
-            self._memory.read(
-                [_held(ready) for ready in units],
-                out.dtype,
-                partial(self._sealed, out, waiting),
-                seed=out.sealer.seed,
-                payload=self._memory.in_place or self._can_leave(out, units),
-            )
-        except Exception:
-            while waiting:
-                self._end_io(waiting.popitem()[1].sources)
-            raise
-
-    def _sealed(
-        self,
-        out: Outgoing,
-        waiting: dict[int, ReadyUnit],
-        number: int,
-        payload: memoryview | None,
-        content: bytes,
-    ) -> None:
-        ready = waiting.pop(number, None)
-        if ready is None:
-            return  # others of its batch could not be read
-        out.sealing.discard(ready.unit.index)
-        if out.handoff.ended:
-            self._end_io(ready.sources)
-            return
-        index = ready.unit.index
-        out.handoff.offer(index, ready.sources, out.sealer.seal(ready.unit, content))
-        self._pump(out, {} if payload is None else {index: payload})
-        self._ask_first_commit(out)
-
-    def _can_leave(self, out: Outgoing, units: Sequence[ReadyUnit]) -> bool:
-        """Whether window and memory have room for the bytes of all of them now."""
-        if all(self._on_device(out, ready) is not None for ready in units):
-            return False  # their bytes are not needed
-        num_bytes = sum(out.handoff.unit_bytes(ready.unit) for ready in units)
-        limit = self._max_sending_bytes
-        fits = not limit or self._sending_bytes + num_bytes <= limit
-        return fits and out.handoff.has_room(num_bytes)
-
-    def _begin_io(self, sources: Sequence[BlockHandle]) -> bool:
-        """Keep all of them from being reused; False, and none is kept, if one was already."""
-        for number, handle in enumerate(sources):
-            if not self._memory.begin_io(handle):
-                self._end_io(sources[:number])
-                return False
-        return True
-
-    def _end_io(self, sources: Iterable[BlockHandle]) -> None:
-        for handle in sources:
-            self._memory.end_io(handle)
+        self._pump.seal(out, out.ready_units(blocks, num_layers))
 
     def first_token(
         self, id: AttemptId, output_tokens: Sequence[int], logprobs: Logprobs | None = None
@@ -232,7 +170,7 @@ class KVSender:
             return
         outputs, out.outputs = out.outputs, None
         out.handoff.finish(*outputs)
-        self._pump(out)
+        self._pump.pump(out)
         self._ask_commit(out.handoff)
 
     def fail(self, id: AttemptId, cause: str) -> None:
@@ -295,7 +233,7 @@ class KVSender:
     def _advance(self, out: Outgoing, message: UnitsReceived | Committed | LeaseEnded) -> None:
         if isinstance(message, UnitsReceived):
             out.handoff.acknowledged(message.num_bytes)
-            self._pump(out)
+            self._pump.pump(out)
         elif isinstance(message, Committed):
             out.handoff.committed()
             if out.handoff.ended:
@@ -317,94 +255,13 @@ class KVSender:
 
     # ------------------------------------------------------------ inside
 
-    def _pump(self, out: Outgoing, made: Mapping[int, memoryview] = NOTHING) -> None:
-        """Send what the window admits; payloads that exist already are in `made`."""
-        unread: list[tuple[UnitHeader, ReadyUnit]] = []
-        while not self._is_full() and (sendable := out.handoff.next_send()) is not None:
-            self._sending_bytes += sendable[0].num_bytes
-            payload = self._on_device(out, sendable[1]) or made.get(sendable[0].unit)
-            if payload is None:
-                unread.append(sendable)
-            else:
-                self._send_unit(out, *sendable, payload)
-        if unread:
-            self._read(out, unread)
+    def _pump_all(self) -> None:
+        for out in list(self._outgoing.values()):
+            self._pump.pump(out)
 
-    def _read(self, out: Outgoing, units: Sequence[tuple[UnitHeader, ReadyUnit]]) -> None:
-        waiting = dict(enumerate(units))
-        held = [_held(ready) for _, ready in units]
-        try:
-            self._memory.read(held, out.dtype, partial(self._was_read, out, waiting))
-        except Exception:
-            while waiting:
-                header, ready = waiting.popitem()[1]
-                self._over(ready.sources, header.num_bytes)
-            raise
-
-    def _was_read(
-        self,
-        out: Outgoing,
-        waiting: dict[int, tuple[UnitHeader, ReadyUnit]],
-        number: int,
-        payload: memoryview | None,
-        content: bytes,
-    ) -> None:
-        header, ready = waiting.pop(number, (None, None))
-        if header is None or ready is None:
-            return  # others of its batch could not be read
-        assert payload is not None
-        if out.handoff.ended:
-            self._over(ready.sources, header.num_bytes)
-        else:
-            self._send_unit(out, header, ready, payload)
-
-    def _on_device(self, out: Outgoing, ready: ReadyUnit) -> DeviceBytes | None:
-        """Where the unit lies as it travels, if its transport reads it there."""
-        part = place_of(ready.unit, out.layout, out.dtype) if out.from_device else None
-        if part is None:
-            return None
-        return self._memory.device_bytes(ready.sources[0].block_id, part)
-
-    def _send_unit(
-        self,
-        out: Outgoing,
-        header: UnitHeader,
-        ready: ReadyUnit,
-        payload: memoryview | DeviceBytes,
-    ) -> None:
-        transport = self._transports[out.address.transport]
-        to = (out.address.url, out.handoff.grant.decode)
-        sent = partial(self._sent, ready.sources, payload)
-        try:
-            if isinstance(payload, memoryview):
-                transport.send(*to, header, payload, sent)
-            else:
-                assert isinstance(transport, DeviceUnitSender)
-                transport.send_from_device(*to, header, payload, sent)
-        except TransferError as error:
-            self._over(ready.sources, header.num_bytes)
-            self._choice.failed(out.address, error)
-            self.fail(out.handoff.id, error.cause)
-        else:
-            self._stats.bytes_sent += header.num_bytes
-            out.meter.sent(header.num_bytes, out.address.transport, self._clock())
-
-    def _is_full(self) -> bool:
-        limit = self._max_sending_bytes
-        self._held_back |= bool(limit) and self._sending_bytes >= limit
-        return bool(limit) and self._sending_bytes >= limit
-
-    def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview | DeviceBytes) -> None:
-        """A transport does not read `payload` any more; until now it was held for it."""
-        self._over(sources, payload.nbytes)
-        if self._held_back:
-            self._held_back = False
-            for out in list(self._outgoing.values()):
-                self._pump(out)
-
-    def _over(self, sources: tuple[BlockHandle, ...], num_bytes: int) -> None:
-        self._end_io(sources)
-        self._sending_bytes -= num_bytes
+    def _not_sent(self, out: Outgoing, error: TransferError) -> None:
+        self._choice.failed(out.address, error)
+        self.fail(out.handoff.id, error.cause)
 
     def _ask_commit(self, handoff: Handoff) -> None:
         commit = handoff.next_commit(self._clock())
@@ -412,8 +269,7 @@ class KVSender:
             self._try_send(handoff.grant, commit)
 
     def _end(self, out: Outgoing, cause: str) -> None:
-        for unsent in out.handoff.abort(cause):
-            self._end_io(unsent.sources)
+        self._pump.drop(out.handoff.abort(cause))
         self._finish(out)
 
     def _finish(self, out: Outgoing) -> None:
@@ -431,7 +287,3 @@ class KVSender:
             self._send(grant, message)
         except (WireError, ConfigError):
             self._stats.messages_unsent += 1  # asked again by `tick`
-
-
-def _held(ready: ReadyUnit) -> HeldUnit:
-    return HeldUnit(ready.unit, tuple(handle.block_id for handle in ready.sources))

@@ -165,8 +165,8 @@ def test_a_send_that_fails_ends_one_handoff_and_moves_the_next() -> None:
     async def body() -> None:
         rig = Rig()
         working = rig.address
-        senders = {"fast": Scripted(), **rig.sender._transports}
-        rig.sender._transports = senders
+        senders = {"fast": Scripted(), **rig.sender._pump._transports}
+        rig.sender._pump._transports = senders
         rig.sender._choice = TransportChoice(senders, rig.sent, clock=lambda: rig.now)
         rig.address = TransportAddress("fast", "fast://decode")
         first = rig.reserve(9)

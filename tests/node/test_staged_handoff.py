@@ -67,11 +67,11 @@ def test_no_more_leaves_at_one_time_than_there_is_memory_for() -> None:
     async def scenario() -> None:
         async with staged(transport="shm", staging_blocks=4, when_over=at_once) as p:
             p.start(p.grant(tokens=LONG), tokens=LONG)
-            sender = p.prefill.role._sender
+            pump = p.prefill.role._sender._pump
             for _ in range(4):
                 p.prefill.work()
-                assert 0 <= sender._sending_bytes <= 2 * LAYOUT.block_bytes
-            assert sender._held_back
+                assert 0 <= pump._sending_bytes <= 2 * LAYOUT.block_bytes
+            assert pump._held_back
             assert await p.finish() == expected(LONG)
 
     asyncio.run(scenario())

@@ -62,10 +62,10 @@ class NodeStats:
         """Steps of both kinds at once do not tell which part took the time."""
         if not shape.decode_batch and shape.prefill_tokens:
             tokens, squares = shape.prefill_tokens, shape.prefill_squares
-            self.prefill_steps = _plus(self.prefill_steps, tokens, squares, seconds)
+            self.prefill_steps = self.prefill_steps.plus(tokens, squares, seconds)
         elif shape.decode_batch and not shape.prefill_tokens:
             context, batch = shape.decode_context, shape.decode_batch
-            self.decode_steps = _plus(self.decode_steps, context, batch, seconds)
+            self.decode_steps = self.decode_steps.plus(context, batch, seconds)
 
     def _count_drafts(self, counts: DraftCounts) -> None:
         self.draft_s += counts.draft_s
@@ -83,9 +83,3 @@ class NodeStats:
         """A prompt was looked up in the prefix cache."""
         self.prefix_queries += num_tokens
         self.prefix_hits += num_found
-
-
-def _plus(sums: StepSums, tokens: int, weight: int, seconds: float) -> StepSums:
-    return StepSums(
-        sums.steps + 1, sums.tokens + tokens, sums.weight + weight, sums.seconds + seconds
-    )

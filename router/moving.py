@@ -5,6 +5,8 @@ Mixed nodes are left alone: they serve either work as it comes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from router.fleet import Fleet
 from router.fleet_node import Node
 from tuner.observed import Standing
@@ -24,11 +26,13 @@ def standing(fleet: Fleet, num_waiting: int) -> Standing:
     )
 
 
-def to_move(fleet: Fleet, grow: Role, count: int) -> list[Node]:
-    """So many nodes of the other role, those that have least to do."""
+def to_move(
+    fleet: Fleet, grow: Role, count: int, resting: Collection[str] = frozenset()
+) -> list[Node]:
+    """So many nodes of the other role, those that have least to do, and none called `resting`."""
     donor = Role.DECODE if grow is Role.PREFILL else Role.PREFILL
     nodes = [node for node in fleet if node.info.role is donor and node.serves]
-    return sorted(nodes, key=_work)[:count]
+    return [node for node in sorted(nodes, key=_work) if node.id.name not in resting][:count]
 
 
 def _queued(node: Node) -> int:

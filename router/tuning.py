@@ -24,7 +24,7 @@ from router.role_switch import SwitchImpossible
 from tuner.goodput import Slo
 from tuner.live import LiveModel
 from tuner.observed import Observed
-from tuner.online import Decision, Limits, Observation, State, decide
+from tuner.online import Costs, Decision, Limits, Observation, State, decide
 from tuner.profile import Profile
 from wire.types import Role
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 PATIENT = Limits()
 INTERVAL_S = 1.0
 WINDOW_S = 30.0
+REST_S = 60.0  # a node that could not change its role is asked no sooner again
 _REMEMBERED = 50  # decisions that moved a node, or would have
 
 
@@ -70,7 +71,7 @@ class FleetTuner:
         self._last: Decision | None = None
         self._seen: Observation | None = None
         self._state = State()
-        self._live = LiveModel(profile.latency)
+        self._live = LiveModel(profile.overheads.applied(profile.latency))
         self._profile, self._slo, self._limits = profile, slo, limits
         self._control, self._metrics, self._clock = control, metrics, clock
         self._dry_run, self._num_workers = dry_run, num_workers
@@ -111,14 +112,19 @@ class FleetTuner:
             answers_per_s=seen.answers_per_s * self._num_workers,
             num_requests=seen.num_requests * self._num_workers,
         )
-        model = self._live.model(now)
-        decision, self._state = decide(self._seen, self._state, now, model, self._slo, self._limits)
+        costs = Costs.of(self._live.model(now), self._profile.overheads)
+        decision, self._state = decide(self._seen, self._state, now, costs, self._slo, self._limits)
         self._last = decision
         self._metrics.tuned(decision)
         if decision.grow:
-            role = Role(decision.grow)
-            for node in to_move(self._control.fleet, role, decision.count):
+            role, resting = Role(decision.grow), self._resting(now)
+            for node in to_move(self._control.fleet, role, decision.count, resting):
                 self._move(node.id.name, role, decision.reason, now)
+
+    def _resting(self, now: float) -> set[str]:
+        """Nodes that have failed to move lately: another one may be able to."""
+        ended = [s for s in self._control.switches.all() if s.state is SwitchState.FAILED]
+        return {s.node.name for s in ended if s.ended is not None and now - s.ended < REST_S}
 
     def _profile_fits(self) -> bool:
         """Whether the fleet serves the model that was profiled; if not, that is said once."""

@@ -1,72 +1,89 @@
-"""Keeps a latency model true to the machines that serve: one factor per formula. Pure.
+"""Keeps a latency model true to the machines that serve: a factor per coefficient. Pure.
 
 A node counts its steps of either kind: how many, the variables of the formula summed up, and the
 seconds that they took. The formulas are linear, so what they say of all steps between two counts is
-what they say of the sums; measured over predicted is how much slower the node is than the profile.
+what they say of the sums.
 
-    factor = weighted median of the last such ratios, and of the profile's own word for 1
+    Σ seconds · (measured - Σ factor · what that coefficient says)² / measured²   is to be least,
+    and NEAR · Σ (factor - 1)², in the same measure, with it
 
-A median, as some ratios are of a node that was just disturbed; a factor, as live load is too
-much alike to tell coefficients apart. It is forgotten after a while, and stays within bounds: who
-is four times as slow as its profile has another profile's.
+The second term leaves alone what the load does not tell: while few requests decode, a profile that
+is wrong is corrected in its constant, which is most of such a step, and what a further request
+costs stays as it was profiled until there are more. One factor for all of a formula was wrong by
+what its constant had been. As errors are relative to what was measured, steps that somebody
+disturbed count little. It is forgotten after a while, and stays within bounds: who is four times as
+slow as its profile has another profile's.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tuner.latency import LatencyModel, predict
+import numpy as np
+
+from tuner.latency import LatencyModel, Vector
 from wire.types import StepSums
 
-MEMORY = 256  # ratios, and
+MEMORY = 256  # samples, and
 MEMORY_S = 120.0  # none older than that
 PROFILE_S = 2.0  # so many seconds of steps must say otherwise before the profile is doubted
-LEAST_S = 0.005  # of steps make a ratio
+LEAST_S = 0.005  # of steps make a sample
+NEAR = 0.03  # seconds of steps that weigh as much as the profile's own word
 BOUND = 4.0
+SWEEPS = 20
 MAX_NODES = 4096
+
+Coefficients = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class _Ratio:
+class _Sample:
     at: float
-    ratio: float
-    weight_s: float
+    seconds: float
+    parts: Coefficients  # of those seconds, by coefficient of the profile
 
 
 @dataclass(slots=True)
 class _Formula:
     """One of a profile's formulas, and what was seen of it lately."""
 
-    coefficients: tuple[float, float, float]
-    ratios: deque[_Ratio] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    coefficients: Coefficients
+    samples: deque[_Sample] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
-    def take(self, variables: tuple[float, float, float], seconds: float, now: float) -> None:
-        predicted = predict(self.coefficients, variables)
-        if predicted > 0 and seconds >= LEAST_S:
-            self.ratios.append(_Ratio(now, seconds / predicted, predicted))
+    def take(self, variables: Coefficients, seconds: float, now: float) -> None:
+        a, b, c = (k * x for k, x in zip(self.coefficients, variables, strict=True))
+        if a + b + c > 0 and LEAST_S <= seconds < float("inf"):
+            self.samples.append(_Sample(now, seconds, (a, b, c)))
 
-    def factor(self, now: float) -> float:
-        while self.ratios and self.ratios[0].at < now - MEMORY_S:
-            self.ratios.popleft()
-        seen = [(one.ratio, one.weight_s) for one in self.ratios]
-        return min(max(weighted_median([*seen, (1.0, PROFILE_S)]), 1 / BOUND), BOUND)
+    def now(self, now: float) -> tuple[Coefficients, float]:
+        """The coefficients, and how many times as long steps take as the profile says."""
+        while self.samples and self.samples[0].at < now - MEMORY_S:
+            self.samples.popleft()
+        parts = np.array([one.parts for one in self.samples]).reshape(-1, 3)
+        if parts.sum() < PROFILE_S:
+            return self.coefficients, 1.0
+        seconds = np.array([one.seconds for one in self.samples])
+        factors = nearest(parts / seconds[:, None], parts.sum(axis=1))
+        a, b, c = (float(f * k) for f, k in zip(factors, self.coefficients, strict=True))
+        return (a, b, c), float((parts @ factors).sum() / parts.sum())
 
 
-def weighted_median(values: Iterable[tuple[float, float]]) -> float:
-    """The value below which half of the weight lies; there must be one."""
-    ordered = sorted(values)
-    half, below = sum(weight for _, weight in ordered) / 2, 0.0
-    for value, weight in ordered:
-        below += weight
-        if below >= half:
-            return value
-    return ordered[-1][0]
+def nearest(shares: Vector, weights: Vector) -> Vector:
+    """Factors within bounds, near 1, that bring each row's sum to 1."""
+    near = NEAR * float(weights @ shares.sum(axis=1) ** 2 / weights.sum())
+    square = (shares * weights[:, None]).T @ shares + near * np.eye(3)
+    right = shares.T @ weights + near
+    factors: Vector = np.clip(np.linalg.solve(square, right), 1 / BOUND, BOUND)
+    for _ in range(SWEEPS):  # where a bound holds one of them, the others make up for it
+        for i in range(3):
+            others = square[i] @ factors - square[i, i] * factors[i]
+            factors[i] = min(max((right[i] - others) / square[i, i], 1 / BOUND), BOUND)
+    return factors
 
 
 class LiveModel:
-    """A profile's model with factors that follow its nodes."""
+    """A profile's model with coefficients that follow its nodes."""
 
     def __init__(self, profile: LatencyModel) -> None:
         self._profile = profile
@@ -87,14 +104,12 @@ class LiveModel:
 
     def factors(self, now: float) -> dict[str, float]:
         """By formula; above 1 the nodes are slower than the profile says."""
-        return {"prefill": self._prefill.factor(now), "decode": self._decode.factor(now)}
+        return {"prefill": self._prefill.now(now)[1], "decode": self._decode.now(now)[1]}
 
     def model(self, now: float) -> LatencyModel:
         """The formulas as the nodes keep them now."""
-        prefill, decode = self._prefill.factor(now), self._decode.factor(now)
-        a, b, c = (prefill * value for value in self._profile.prefill)
-        d, e, f = (decode * value for value in self._profile.decode)
-        return LatencyModel((a, b, c), (d, e, f), self._profile.transfer)
+        prefill, decode = self._prefill.now(now)[0], self._decode.now(now)[0]
+        return LatencyModel(prefill, decode, self._profile.transfer)
 
 
 def _take(formula: _Formula, before: StepSums, after: StepSums, now: float) -> None:

@@ -12,6 +12,10 @@ The work is what was observed lately; what it needs follows from the latency mod
               of the time per token, and a node then makes B / limit tokens per second. If more
               requests decode than that, nodes are needed for as many.
 
+What a request takes outside of the engines, no split can change: it comes off the limits first. Of
+the time to the first token that is what happens before a node hears of the request, of the time per
+token the handoff, shared by the tokens after the first.
+
 The split is looked for that has the least of the greater of both pressures, and as many nodes move
 at once as it takes. They move if that lowers the greater pressure by more than a margin, for long
 enough, and not too soon after the last move. Both times shrink with what is to be gained, if a
@@ -21,16 +25,18 @@ limit is not kept as it is; and they grow while the wish goes to and fro. Pure: 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import exp
+from math import exp, isfinite
 from typing import NamedTuple
 
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel, StepWork
+from tuner.overheads import Overheads
 
 TAIL = 3.0  # so many mean waits must fit: about the 95th percentile of an exponential one
 IMPOSSIBLE = 1e6  # nodes: no number of them would do
 RECOVER_S = 10.0  # in which a queue should be worked off
 MAX_RESTLESS = 2.0  # more turns of the wish make it no more patient
+LEAST_SHARE = 0.5  # of a limit that stays for steps: what a probe was disturbed by stops no tuner
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +125,53 @@ class Decision:
     count: int = 0
 
 
-def pressure(seen: Observation, model: LatencyModel, slo: Slo) -> Pressure:
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What work takes: steps by the formulas, and each request besides, wherever it is served."""
+
+    model: LatencyModel
+    front_s: float = 0.0  # before a node hears of it
+    handoff_s: float = 0.0  # from the first token to the first step on the decode node
+
+    @classmethod
+    def of(cls, model: LatencyModel, overheads: Overheads) -> Costs:
+        """`model` as it is in the fleet: what steps take in excess is in it already."""
+        return cls(model, overheads.front_s, overheads.handoff_s)
+
+    def left_of(self, slo: Slo, output_tokens: float) -> Slo:
+        """The limits without what no step takes."""
+        per_token = self.handoff_s / max(1.0, output_tokens - 1)
+        return Slo(
+            max(slo.ttft_s - self.front_s, LEAST_SHARE * slo.ttft_s),
+            max(slo.tpot_s - per_token, LEAST_SHARE * slo.tpot_s),
+        )
+
+
+def pressure(seen: Observation, costs: Costs, slo: Slo) -> Pressure:
     """Nodes that the observed work needs, per node that is there."""
+    left = costs.left_of(slo, seen.output_tokens)
     return Pressure(
-        _prefill_nodes(seen, model, slo.ttft_s) / max(1, seen.num_prefill),
-        _decode_nodes(seen, model, slo.tpot_s) / max(1, seen.num_decode),
+        _prefill_nodes(seen, costs.model, left.ttft_s) / _have(seen.num_prefill),
+        _decode_nodes(seen, costs.model, left.tpot_s) / _have(seen.num_decode),
     )
+
+
+def _have(num_nodes: int) -> float:
+    """A role that has lost its last node presses as if half a one were left."""
+    return num_nodes or 0.5
 
 
 def _prefill_nodes(seen: Observation, model: LatencyModel, ttft_s: float) -> float:
     a, b, c = model.prefill
     service_s = a + b * seen.prompt_tokens + c * seen.prompt_squares
+    if service_s <= 0:  # all of it comes from the cache, or a profile says that it takes no time
+        return 0.0
     waits = (ttft_s - service_s) / (TAIL * service_s / 2)  # u / (1 - u) may be so much
     if waits <= 0:
         return IMPOSSIBLE
     busy = seen.requests_per_s * service_s
     queued_s = service_s * seen.queued_tokens / max(1.0, seen.prompt_tokens)
-    return max(busy * (1 + waits) / waits, busy + queued_s / RECOVER_S)
+    return max(busy * (1 + 1 / waits), busy + queued_s / RECOVER_S)
 
 
 def _decode_nodes(seen: Observation, model: LatencyModel, tpot_s: float) -> float:
@@ -145,19 +181,20 @@ def _decode_nodes(seen: Observation, model: LatencyModel, tpot_s: float) -> floa
     if tpot_s <= empty_s + request_s:
         return IMPOSSIBLE
     most = (tpot_s - empty_s) / request_s if request_s > 0 else float("inf")  # per node
-    decoding = seen.answers_per_s * seen.output_tokens * tpot_s  # if each takes its limit
-    return max(decoding, float(seen.num_decoding)) / most
+    tokens_per_s = seen.answers_per_s * seen.output_tokens
+    busy = tokens_per_s * request_s / (1 - empty_s / tpot_s)  # each in a step that takes the limit
+    return max(busy, seen.num_decoding / most)
 
 
 def decide(
-    seen: Observation, state: State, now: float, model: LatencyModel, slo: Slo, limits: Limits
+    seen: Observation, state: State, now: float, costs: Costs, slo: Slo, limits: Limits
 ) -> tuple[Decision, State]:
     """Whether to move nodes now, and why (not); the state for the next time."""
     if seen.num_requests < limits.min_requests:
         reason = f"{seen.num_requests} requests lately are too few to judge by"
         return Decision("", reason), state.wanting("", now, limits.pause_s)
-    at_present = pressure(seen, model, slo)
-    better, after, reason = _better_split(seen, at_present, model, slo, limits)
+    at_present = pressure(seen, costs, slo)
+    better, after, reason = _better_split(seen, at_present, limits)
     state = state.wanting(better.grow, now, limits.pause_s)
     if not better.grow:
         return Decision("", reason, at_present), state
@@ -180,10 +217,12 @@ _STAY = _Move("", 0)
 
 
 def _better_split(
-    seen: Observation, at_present: Pressure, model: LatencyModel, slo: Slo, limits: Limits
+    seen: Observation, at_present: Pressure, limits: Limits
 ) -> tuple[_Move, Pressure, str]:
     """What to move, the pressure after that, and the sentence that says why."""
     num_nodes = seen.num_prefill + seen.num_decode
+    if not isfinite(at_present.worst):
+        return _STAY, at_present, f"that makes no sense: {at_present}"
     if at_present.worst * num_nodes >= IMPOSSIBLE:
         return _STAY, at_present, "a limit is below what a request alone takes: no split keeps it"
     if at_present.worst < limits.calm:
@@ -209,8 +248,8 @@ def _fewest(
     for count in range(1, donors):
         prefill, decode = seen.num_prefill + sign * count, seen.num_decode - sign * count
         after = Pressure(
-            at_present.prefill * seen.num_prefill / prefill,
-            at_present.decode * seen.num_decode / decode,
+            at_present.prefill * _have(seen.num_prefill) / prefill,
+            at_present.decode * _have(seen.num_decode) / decode,
         )
         if after.worst < limits.calm:
             return count, after

@@ -186,6 +186,12 @@ class StepSums:
     weight: U64 = 0  # of prefills Σ(end² - start²); of decodes Σ requests
     seconds: Seconds = 0.0
 
+    def plus(self, tokens: int, weight: int, seconds: float, steps: int = 1) -> StepSums:
+        """With further steps."""
+        return StepSums(
+            self.steps + steps, self.tokens + tokens, self.weight + weight, self.seconds + seconds
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class NodeLoad:

@@ -131,7 +131,7 @@ class FleetRun:
             waiting = self._admission
             return SimulatedTuner(
                 tuning,
-                setup.step_model,
+                setup.costs,
                 self._fleet,
                 clock,
                 self.mover,

@@ -12,19 +12,19 @@ what has passed inside the scheduler:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.simulation.clock import VirtualClock
 from baton.simulation.machine import SharedMachine
 from baton.simulation.setup import Setup
 from engine.block_pool import BlockPool
-from engine.plan import RequestProgress, StepPlan
+from engine.plan import RequestProgress, StepPlan, StepShape
 from engine.prefix_cache import CacheChanges, PrefixCache
 from engine.request import Request
 from engine.reservations import Reservation
 from engine.scheduler import Scheduler
 from tuner.latency import StepWork
-from wire.types import NodeId, NodeLoad
+from wire.types import NodeId, NodeLoad, StepSums
 
 FINGERPRINT = "simulated"
 OnProgress = Callable[[RequestProgress], None]
@@ -59,6 +59,8 @@ class SimulatedEngine:
         self.busy_s = 0.0
         self.num_steps = 0
         self.step_began = 0.0
+        self._sums_up = setup.tuning is not None  # nobody else looks at them
+        self._prefill_steps = self._decode_steps = StepSums()
         self._machine = machine
         self._overheads = setup.overheads
         self._model = setup.step_model
@@ -106,7 +108,10 @@ class SimulatedEngine:
 
     def load(self) -> NodeLoad:
         self._catch_up()
-        return self._scheduler.load(self.num_steps)
+        load = self._scheduler.load(self.num_steps)
+        if not self._sums_up:
+            return load
+        return replace(load, prefill_steps=self._prefill_steps, decode_steps=self._decode_steps)
 
     def take_cache_events(self) -> CacheChanges:
         return self._cache.take_events()
@@ -176,7 +181,10 @@ class SimulatedEngine:
     def _step_over(self, plan: StepPlan) -> None:
         if self._stopped:
             return
-        self.busy_s += self._clock.now - self.step_began
+        seconds = self._clock.now - self.step_began
+        self.busy_s += seconds
+        if self._sums_up:
+            self._sum_up(plan.shape, seconds)
         tokens = [item.request.tokens[-1] for item in plan.scheduled if item.samples]
         self.num_steps += 1
         progress = self._scheduler.commit(plan, tokens)
@@ -186,6 +194,15 @@ class SimulatedEngine:
         self._stepping = False
         if not self._stopped:
             self._begin()
+
+    def _sum_up(self, work: StepShape, seconds: float) -> None:
+        """As `node.stats` does: steps of both kinds at once do not tell what took the time."""
+        if not work.decode_batch:
+            sums = self._prefill_steps
+            self._prefill_steps = sums.plus(work.prefill_tokens, work.prefill_squares, seconds)
+        elif not work.prefill_tokens:
+            sums = self._decode_steps
+            self._decode_steps = sums.plus(work.decode_context, work.decode_batch, seconds)
 
     # ------------------------------------------------------------ runs
 
@@ -217,7 +234,13 @@ class SimulatedEngine:
     def _skip_to(self, num_done: int) -> None:
         run = self._run
         assert run is not None
-        self.busy_s += self._end_of(num_done) - self._end_of(run.num_done)
-        self.num_steps += num_done - run.num_done
-        self._scheduler.skip_plain_steps(num_done - run.num_done)
+        seconds = self._end_of(num_done) - self._end_of(run.num_done)
+        steps = num_done - run.num_done
+        self.busy_s += seconds
+        self.num_steps += steps
+        if self._sums_up:
+            grown = steps * (run.num_done + num_done - 1) // 2  # by a token per request and step
+            context = run.context * steps + run.batch * grown
+            self._decode_steps = self._decode_steps.plus(context, run.batch * steps, seconds, steps)
+        self._scheduler.skip_plain_steps(steps)
         run.num_done = num_done

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from router.pace import Pace
 from router.way import Mode, Rules
 from tuner.latency import LatencyModel, StepWork
+from tuner.online import Costs
 from tuner.overheads import NO_OVERHEADS, Overheads
 from tuner.trace import Trace
 from wire.geometry import geometry_for
@@ -78,6 +79,11 @@ class Setup:
     def step_model(self) -> LatencyModel:
         """What a node's steps take while no other computes on its machine."""
         return self.overheads.applied(self.model)
+
+    @property
+    def costs(self) -> Costs:
+        """What the tuner goes by, if it is told the truth."""
+        return Costs.of(self.step_model, self.overheads)
 
     def pace(self, trace: Trace) -> Pace:
         """What the router's choice of a way goes by: it has seen requests like these before."""

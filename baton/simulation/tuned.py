@@ -8,16 +8,16 @@ beforehand and moves at once: what he reaches is what any tuner could.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from baton.simulation.clock import VirtualClock
 from router.fleet import Fleet
 from router.moving import standing, to_move
 from tuner.goodput import Slo
-from tuner.latency import LatencyModel
+from tuner.live import LiveModel
 from tuner.observed import Observed
-from tuner.online import Limits, Pressure, State, decide
+from tuner.online import Costs, Limits, Pressure, State, decide
 from wire.types import NodeId, Role
 
 
@@ -30,6 +30,7 @@ class Tuning:
     window_s: float = 30.0
     interval_s: float = 1.0
     switch_s: float = 0.1
+    believed: Costs | None = None  # what its profile says, if that is not the truth
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class SimulatedTuner:
     def __init__(
         self,
         tuning: Tuning,
-        model: LatencyModel,
+        costs: Costs,
         fleet: Fleet,
         clock: VirtualClock,
         mover: Mover,
@@ -105,7 +106,8 @@ class SimulatedTuner:
     ) -> None:
         self.looks: list[tuple[float, Pressure]] = []
         self._tuning = tuning
-        self._model = model
+        self._costs = tuning.believed or costs
+        self._live = LiveModel(self._costs.model)
         self._fleet = fleet
         self._clock = clock
         self._mover = mover
@@ -125,10 +127,11 @@ class SimulatedTuner:
         self._clock.after(tuning.interval_s, self._look)
         if self._mover.num_moving:
             return
+        for node in self._fleet:
+            self._live.report(str(node.id), node.load.prefill_steps, node.load.decode_steps, now)
+        costs = replace(self._costs, model=self._live.model(now))
         seen = self._observed.look(now, standing(self._fleet, self._num_waiting()))
-        decision, self._state = decide(
-            seen, self._state, now, self._model, tuning.slo, tuning.limits
-        )
+        decision, self._state = decide(seen, self._state, now, costs, tuning.slo, tuning.limits)
         if decision.pressure is not None:
             self.looks.append((now, decision.pressure))
         if decision.grow:

@@ -16,8 +16,7 @@ from baton.simulation.simulate import Simulated, simulate
 from baton.simulation.tuned import Known, Tuning
 from benchmarks.planning.real import drawn, merged, unloaded
 from tuner.goodput import Slo, attainment
-from tuner.latency import LatencyModel
-from tuner.online import Observation, pressure
+from tuner.online import Costs, Observation, pressure
 from tuner.record import RequestRecord
 from tuner.trace import Trace, scale_rate
 from tuner.workload import Span
@@ -106,7 +105,7 @@ def changing(
     slo = Slo(max(one.ttft_s for one in limits), max(one.tpot_s for one in limits))
     phases = []
     for number, (kind, split) in enumerate(zip(kinds, MADE_FOR, strict=True)):
-        carried = carried_rate(kind, split, setup.step_model, slo)
+        carried = carried_rate(kind, split, setup.costs, slo)
         tell(f"phase {number + 1}: {split} carries {carried:.3g} requests per second")
         phases.append(_phase(number, LOAD * carried, phase_s))
     return Changing(setup, merged("phases", phases), slo, phase_s)
@@ -129,7 +128,7 @@ def tuned_beside_static(
     return Tuned(worst, overall, tuned.overall / known.overall if known.overall else 1.0)
 
 
-def carried_rate(kind: Trace, split: Split, model: LatencyModel, slo: Slo) -> float:
+def carried_rate(kind: Trace, split: Split, costs: Costs, slo: Slo) -> float:
     """Requests of this kind per second at which the split's pressure is 1."""
     prompts = [request.input_len for request in kind.requests]
     outputs = mean(request.output_len for request in kind.requests)
@@ -144,7 +143,7 @@ def carried_rate(kind: Trace, split: Split, model: LatencyModel, slo: Slo) -> fl
         num_prefill=split.prefill,
         num_decode=split.decode,
     )
-    return 1 / pressure(one_per_s, model, slo).worst
+    return 1 / pressure(one_per_s, costs, slo).worst
 
 
 def _phase(number: int, rate: float, phase_s: float) -> Trace:

@@ -13,15 +13,20 @@ from tuner.latency import LatencyModel
 from tuner.observed import Observed, Standing
 from tuner.online import (
     IMPOSSIBLE,
+    LEAST_SHARE,
     RECOVER_S,
+    Costs,
     Limits,
     Observation,
+    Pressure,
     State,
     decide,
     pressure,
 )
+from tuner.overheads import Overheads
 
 MODEL = LatencyModel(prefill=(0.005, 1e-3, 1e-7), decode=(0.02, 2e-6, 5e-4), transfer=(0.001, 1e-9))
+COSTS = Costs(MODEL)
 SLO = Slo(ttft_s=1.0, tpot_s=0.05)
 LIMITS = Limits(hold_s=10, pause_s=30)
 LOAD = Observation(
@@ -41,34 +46,64 @@ def test_pressure_by_hand() -> None:
     service = 0.005 + 0.4 + 0.016
     waits = (1.0 - service) / (1.5 * service)
     batch = (0.05 - 0.02) / (450 * 2e-6 + 5e-4)
-    found = pressure(LOAD, MODEL, SLO)
+    found = pressure(LOAD, COSTS, SLO)
     assert found.prefill == pytest.approx(10 * service * (1 + waits) / waits / 3)
     assert found.decode == pytest.approx(10 * 100 / (batch / 0.05) / 3)
 
 
 def test_more_nodes_of_a_role_press_less() -> None:
-    more = pressure(replace(LOAD, num_prefill=6), MODEL, SLO)
-    assert more.prefill == pytest.approx(pressure(LOAD, MODEL, SLO).prefill / 2)
-    assert more.decode == pressure(LOAD, MODEL, SLO).decode
+    more = pressure(replace(LOAD, num_prefill=6), COSTS, SLO)
+    assert more.prefill == pytest.approx(pressure(LOAD, COSTS, SLO).prefill / 2)
+    assert more.decode == pressure(LOAD, COSTS, SLO).decode
 
 
 @pytest.mark.parametrize("slo", [Slo(0.3, 0.05), Slo(1.0, 0.02)])
 def test_a_limit_below_an_empty_fleets_time_cannot_be_kept(slo: Slo) -> None:
-    assert pressure(LOAD, MODEL, slo).worst >= IMPOSSIBLE / 3
+    assert pressure(LOAD, COSTS, slo).worst >= IMPOSSIBLE / 3
+
+
+def test_what_no_step_takes_comes_off_the_limits() -> None:
+    """A limit that is 0.3 s tighter, or a tenth of a second that 100 tokens share."""
+    slow_front, slow_handoff = replace(COSTS, front_s=0.3), replace(COSTS, handoff_s=0.99)
+    tighter = pressure(LOAD, COSTS, Slo(0.7, 0.04))
+    plain = pressure(LOAD, COSTS, SLO)
+    assert pressure(LOAD, slow_front, SLO) == Pressure(tighter.prefill, plain.decode)
+    assert pressure(LOAD, slow_handoff, SLO).prefill == plain.prefill
+    assert pressure(LOAD, slow_handoff, SLO).decode == pytest.approx(tighter.decode)
+    assert tighter.prefill > 1.1 * plain.prefill
+    assert tighter.decode > 1.1 * plain.decode
+
+
+def test_a_fleets_own_overheads_are_what_counts() -> None:
+    overheads = Overheads(front_s=0.3, handoff_s=0.1, step_s=0.002)
+    assert Costs.of(MODEL, overheads) == Costs(MODEL, 0.3, 0.1)
+
+
+def test_a_handoff_of_a_single_token_is_shared_by_nobody() -> None:
+    for tokens in (0.0, 1.0, 1.5, 2.0):
+        assert replace(COSTS, handoff_s=0.02).left_of(SLO, tokens).tpot_s == pytest.approx(0.03)
+
+
+def test_overheads_that_cannot_be_leave_half_of_a_limit() -> None:
+    """A probe that something disturbed is no reason to do nothing."""
+    spoilt = replace(COSTS, front_s=30.0, handoff_s=30.0)
+    half = Slo(LEAST_SHARE * SLO.ttft_s, LEAST_SHARE * SLO.tpot_s)
+    assert spoilt.left_of(SLO, 100) == half
+    assert moved(run([PROMPTS] * 20, costs=spoilt))
 
 
 def at_rate(load: Observation, rate: float) -> Observation:
     return replace(load, requests_per_s=rate, answers_per_s=rate)
 
 
-def run(loads: list[Observation], every_s: float = 1.0, limits: Limits = LIMITS) -> list[int]:
+def run(loads: list[Observation], every_s: float = 1.0, costs: Costs = COSTS) -> list[int]:
     """How many nodes go to prefill at each look; they are there at all later ones."""
     state, moves, prefill = State(), [], 0
     for index, load in enumerate(loads):
         seen = replace(
             load, num_prefill=load.num_prefill + prefill, num_decode=load.num_decode - prefill
         )
-        decision, state = decide(seen, state, index * every_s, MODEL, SLO, limits)
+        decision, state = decide(seen, state, index * every_s, costs, SLO, LIMITS)
         moves.append({"prefill": 1, "decode": -1, "": 0}[decision.grow] * decision.count)
         prefill += moves[-1]
     return moves
@@ -93,7 +128,7 @@ NEAR = at_rate(PROMPTS, 3.2)  # nearly beyond what three nodes do
 
 def test_while_limits_are_kept_nothing_is_urgent() -> None:
     """Whatever a move would gain."""
-    assert 0.85 < pressure(NEAR, MODEL, SLO).worst < 1
+    assert 0.85 < pressure(NEAR, COSTS, SLO).worst < 1
     assert moved(run([NEAR] * 30)) == [(10, 1)]
 
 
@@ -113,18 +148,18 @@ def test_a_ramp_moves_nodes_one_way_only() -> None:
 def test_a_queue_is_reason_enough() -> None:
     """What came is little by now; what is left of it has to be worked off."""
     load = at_rate(PROMPTS, 2)
-    assert pressure(load, MODEL, SLO).worst < 0.85
+    assert pressure(load, COSTS, SLO).worst < 0.85
     behind = replace(load, queued_tokens=24_000)
     service = 0.005 + 0.4 + 0.016
     needed = 2 * service + 60 * service / RECOVER_S
-    assert pressure(behind, MODEL, SLO).prefill == pytest.approx(needed / 3)
+    assert pressure(behind, COSTS, SLO).prefill == pytest.approx(needed / 3)
     assert moved(run([behind] * 9 + [load] * 100))[0][1] > 0
 
 
 def test_many_that_decode_are_reason_before_one_has_ended() -> None:
     begun = replace(at_rate(LOAD, 2), answers_per_s=0.1, num_decoding=150)
     batch = (0.05 - 0.02) / (450 * 2e-6 + 5e-4)
-    assert pressure(begun, MODEL, SLO).decode == pytest.approx(150 / batch / 3)
+    assert pressure(begun, COSTS, SLO).decode == pytest.approx(150 / batch / 3)
     assert moved(run([begun] * 5))[0][1] < 0
 
 
@@ -159,7 +194,7 @@ def test_a_steady_load_comes_to_rest(load: Observation) -> None:
 @pytest.mark.parametrize("nodes", [(1, 1), (3, 1)])
 def test_the_last_node_of_a_role_stays(nodes: tuple[int, int]) -> None:
     alone = replace(PROMPTS, num_prefill=nodes[0], num_decode=nodes[1])
-    decision, _ = decide(alone, WANTING_PREFILL, 0, MODEL, SLO, LIMITS)
+    decision, _ = decide(alone, WANTING_PREFILL, 0, COSTS, SLO, LIMITS)
     assert decision.grow == ""
     assert "last node" in decision.reason
 
@@ -168,7 +203,7 @@ def test_few_requests_and_little_pressure_move_nothing() -> None:
     few = replace(PROMPTS, num_requests=9)
     calm = at_rate(PROMPTS, 0.1)
     for load, word in ((few, "too few"), (calm, "there is room")):
-        decision, state = decide(load, WANTING_PREFILL, 0, MODEL, SLO, LIMITS)
+        decision, state = decide(load, WANTING_PREFILL, 0, COSTS, SLO, LIMITS)
         assert decision.grow == state.wanted == ""
         assert word in decision.reason
 
@@ -177,7 +212,7 @@ def test_few_requests_and_little_pressure_move_nothing() -> None:
     rate=st.floats(0.01, 1000),
     prompt=st.floats(1, 5000),
     output=st.floats(1, 3000),
-    nodes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    nodes=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     queued=st.integers(0, 10**6),
     decoding=st.integers(0, 10**4),
 )
@@ -186,14 +221,73 @@ def test_a_move_always_lowers_the_greater_pressure(
 ) -> None:
     means = (prompt, prompt**2, output, prompt + output / 2)
     load = Observation(rate, rate, *means, 99, *nodes, queued, decoding)
-    before = pressure(load, MODEL, SLO)
+    before = pressure(load, COSTS, SLO)
     for role in ("prefill", "decode"):
-        decision, _ = decide(load, State(role, -100), 0, MODEL, SLO, LIMITS)
+        decision, _ = decide(load, State(role, -100), 0, COSTS, SLO, LIMITS)
         if decision.grow:
             step = decision.count if decision.grow == "prefill" else -decision.count
             after = replace(load, num_prefill=nodes[0] + step, num_decode=nodes[1] - step)
             assert min(after.num_prefill, after.num_decode) >= 1
-            assert pressure(after, MODEL, SLO).worst < before.worst
+            assert pressure(after, COSTS, SLO).worst < before.worst
+
+
+# ---------------------------------------------------------------- what should never be
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"requests_per_s": float("nan")},
+        {"requests_per_s": float("inf")},
+        {"prompt_tokens": float("nan")},
+        {"output_tokens": float("nan")},
+        {"answers_per_s": float("nan"), "num_decoding": 0},
+    ],
+)
+def test_what_is_no_number_moves_nothing(wrong: dict[str, float]) -> None:
+    load = replace(PROMPTS, **wrong)  # type: ignore[arg-type]
+    for state in (WANTING_PREFILL, State("decode", -100)):
+        decision, _ = decide(load, state, 0, COSTS, SLO, LIMITS)
+        assert decision.grow == ""
+
+
+def test_limits_that_hold_nothing_back_and_work_that_takes_no_time() -> None:
+    loose = pressure(PROMPTS, COSTS, Slo(float("inf"), float("inf")))
+    assert loose.prefill == pytest.approx(10 * (0.005 + 0.4 + 0.016) / 3)
+    assert loose.decode == pytest.approx(10 * 10 * (450 * 2e-6 + 5e-4) / 3)
+    nothing = Costs(LatencyModel((0, 0, 0), (0, 0, 0), (0, 0)))
+    assert pressure(LOAD, nothing, SLO) == Pressure(0.0, 0.0)
+    decision, _ = decide(LOAD, WANTING_PREFILL, 0, nothing, SLO, LIMITS)
+    assert "there is room" in decision.reason
+    cached = replace(LOAD, prompt_tokens=0.0, prompt_squares=0.0)
+    assert pressure(cached, COSTS, SLO).prefill > 0  # a step each
+
+
+def test_an_empty_window_moves_nothing() -> None:
+    empty = Observed(window_s=10, began=0).look(100, Standing(3, 3))
+    assert empty.requests_per_s == empty.output_tokens == empty.context_tokens == 0
+    decision, state = decide(empty, WANTING_PREFILL, 100, COSTS, SLO, LIMITS)
+    assert (decision.grow, decision.pressure, state.wanted) == ("", None, "")
+    none_too_few = replace(LIMITS, min_requests=0)
+    decision, _ = decide(empty, WANTING_PREFILL, 100, COSTS, SLO, none_too_few)
+    assert decision.grow == ""
+
+
+@pytest.mark.parametrize(("lost", "nodes"), [("prefill", (0, 4)), ("decode", (4, 0))])
+def test_a_role_that_has_lost_its_last_node_gets_others(lost: str, nodes: tuple[int, int]) -> None:
+    load = replace(LOAD, num_prefill=nodes[0], num_decode=nodes[1])
+    decision, _ = decide(load, State(lost, -100), 0, COSTS, SLO, LIMITS)
+    assert decision.grow == lost
+    assert 1 <= decision.count < 4
+
+
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1), (1, 0)])
+def test_nobody_is_left_to_move(nodes: tuple[int, int]) -> None:
+    """All of them are just changing, or gone."""
+    load = replace(LOAD, num_prefill=nodes[0], num_decode=nodes[1])
+    for role in ("prefill", "decode"):
+        decision, _ = decide(load, State(role, -100), 0, COSTS, SLO, LIMITS)
+        assert decision.grow == ""
 
 
 # ---------------------------------------------------------------- what was seen

@@ -157,6 +157,7 @@ class UnitPump:
         assert payload is not None
         if out.handoff.ended:
             self._over(ready.sources, header.num_bytes)
+            self._use_room()
         else:
             self._send_unit(out, header, ready, payload)
 
@@ -186,6 +187,7 @@ class UnitPump:
         except TransferError as error:
             self._over(ready.sources, header.num_bytes)
             self._on_unsent(out, error)
+            self._use_room()
         else:
             self._stats.bytes_sent += header.num_bytes
             out.meter.sent(header.num_bytes, out.address.transport, self._clock())
@@ -198,6 +200,10 @@ class UnitPump:
     def _sent(self, sources: tuple[BlockHandle, ...], payload: memoryview | DeviceBytes) -> None:
         """A transport does not read `payload` any more; until now it was held for it."""
         self._over(sources, payload.nbytes)
+        self._use_room()
+
+    def _use_room(self) -> None:
+        """Let those go on that the limit had held back; perhaps no send is left to do it later."""
         if self._held_back:
             self._held_back = False
             self._on_room()

@@ -85,6 +85,7 @@ class Rig:
     make_pool: type[Pool] = Pool
     faults: Faults = no_faults
     window_bytes: int = 32 << 20
+    max_sending_bytes: int = 0
     now: float = 0.0
     loses: Callable[[Message], bool] = nothing_lost
     loss: BatonError = field(default_factory=lambda: WireError("the test lost it"))
@@ -120,6 +121,7 @@ class Rig:
             model_fingerprint="model",
             stats=self.sent,
             window_bytes=self.window_bytes,
+            max_sending_bytes=self.max_sending_bytes,
             clock=lambda: self.now,
         )
 

@@ -14,6 +14,7 @@ from tests.kvtransfer.rig import ID, LAYOUT, Job, Rig, quiet, run, until
 from tests.kvtransfer.slow_pool import SlowPool
 from wire.geometry import Geometry
 from wire.handoff_messages import Commit
+from wire.types import AttemptId
 
 TOKENS = 14  # three full blocks and a half full one
 
@@ -106,6 +107,28 @@ def test_a_handoff_that_ends_while_units_are_read_lets_go_of_their_blocks(reads_
         assert bool(source.quarantined) == bool(left)
         source.go_on()
         await finish(rig)
+        rig.check_balance()
+
+    run(body())
+
+
+def test_who_waits_for_memory_goes_on_when_another_handoff_ends_unsent() -> None:
+    """What it had claimed is free again without any send that would tell of it."""
+
+    async def body() -> None:
+        rig = Rig(make_pool=SlowPool, max_sending_bytes=2 * LAYOUT.block_bytes)
+        first, second = rig.reserve(TOKENS), rig.reserve(TOKENS, id=AttemptId("second", 1))
+        for job in (first, second):
+            rig.start(job)
+            rig.compute(job, range(4))
+            rig.sender.first_token(job.id, (7,))
+        source, _ = slow(rig)
+        source.go_on(2)  # the digests of both; two units of the first one are being read
+        assert source.waiting
+        assert not rig.sent.bytes_sent
+        rig.sender.abort(first.id, "revoked")
+        await finish(rig)
+        assert committed(rig, second)
         rig.check_balance()
 
     run(body())

@@ -349,7 +349,9 @@ class NodeShell:
         deadline = loop.time() + timeout_s
         while self._role.num_attempts and loop.time() < deadline and not self._exit_code:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)  # attempts end in many places; nobody waits for this
-        self._role.fail_all("drained", reason)
+        # Whoever has to end because of a fault may have it from a request: that one must not go on
+        # from node to node.
+        self._role.fail_all("internal" if self._exit_code else "drained", reason)
 
     def _next_life(self, role: RoleName) -> None:
         """Everything that bears this life's name ends; the routers meet another node."""

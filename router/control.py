@@ -231,7 +231,7 @@ class Control:
             self.switches.refused(node.id, message.reason, self._clock())
         elif isinstance(message, Goodbye):
             self.switches.left(node.id, self._clock())
-            self._leave(node.id, "left")
+            self._leave(node.id, "left", "drained")
         elif isinstance(message, Gone):
             self._leave(node.id, "does not know this router")
         else:
@@ -243,8 +243,9 @@ class Control:
             log.warning("node %s refused: %s", sender, registration.refusal)
             self._tell(sender, Unwelcome(registration.refusal))
             return
-        for lost in registration.lost:
-            self.requests.node_lost(lost, alive=lost == sender)
+        cause = "drained" if self.switches.going(sender.name) else "node_lost"
+        for lost in registration.lost:  # a switching node's goodbye may be overtaken
+            self.requests.node_lost(lost, lost == sender, cause)
         log.info("node %s registered for %s", sender, message.role.value)
         self.switches.registered(sender, message.role, self._clock())
         self._tell(sender, Welcome(self._heartbeat_s, self._control_ports))
@@ -252,10 +253,10 @@ class Control:
         self._fetch_tokenizer()
         self.requests.capacity_changed()
 
-    def _leave(self, node: NodeId, reason: str) -> None:
+    def _leave(self, node: NodeId, reason: str, cause: str = "node_lost") -> None:
         log.info("node %s %s", node, reason)
         self.fleet.remove(node)
-        self.requests.node_lost(node)
+        self.requests.node_lost(node, cause=cause)
         self.switches.died(node, self._clock())
 
     def _switch_over(self, switch: RoleSwitch) -> None:

@@ -251,15 +251,18 @@ class Dispatch:
             return self._attempt_over(message.cause, now, failed=sender if own else None)
         return self._fail(final_error(message))
 
-    def node_lost(self, node: NodeId, now: float, alive: bool = False) -> list[Effect]:
+    def node_lost(
+        self, node: NodeId, now: float, alive: bool = False, cause: str = "node_lost"
+    ) -> list[Effect]:
         """A node died, or (`alive`) has stalled or forgotten what it did.
 
-        Only work on it counts as a death that the request may have caused.
+        Only work on it counts as a death that the request may have caused; and not where the node
+        has left in order (`cause`), while what it was sent last was still on the way.
         """
         if not self._depends_on(node):
             return []
         self._last_word = f"node {node.name} was lost"
-        cause = "reserve_lost" if self.phase in ASKING else "node_lost"
+        cause = "reserve_lost" if self.phase in ASKING else cause
         return self._attempt_over(cause, now, unreachable=None if alive else node, failed=node)
 
     def cannot_send(self, node: NodeId, now: float) -> list[Effect]:

@@ -24,6 +24,7 @@ MAX_LOST_RESERVATIONS = 20
 # Nodes that drain were told to, by an operator or a tuner that moves them: a long stream may meet
 # many of them.
 MAX_DRAINED = 100
+MAX_REVOKED = 20  # a lease ends so with its draining node, or by the router's own word
 
 _LIMITS = {
     "node_lost": MAX_DEATHS,
@@ -32,8 +33,9 @@ _LIMITS = {
     "internal": MAX_INTERNAL_FAILURES,
     "reserve_lost": MAX_LOST_RESERVATIONS,
     "drained": MAX_DRAINED,
+    "revoked": MAX_REVOKED,
 }
-_NOT_ITS_FAULT = ("reserve_lost", "drained")  # not among the failures of any kind
+_NOT_ITS_FAULT = ("reserve_lost", "drained", "revoked")  # not among the failures of any kind
 
 
 class Failures:

@@ -202,11 +202,11 @@ class Requests:
         self._pace.handed_over(transfer.num_bytes, transfer.commit_wait_s)
         self._log.handoff_done(message)
 
-    def node_lost(self, node: NodeId, alive: bool = False) -> None:
-        """Move everything that this node held."""
+    def node_lost(self, node: NodeId, alive: bool = False, cause: str = "node_lost") -> None:
+        """Move everything that this node held; see Dispatch.node_lost."""
         now = self._clock()
         for choice in list(self._choices.values()):
-            self._perform(choice, choice.dispatch.node_lost(node, now, alive))
+            self._perform(choice, choice.dispatch.node_lost(node, now, alive, cause))
         self.pump()
 
     # ------------------------------------------------------------ time

@@ -110,7 +110,7 @@ class RoleSwitches:
         Asked twice, it is the same switch. Whatever runs on the node may finish for `drain_s`;
         the rest moves to other nodes.
         """
-        going = self._going(name)
+        going = self.going(name)
         if going is not None and going.new is role:
             return going
         node = self._movable(name, role)
@@ -128,7 +128,7 @@ class RoleSwitches:
 
     def _movable(self, name: str, role: Role) -> Node:
         node = next((node for node in self._fleet if node.id.name == name), None)
-        going = self._going(name)
+        going = self.going(name)
         if going is not None:
             raise SwitchImpossible(f"node {name!r} is just becoming a {going.new} node")
         if node is None:
@@ -174,7 +174,7 @@ class RoleSwitches:
 
     def registered(self, node: NodeId, role: Role, now: float) -> None:
         """A node is there. The same life may register once more, if its connection was lost."""
-        switch = self._going(node.name)
+        switch = self.going(node.name)
         if switch is None or (switch.node == node and role is switch.old):
             return
         if role is switch.new:
@@ -209,10 +209,11 @@ class RoleSwitches:
             self._fleet.resume(switch.node)  # it never began
         self._on_end(switch)
 
-    def _going(self, name: str) -> RoleSwitch | None:
+    def going(self, name: str) -> RoleSwitch | None:
+        """The switch of the node of that name that is not over yet."""
         switch = self._switches.get(name)
         return switch if switch is not None and switch.ended is None else None
 
     def _of(self, node: NodeId) -> RoleSwitch | None:
-        switch = self._going(node.name)
+        switch = self.going(node.name)
         return switch if switch is not None and switch.node == node else None

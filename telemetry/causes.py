@@ -21,7 +21,7 @@ CAUSES = {
     "refused": "the claim, unit or grant is not the sender's or does not fit",
     "layout": "the two nodes cannot exchange blocks",
     "gone": "the other process has ended or forgotten the attempt",
-    "drained": "the node shuts down and hands back what it has",
+    "drained": "the node shuts down or changes roles and hands back what it has",
     "capacity": "there are not enough free blocks",
     "too_long": "the request is more than the node can ever hold",
     "invalid": "the message asks for something that the model does not have",

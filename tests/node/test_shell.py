@@ -387,6 +387,19 @@ def test_it_does_not_wait_for_ever() -> None:
     run(scenario, drain_timeout_s=0.05)
 
 
+def test_a_node_that_must_end_does_not_say_that_it_was_told_to() -> None:
+    """A request that kills engines would be welcome on the next node, and the one after it."""
+
+    async def scenario(w: World) -> None:
+        await w.until_ready()
+        w.role.num_attempts = 1
+        w.shell._die("the engine fails at every step")
+        assert await w.end() == 1
+        assert w.role.calls == ["drain", "fail all: internal", "close"]
+
+    run(scenario)
+
+
 def test_a_router_that_comes_during_the_drain_hears_of_it() -> None:
     async def scenario(w: World) -> None:
         await w.until_ready()

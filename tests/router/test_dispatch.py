@@ -175,6 +175,19 @@ def test_a_dead_decode_node_is_replaced_and_the_text_goes_on() -> None:
     assert effects == [HandedOver(Pair(P1, D2)), Output((53,), None)]
 
 
+def test_nodes_that_leave_in_order_are_no_deaths() -> None:
+    """What was sent last may reach them too late; a stream that meets it often goes on."""
+    dispatch = decoding()
+    for _ in range(8):
+        assert dispatch.decode is not None
+        effects = dispatch.node_lost(dispatch.decode, 1, cause="drained")
+        assert isinstance(effects[0], AttemptEnded)
+        assert effects[0].cause == "drained"
+        decode, _ = one(effects, Reserve)
+        dispatch.granted(decode, Granted(dispatch.id, grant(decode)), 1)
+    assert dispatch.phase is Phase.PREFILLING
+
+
 def test_a_retry_prefers_the_numerics_of_the_last_author() -> None:
     nodes = Nodes()
     dispatch = decoding(nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.breaker import Pair
-from router.failures import MAX_DRAINED, MAX_FAILURES, MAX_LOST_RESERVATIONS, Failures
+from router.failures import MAX_DRAINED, MAX_FAILURES, MAX_LOST_RESERVATIONS, MAX_REVOKED, Failures
 from tests.router.scripted_nodes import D1, P1
 from wire.types import NodeId
 
@@ -24,6 +24,7 @@ def failed(cause: str, times: int) -> Failures:
         ("capacity", MAX_FAILURES),
         ("reserve_lost", MAX_LOST_RESERVATIONS),
         ("drained", MAX_DRAINED),
+        ("revoked", MAX_REVOKED),
     ],
 )
 def test_each_cause_has_its_limit(cause: str, limit: int) -> None:
@@ -32,7 +33,12 @@ def test_each_cause_has_its_limit(cause: str, limit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "limit"), [("reserve_lost", MAX_LOST_RESERVATIONS), ("drained", MAX_DRAINED)]
+    ("cause", "limit"),
+    [
+        ("reserve_lost", MAX_LOST_RESERVATIONS),
+        ("drained", MAX_DRAINED),
+        ("revoked", MAX_REVOKED),
+    ],
 )
 def test_what_the_fleet_does_adds_nothing_to_other_failures(cause: str, limit: int) -> None:
     """A stream that outlives many changes of role still has its own failures before it."""

@@ -238,6 +238,41 @@ def test_a_switch_over_http_moves_what_runs() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_what_reaches_a_leaving_node_too_late_is_no_death(overtaken: bool) -> None:
+    """Its goodbye, or the next life's registration, ends attempts of which it never heard."""
+
+    async def scenario() -> None:
+        async with router(endless, step_s=0.02) as harness:
+            other = await harness.add_pair(endless, step_s=0.02)
+            node = harness.pair.decode
+            await ask(harness, node=node.id.name, role="prefill", drain_s=0)
+            streams = [
+                asyncio.create_task(harness.complete(max_tokens=20, ignore_eos=True))
+                for _ in range(4)
+            ]
+            await eventually(lambda: bool(other.running))
+            control, asked = harness.server.control, []
+            node_lost = control.requests.node_lost
+
+            def listen(node: NodeId, alive: bool = False, cause: str = "node_lost") -> None:
+                asked.append(cause)
+                node_lost(node, alive, cause)
+
+            control.requests.node_lost = listen  # type: ignore[method-assign]
+            if not overtaken:
+                node.send(Goodbye())
+                await eventually(lambda: bool(asked))
+            successor = again_as(node, Role.PREFILL, harness)
+            await eventually(lambda: successor.registered)
+            assert asked[0] == "drained"
+            await node.close()
+            assert {answer.status for answer in await asyncio.gather(*streams)} == {200}
+            await successor.close()
+
+    asyncio.run(scenario())
+
+
 def test_what_the_route_refuses() -> None:
     async def scenario() -> None:
         async with router(endless) as harness:

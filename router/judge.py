@@ -1,17 +1,25 @@
-"""Chooses between the ways that the fleet has found, by rules and by the pace that is known."""
+"""Chooses between the ways that the fleet has found, by rules and by the pace that is known.
+
+Handoffs are known by handoffs alone. One that was slow once, because a connection was being made or
+a link was full, would keep all that follow in place, and nobody would learn that it was over: so
+of many in a row that are better served in place one is handed over all the same.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from typing import Protocol
 
 from router.pace import STREAM_S, Pace
 from router.placement import Handoff, InPlace, Place, Ways
 from router.policy import Candidate
-from router.way import NO_STREAMS, Over, Part, Rules, choose_way
+from router.way import NO_STREAMS, Over, Part, Reason, Rules, Verdict, choose_way
 from tuner.latency import StepWork
 from wire.types import Role
+
+
+TRIAL_EVERY = 100  # choices: a trial costs one of them at most what was predicted
 
 
 class KnowsPace(Protocol):
@@ -20,12 +28,18 @@ class KnowsPace(Protocol):
     @property
     def pace(self) -> Pace | None: ...
 
+    @property
+    def learns(self) -> bool:
+        """Whether it follows what is tried."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
     """A pace that does not change."""
 
     pace: Pace | None
+    learns: bool = False
 
 
 class Judge:
@@ -34,6 +48,7 @@ class Judge:
     def __init__(self, rules: Rules, known: KnowsPace) -> None:
         self.rules = rules
         self._known = known
+        self._num_kept = 0  # choices in a row that predictions kept in place
 
     @property
     def pace(self) -> Pace | None:
@@ -45,13 +60,24 @@ class Judge:
             return None
         over = None if ways.handoff is None else _over(*ways.handoff, num_tokens, ways.failing)
         here = None if ways.in_place is None else _part(ways.in_place, num_tokens)
-        verdict = choose_way(over, here, self.pace, self.rules)
+        verdict = self._tried(choose_way(over, here, self.pace, self.rules))
         if verdict.hand_over:
             assert ways.handoff is not None
             prefill, decode = ways.handoff
             return Handoff(prefill.id, decode.id, verdict)
         assert ways.in_place is not None
         return InPlace(ways.in_place.id, verdict)
+
+    def _tried(self, verdict: Verdict) -> Verdict:
+        """The verdict, or the other way if that has not been tried for long."""
+        if verdict.hand_over:
+            self._num_kept = 0
+        elif verdict.over_s is not None and self._known.learns:
+            self._num_kept += 1
+        if self._num_kept < TRIAL_EVERY:
+            return verdict
+        self._num_kept = 0
+        return replace(verdict, hand_over=True, reason=Reason.TRIAL)
 
     @property
     def stream_s(self) -> float:

@@ -3,19 +3,25 @@
 A planner has measured formulas (`tuner.latency`). A router learns them from what its requests tell
 on their way: prompts from prefill nodes' timings, handoffs from their records, streams from their
 ends. What is older counts less and less.
+
+Relative errors weigh quick samples most. So a formula follows at once what becomes quicker, and
+would need hundreds of samples to follow a link that becomes a hundred times slower: some in a row
+that are far slower than it says are taken for the truth, and all before them is forgotten.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuner.latency import Fit, LatencyModel, Sample, StepWork, prefill_sample
+from tuner.latency import Fit, LatencyModel, Sample, StepWork, predict, prefill_sample
 
 CHUNK = 512  # tokens of a prompt per step, unless somebody knows better
 STREAM_S = 4.0  # how long a stream lasts, while none has ended yet
 _MEMORY = 100.0  # samples after which one counts a third
 _PRIOR_TOKENS = (16, 128, 1024)  # where the first prompt's pace is believed before others are seen
 _FOLLOWS = 0.1  # of a new value in a running mean
+_FAR_SLOWER = 3.0  # times what was predicted
+_BELIEVED = 5  # so many of those in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +73,55 @@ class Pace:
         return self.handoff[0] + self.handoff[1] * num_bytes
 
 
+class Learned:
+    """A formula that follows its samples, whether they become quicker or slower."""
+
+    def __init__(self, size: int) -> None:
+        self._fit = Fit(size, _MEMORY)
+        self._solved: tuple[float, ...] | None = None
+        self._slower: list[Sample] = []  # the last in a row that were
+
+    @property
+    def num_samples(self) -> int:
+        return self._fit.num_samples
+
+    def solve(self) -> tuple[float, ...]:
+        """The coefficients; ValueError without a sample."""
+        if self._solved is None:
+            self._solved = self._fit.solve()
+        return self._solved
+
+    def add(self, sample: Sample) -> None:
+        if self._is_far_slower(sample):
+            self._slower.append(sample)
+        else:
+            self._slower.clear()
+        if len(self._slower) < _BELIEVED:
+            self._take(sample)
+            return
+        self._fit = Fit(self._fit.size, _MEMORY)
+        for believed in self._slower:
+            self._take(believed)
+        self._slower.clear()
+
+    def _is_far_slower(self, sample: Sample) -> bool:
+        if not self.num_samples:
+            return False
+        return sample.seconds > _FAR_SLOWER * predict(self.solve(), sample.variables)
+
+    def _take(self, sample: Sample) -> None:
+        self._fit.add(sample)
+        self._solved = None
+
+
 class LivePace:
     """What one router has seen of its requests."""
 
+    learns = True
+
     def __init__(self) -> None:
-        self._prefill = Fit(3, _MEMORY)
-        self._handoff = Fit(2, _MEMORY)
+        self._prefill = Learned(3)
+        self._handoff = Learned(2)
         self._token_s: float | None = None
         self._stream_s = STREAM_S
         self._pace: Pace | None = None

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     IDLE = "idle"  # nobody waits on the node that answers, and many do elsewhere
     SOONER = "sooner"
     SLACK = "slack"
+    TRIAL = "trial"  # nothing was handed over for long: what is known of that may be out of date
 
 
 @dataclass(frozen=True, slots=True)

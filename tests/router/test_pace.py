@@ -72,6 +72,31 @@ def test_it_follows_a_machine_that_becomes_slower() -> None:
     assert learned(live).stream_s == pytest.approx(1.8, rel=0.05)
 
 
+def test_a_link_that_becomes_a_hundred_times_slower_is_noticed_within_a_few_handoffs() -> None:
+    """And that it recovers, with the first one."""
+    live = LivePace()
+    live.prefilled(0, 100, 0.1)
+    live.streamed(20, 0.6)
+    for number in range(300):
+        live.handed_over(1000 * (number % 7), 0.005)
+    for number in range(4):
+        live.handed_over(1000 * number, 0.5)
+    assert learned(live).handoff_s(1000) < 0.1, "some have bad luck"
+    live.handed_over(4000, 0.5)
+    assert learned(live).handoff_s(1000) == pytest.approx(0.5, rel=0.1)
+    live.handed_over(1000, 0.005)
+    assert learned(live).handoff_s(1000) < 0.1
+
+
+def test_bad_luck_now_and_then_is_no_change() -> None:
+    live = LivePace()
+    live.prefilled(0, 100, 0.1)
+    live.streamed(20, 0.6)
+    for number in range(300):
+        live.handed_over(1000, 0.5 if number % 5 else 0.005)
+    assert learned(live).handoff_s(1000) < 0.1
+
+
 def test_samples_that_say_nothing_are_not_taken() -> None:
     live = LivePace()
     live.prefilled(100, 100, 0.1)

@@ -18,7 +18,6 @@ from router.way import NO_STREAMS, Over, Part, Reason, Rules, Verdict, choose_wa
 from tuner.latency import StepWork
 from wire.types import Role
 
-
 TRIAL_EVERY = 100  # choices: a trial costs one of them at most what was predicted
 
 

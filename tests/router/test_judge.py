@@ -19,7 +19,7 @@ def slow_once() -> LivePace:
     """The first handoff had to make its connection."""
     live = LivePace()
     live.prefilled(0, 100, 0.1)
-    live.handed_over(1000, 5.0)
+    live.handed_over(7000, 5.0)
     live.streamed(20, 0.6)
     return live
 
@@ -38,7 +38,7 @@ def test_a_handoff_that_was_slow_once_is_tried_again() -> None:
     assert tried == [TRIAL_EVERY, 2 * TRIAL_EVERY, 3 * TRIAL_EVERY]
     assert found[TRIAL_EVERY - 1].reason is Reason.TRIAL
     assert found[0].reason is Reason.SOONER
-    live.handed_over(1000, 0.005)
+    live.handed_over(7000, 0.005)
     again = verdicts(judge, 2)
     assert [(v.hand_over, v.reason) for v in again] == [(True, Reason.SOONER)] * 2
 

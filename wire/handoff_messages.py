@@ -8,16 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from wire.logprobs import Logprobs
-from wire.types import (
-    U64,
-    AttemptId,
-    BlockHandle,
-    Count,
-    Digest,
-    Name,
-    Secret,
-    TokenIds,
-)
+from wire.types import U64, AttemptId, BlockHandle, Count, Digest, Name, Secret, TokenIds
 
 
 @dataclass(frozen=True, slots=True)

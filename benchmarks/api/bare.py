@@ -12,7 +12,7 @@ import asyncio
 
 from aiohttp import web
 
-from benchmarks.stub_node import stamp, stamp_tokenizer
+from benchmarks.stamps import stamp, stamp_tokenizer
 from router.chunks import DONE, CompletionFormat, TokenDetails
 from router.event_stream import HEADERS
 from router.logprobs import TokenNames

@@ -20,7 +20,9 @@ from aiohttp.test_utils import make_mocked_request
 from tokenizers import Tokenizer
 
 from baton.bundled_model import DEFAULT_MODEL
-from benchmarks.stub_node import StubNode, StubPair, model_info, stamping
+from benchmarks.stamps import stamping
+from benchmarks.stub_node import StubNode, model_info
+from benchmarks.stub_pair import StubPair
 from router.api_chat import parse_chat
 from router.config import RouterConfig
 from router.server import RouterServer

@@ -83,7 +83,7 @@ def router(folder: Path, num_tokens: int) -> Iterator[Callable[[], Rate]]:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     with running(command, folder / "router.log") as process:
         ready = process.wait_for(r"^baton router ready http=(\S+) control=(\S+)", READY_S)
-        stub = [sys.executable, "-m", "benchmarks.stub_node", "--router", ready[2]]
+        stub = [sys.executable, "-m", "benchmarks.stub_pair", "--router", ready[2]]
         stub += ["--step-ms", "0", "--together", str(NUM_STREAMS)]
         with running(stub, folder / "stub.log") as feed:
             feed.wait_for(r"^stub ready", READY_S)

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.serve.memory import MB, resident_bytes
 from benchmarks.serve.processes import Running, free_port, running
 from benchmarks.serve.streams import Call, Stream, open_together, read_streams
-from benchmarks.stub_node import stamp_age
+from benchmarks.stamps import stamp_age
 
 READY_S = 60.0
 LATENCY_STREAMS = 100
@@ -109,7 +109,7 @@ def num_clean_streams(folder: Path, http: str, control: str, load: Load) -> int:
 
 
 def _through_router(folder: Path, http: str, control: str, load: Load) -> list[Stream]:
-    command = [sys.executable, "-m", "benchmarks.stub_node", "--router", control]
+    command = [sys.executable, "-m", "benchmarks.stub_pair", "--router", control]
     command += ["--step-ms", str(load.period_s * 1e3)]
     body = {
         "model": "stub",

@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 
 from baton.router import main
-from benchmarks.stub_node import Script, StubPair
+from benchmarks.stub_pair import Script, StubPair
 from tests.router import tiny_tokenizer
 from tests.router.harness import MODEL, alphabet, endless
 from wire.request_messages import Prefill

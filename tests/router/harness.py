@@ -12,7 +12,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from benchmarks.stub_node import Script, StubPair, model_info
+from benchmarks.stub_node import model_info
+from benchmarks.stub_pair import Script, StubPair
 from router.config import RouterConfig
 from router.server import RouterServer
 from router.way import Mode

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stub_node import Script
+from benchmarks.stub_pair import Script
 from tests.router.harness import Answer, Harness, alphabet, endless, router, saying
 from wire.request_messages import Prefill
 

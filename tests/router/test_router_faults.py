@@ -9,7 +9,8 @@ from contextlib import suppress
 import aiohttp
 import pytest
 
-from benchmarks.stub_node import StubNode, StubPair
+from benchmarks.stub_node import StubNode
+from benchmarks.stub_pair import StubPair
 from router.breaker import Breaker, BreakerLimits, BreakerState, Pair
 from router.event_stream import EventStream
 from tests.router.harness import (

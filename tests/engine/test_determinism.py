@@ -20,11 +20,11 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.packed_linear import CompiledLinear, Linears
-from engine.plan import StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from kernels.cpu_ops import load_cpu_ops
 from kernels.ops import TorchOps
+from tests.engine.watch import Watch
 from wire.errors import ConfigError
 from wire.types import SamplingParams
 
@@ -37,29 +37,6 @@ pytestmark = pytest.mark.skipif(
     load_cpu_ops() is None,
     reason="needs the compiled kernels",
 )
-
-
-class Watch:
-    """A runner that keeps each request's logits by the number of tokens that they follow."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self.logits: dict[tuple[str, int], Tensor] = {}
-
-    def run(
-        self,
-        plan: StepPlan,
-        on_layers: Callable[[int], None] | None = None,
-        on_hidden: Callable[[Tensor], None] | None = None,
-        sampled: Tensor | None = None,
-    ) -> Tensor:
-        logits = self._runner.run(plan, on_layers, on_hidden, sampled)
-        row = iter(logits)
-        for item in plan.scheduled:
-            for number in range(item.num_samples):
-                known = item.request.num_tokens + number
-                self.logits[item.request.request_id, known] = next(row)
-        return logits
 
 
 class Bench:

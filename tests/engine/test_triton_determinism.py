@@ -23,12 +23,12 @@ from engine.kv_store import KVStore
 from engine.loader import load_model
 from engine.model_info import LoadedModel
 from engine.packed_linear import Linears, PlainLinear
-from engine.plan import StepPlan
 from engine.request import Request
 from engine.runner import ModelRunner
 from kernels import attention_tiling, triton_matmul
 from kernels.ops import LayerOps
 from kernels.triton_ops import TritonOps
+from tests.engine.watch import Watch
 from wire.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(
@@ -36,26 +36,6 @@ pytestmark = pytest.mark.skipif(
 )
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_TOKENS = 8, 40, 64, 2
 PROMPTS = [[(7 * i + 5 * n + 1) % 90 for i in range(length)] for n, length in enumerate((45, 3, 9))]
-
-
-class Watch:
-    """A runner that keeps each request's logits by the number of tokens that they follow."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self.logits: dict[tuple[str, int], Tensor] = {}
-
-    def run(
-        self,
-        plan: StepPlan,
-        on_layers: Callable[[int], None] | None = None,
-        on_hidden: Callable[[Tensor], None] | None = None,
-        sampled: Tensor | None = None,
-    ) -> Tensor:
-        logits = self._runner.run(plan, on_layers, on_hidden, sampled).clone()
-        for row, item in zip(logits, (i for i in plan.scheduled if i.num_samples), strict=True):
-            self.logits[item.request.request_id, item.request.num_tokens] = row
-        return logits
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,8 @@ class Dispatch:
         self._last_heard = now
         self._last_word = "No node is free to serve the request."
         self._failures = Failures()
-        self._refused: set[NodeId] = set()
+        self._refused: set[NodeId] = set()  # in this round
+        self._too_small: set[NodeId] = set()  # that can never hold it
         self.verdict: Verdict | None = None  # why the attempt is where it is
         self.near: frozenset[NodeId] = frozenset()  # where its prompt is, as far as is known here
 
@@ -117,7 +118,7 @@ class Dispatch:
     def place(self, now: float) -> list[Effect]:
         """Begin an attempt, if there are nodes for it."""
         assert self.phase is Phase.WAITING
-        self._refused.clear()
+        self._refused = set(self._too_small)
         place = self._choose_place(now)
         if isinstance(place, Nowhere):
             return self._wait(place.reason, 1.0)
@@ -147,19 +148,25 @@ class Dispatch:
         return self._prefill(self.prefill, message.grant, now)
 
     def refused(self, sender: NodeId, message: Refused, now: float) -> list[Effect]:
-        """The node has no room, or nothing to rebind: ask the next one, or wait."""
+        """The node has no room, or nothing to rebind: ask the next one, or wait.
+
+        What one node can never hold another one may: pools differ, and a node whose pool is small
+        may have become a decode node since the request was let in.
+        """
         if self.phase not in ASKING or not self._is_from(sender, message.id):
             return []
-        if message.cause == "too_long":
-            return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
         if message.cause == "invalid":
             return self._fail(errors.bad_request(message.message))
+        if message.cause == "too_long":
+            self._too_small.add(sender)
         if message.cause != "gone":  # a new reservation may well succeed there
             self._refused.add(sender)
         place = self._place_after_refusal(now)
-        if isinstance(place, Nowhere):
-            return self._wait(f"No capacity: {message.message}", message.retry_after_s)
-        return self._ask(place, now)
+        if not isinstance(place, Nowhere):
+            return self._ask(place, now)
+        if message.cause == "too_long" and self._refused <= self._too_small:
+            return self._fail(errors.bad_request(message.message, code="context_length_exceeded"))
+        return self._wait(f"No capacity: {message.message}", message.retry_after_s)
 
     def _place_after_refusal(self, now: float) -> Place | Nowhere:
         """Another node in the refusing one's stead; who computes the prompt has been chosen."""
@@ -334,8 +341,8 @@ class Dispatch:
         return Pair(self.prefill, self.decode)
 
     def _wishes(self, now: float) -> Wishes:
-        failures = self._failures
-        return Wishes(failures.avoid, failures.pairs, self._numerics, now, self.near)
+        failures, num_output = self._failures, len(self.log.tokens)
+        return Wishes(failures.avoid, failures.pairs, self._numerics, now, self.near, num_output)
 
     def _begin_attempt(self) -> None:
         self.num_attempts += 1
@@ -407,7 +414,7 @@ class Dispatch:
 
     def _rebind(self, prefill: NodeId, now: float) -> list[Effect]:
         assert self.decode is not None
-        self._refused.clear()
+        self._refused = set(self._too_small)
         self.prefill = prefill
         self._begin_attempt()
         self.phase = Phase.REBINDING

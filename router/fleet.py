@@ -184,7 +184,8 @@ class Fleet:
             return Handoff(prefill.id, None)
         if work.pooling is not None:
             return Nowhere("There is no prefill node to serve the request.")
-        place = self.judge.choose(self._ways(work, wishes, refused), work.num_tokens)
+        num_tokens = work.num_tokens + wishes.num_output
+        place = self.judge.choose(self._ways(work, wishes, refused), num_tokens)
         return place or Nowhere("There is no decode node to serve the request.")
 
     def _ways(self, work: Work, wishes: Wishes, refused: Collection[NodeId]) -> Ways:

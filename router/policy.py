@@ -28,6 +28,7 @@ class Wishes:
         now: breakers want to know.
         near: nodes that have its prompt's blocks, because another choice of its request put them
             there; whether their cache events have come yet or not.
+        num_output: tokens that it has already: they are computed anew behind its prompt.
     """
 
     avoid: Collection[NodeId] = ()
@@ -35,6 +36,7 @@ class Wishes:
     numerics: str = ""
     now: float = 0.0
     near: Collection[NodeId] = ()
+    num_output: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,9 +153,30 @@ def test_waiting_begins_with_the_queue() -> None:
 def test_a_request_that_no_node_can_hold_is_a_bad_request() -> None:
     dispatch = start()
     dispatch.place(0)
-    *_, effect = dispatch.refused(D1, Refused(dispatch.id, "too_long", "no"), 0)
+    effects = dispatch.refused(D1, Refused(dispatch.id, "too_long", "no"), 0)
+    assert one(effects, Reserve)[0] == D2, "another pool may be larger"
+    *_, effect = dispatch.refused(D2, Refused(dispatch.id, "too_long", "no"), 0)
     assert isinstance(effect, Failed)
     assert (effect.error.status, effect.error.code) == (400, "context_length_exceeded")
+
+
+def test_a_small_node_is_not_asked_again_while_the_large_one_is_full() -> None:
+    """As where a stream moves from a large pool and meets a small one in its new role."""
+    dispatch = start()
+    dispatch.place(0)
+    dispatch.refused(D1, Refused(dispatch.id, "too_long", "no"), 0)
+    effects = dispatch.refused(D2, Refused(dispatch.id, "capacity", "full", 1.0), 0)
+    assert effects == [NeedsCapacity(1.0)]
+    assert one(dispatch.place(1), Reserve)[0] == D2
+
+
+def test_a_reservation_that_is_gone_is_no_bad_request() -> None:
+    nodes = Nodes()
+    dispatch = prefilling(nodes)
+    one(dispatch.node_lost(P1, 1), Rebind)
+    nodes.decode.clear()
+    effects = dispatch.refused(D1, Refused(dispatch.id, "gone", "it is over"), 1)
+    assert any(isinstance(effect, NeedsCapacity) for effect in effects)
 
 
 def test_a_dead_decode_node_is_replaced_and_the_text_goes_on() -> None:

@@ -86,7 +86,8 @@ def test_a_refusal_may_lead_to_a_handoff() -> None:
 
 def test_what_is_refused_for_good_is_a_bad_request() -> None:
     dispatch = offered()
-    *_, effect = dispatch.refused(M1, Refused(dispatch.id, "too_long", "no"), 0)
+    assert one(dispatch.refused(M1, Refused(dispatch.id, "too_long", "no"), 0), Generate)[0] == M2
+    *_, effect = dispatch.refused(M2, Refused(dispatch.id, "too_long", "no"), 0)
     assert isinstance(effect, Failed)
     assert (effect.error.status, effect.error.code) == (400, "context_length_exceeded")
 

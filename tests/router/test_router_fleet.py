@@ -323,6 +323,15 @@ def test_a_busy_prefill_node_leaves_prompts_to_who_answers() -> None:
         assert placed(fleet, now=10.0) == InPlace(B), "and those have ended"
 
 
+def test_what_a_moved_stream_has_said_is_computed_anew_too() -> None:
+    """Its streams would wait for a long prompt, however short it was once."""
+    fleet = fleet_of(Judge(Rules(), Told(PACE)), a=Role.PREFILL, b=Role.DECODE)
+    fleet.assign(A, "another", 1900, 0)
+    fleet.assign(B, "stream", 0, 0)
+    assert placed(fleet) == InPlace(B)
+    assert fleet.place(WORK, Wishes(num_output=1500), (), one_token=False) == Handoff(A, B)
+
+
 def test_what_is_cached_where_it_is_answered_is_not_sent_again() -> None:
     fleet = fleet_of(Judge(Rules(), Told(None)), a=Role.PREFILL, b=Role.DECODE)
     assert placed(fleet) == Handoff(A, B)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -47,11 +47,13 @@ from tuner.latency import (
 from tuner.overheads import Overheads, overheads_of
 from tuner.probe import check, probe
 from tuner.profile import Profile, fit_error, save_profile
+from tuner.quiet import noisy_line, spread_of, undisturbed
 from wire.errors import ConfigError
 from wire.geometry import geometry_for
 from wire.layout import KVLayout
 from wire.types import AttemptId, SamplingParams
 
+Stopwatch = Callable[[], float]
 BLOCK_SIZE = 16
 MAX_KV_BYTES = 1 << 30
 CHUNKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -98,11 +100,12 @@ def run(args: argparse.Namespace) -> int:
     if args.fleet:
         asyncio.run(check(args.fleet, loaded.name))
     layout = loaded.kv_layout(BLOCK_SIZE)
-    profiler = Profiler(loaded, layout)
+    profiler = Profiler(loaded, layout, stopwatch_for(loaded.device, args.threads))
     prefill = profiler.prefills(args.seconds / 2)
     decode = profiler.decodes(args.seconds / 2)
     transfer = transfers(layout, args.link_gbit_s, args.link_latency_ms)
     profile = fitted(loaded, layout, device_name(loaded, args.threads), prefill, decode, transfer)
+    profile = replace(profile, spread=profiler.spread())
     if args.fleet:
         profile = with_fleet(profile, args.fleet, args.chunk)
     save_profile(profile, args.output)
@@ -113,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.fleet:
         print(fleet_line(profile.overheads))
+    if line := noisy_line(profile.spread):
+        print(line)
     return 0
 
 
@@ -127,7 +132,7 @@ def with_fleet(profile: Profile, url: str, chunk: int) -> Profile:
         found = overheads_of(told, profile.latency, chunk, hops_s, handoff_hop_s)
     except ValueError as error:
         raise ConfigError(f"{url} was not idle: {error}") from error
-    return replace(profile, overheads=found)
+    return replace(profile, overheads=found, spread={**profile.spread, "fleet": told.spread})
 
 
 def fleet_line(found: Overheads) -> str:
@@ -137,6 +142,11 @@ def fleet_line(found: Overheads) -> str:
         f"stream, a prefill {found.prefill_factor:.2f} times the engine's; while both compute "
         f"{found.prefill_slowdown:.2f} (prefill) and {found.decode_slowdown:.2f} times (decode)"
     )
+
+
+def stopwatch_for(device: str, threads: int) -> Stopwatch:
+    """Processor time where one thread computes all: who else runs, or steals, is not in it."""
+    return time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
 
 
 def device_name(loaded: LoadedModel, threads: int) -> str:
@@ -174,11 +184,18 @@ def fitted(
 
 
 class Profiler:
-    """One engine after the other on one loaded model."""
+    """One engine after the other on one loaded model. `repeats` are the seconds of each case."""
 
     def __init__(
-        self, loaded: LoadedModel, layout: KVLayout, clock: Callable[[], float] = time.perf_counter
+        self,
+        loaded: LoadedModel,
+        layout: KVLayout,
+        stopwatch: Stopwatch,
+        clock: Stopwatch = time.perf_counter,
     ) -> None:
+        self.repeats: list[list[float]] = []
+        self._stopwatch = stopwatch
+        self._took_s = self._passed_s = 0.0  # of all steps
         self._loaded = loaded
         self._layout = layout
         self._clock = clock
@@ -221,14 +238,21 @@ class Profiler:
         return [self._random.randrange(self._loaded.vocab_size) for _ in range(number)]
 
     def _timed_step(self, engine: Engine) -> float:
-        start = self._clock()
+        begin, start = self._clock(), self._stopwatch()
         engine.step()
-        return self._clock() - start
+        took = self._stopwatch() - start
+        self._took_s, self._passed_s = self._took_s + took, self._passed_s + self._clock() - begin
+        return took
+
+    def spread(self) -> dict[str, float]:
+        """How far repeats are apart, and for what part of a step the processor was elsewhere."""
+        elsewhere = 1 - self._took_s / self._passed_s
+        return {"engine": spread_of(self.repeats), "processor elsewhere": max(0.0, elsewhere)}
 
     # ------------------------------------------------------------ prefill
 
     def prefills(self, seconds: float) -> list[Sample]:
-        """Every case once, the cheapest first, then again until the time is over."""
+        """Every case once, the cheapest first, then all again until the time is over."""
         end = self._clock() + seconds
         engine = self._engine(prefix_caching=True)
         prefixes = {n: self._tokens(n) for n in PREFIXES if n < self._loaded.max_model_len}
@@ -236,15 +260,18 @@ class Profiler:
             if tokens:
                 self._prefill(engine, tokens)
         self._prefill(engine, self._tokens(BLOCK_SIZE))  # warms up
-        samples: list[Sample] = []
+        took: dict[tuple[int, int], list[float]] = defaultdict(list)
         for turn in range(REPEATS):
             for prefix, chunk in self._prefill_cases(prefixes):
                 if turn and self._clock() > end:
-                    return samples
-                took = self._prefill(engine, prefixes[prefix] + self._tokens(chunk))
-                work = StepWork(chunk, (prefix + chunk) ** 2 - prefix**2)
-                samples.append(prefill_sample(work, took))
-        return samples
+                    break
+                tokens = prefixes[prefix] + self._tokens(chunk)
+                took[prefix, chunk].append(self._prefill(engine, tokens))
+        self.repeats += took.values()
+        return [
+            prefill_sample(StepWork(n, (prefix + n) ** 2 - prefix**2), undisturbed(seconds))
+            for (prefix, n), seconds in took.items()
+        ]
 
     def _prefill_cases(self, prefixes: dict[int, list[int]]) -> Iterator[tuple[int, int]]:
         for chunk in CHUNKS:
@@ -272,7 +299,7 @@ class Profiler:
         return samples
 
     def _decodes_at(self, context: int, end: float) -> list[Sample]:
-        """Batches grow; each is timed for a few steps, and the median counts."""
+        """Batches grow; each is timed for a few steps."""
         engine = self._engine(prefix_caching=False)
         most = 4 * REPEATS * len(BATCHES)
         running: list[Request] = []
@@ -287,7 +314,8 @@ class Profiler:
             steps = [self._timed_step(engine) for _ in range(REPEATS)]
             tokens = sum(request.num_tokens for request in running) - batch * (REPEATS // 2 + 1)
             work = StepWork(decode_batch=batch, decode_context=tokens)
-            samples.append(decode_sample(work, statistics.median(steps)))
+            self.repeats.append(steps)
+            samples.append(decode_sample(work, undisturbed(steps)))
             if self._clock() > end:
                 break
         return samples
@@ -320,5 +348,5 @@ def transfers(layout: KVLayout, link_gbit_s: float | None, link_latency_ms: floa
             seconds.append(time.perf_counter() - start)
         link = link_latency_ms / 1e3
         link += num_blocks * size * 8 / (link_gbit_s * 1e9) if link_gbit_s else 0.0
-        samples.append(transfer_sample(num_blocks * size, statistics.median(seconds) + link))
+        samples.append(transfer_sample(num_blocks * size, undisturbed(seconds) + link))
     return samples

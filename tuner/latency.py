@@ -17,11 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
+REFITS = 8
+NORMAL = 1.4826  # a normal distribution's standard deviation is so many median errors
+NEAR = 1.5  # standard deviations within which samples count alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +76,15 @@ class Fit:
         self._square = np.zeros((self.size, self.size))
         self._right = np.zeros(self.size)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, weight: float = 1.0) -> None:
         """Take one measurement; a time of 0 or less says nothing and is not taken."""
         if sample.seconds <= 0:
             return
         row = np.asarray(sample.variables, dtype=np.float64) / sample.seconds
         keep = float(np.exp(-1 / self.memory))
-        self._square = keep * self._square + np.outer(row, row)
-        self._right = keep * self._right + row
-        self._weight = keep * self._weight + 1
+        self._square = keep * self._square + weight * np.outer(row, row)
+        self._right = keep * self._right + weight * row
+        self._weight = keep * self._weight + weight
         self.num_samples += 1
 
     def solve(self) -> tuple[float, ...]:
@@ -110,10 +114,25 @@ class Fit:
 
 
 def fit(samples: Iterable[Sample], size: int) -> tuple[float, ...]:
-    """Coefficients for samples that count alike."""
+    """Coefficients for samples that count alike, but those that are far off the others' formula.
+
+    Such a sample's weight falls with its distance (Huber, Ann. Math. Statist. 35, 1964): a machine
+    that was disturbed for a while does not bend the formula.
+    """
+    taken = [sample for sample in samples if sample.seconds > 0]
+    found = _weighted(taken, [1.0] * len(taken), size)
+    for _ in range(REFITS):
+        errors = relative_errors(found, taken)
+        near = NEAR * NORMAL * median(errors)
+        weights = [1.0 if error <= near else near / error for error in errors]
+        found = _weighted(taken, weights, size)
+    return found
+
+
+def _weighted(samples: list[Sample], weights: list[float], size: int) -> tuple[float, ...]:
     found = Fit(size)
-    for sample in samples:
-        found.add(sample)
+    for sample, weight in zip(samples, weights, strict=True):
+        found.add(sample, weight)
     return found.solve()
 
 

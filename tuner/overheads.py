@@ -11,6 +11,7 @@ None of it is fitted to a load that is to be predicted: these are requests made 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -18,6 +19,7 @@ from statistics import median
 import numpy as np
 
 from tuner.latency import LatencyModel, StepWork
+from tuner.quiet import spread_of, undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,45 @@ class Streams:
 class Probes:
     """What was measured."""
 
-    alone: Sequence[Alone]
+    alone: Sequence[Alone]  # several of each length
     in_a_row_s: Sequence[float]  # between first tokens of prompts that wait for each other
     in_a_row_tokens: int  # of each of those
-    streams: Sequence[Streams]
+    streams: Sequence[Streams]  # several of each size
     prefill_slowdown: float
     decode_slowdown: float
+
+    @property
+    def spread(self) -> float:
+        """How far repeats of the same are apart."""
+        ttfts, steps = defaultdict(list), defaultdict(list)
+        for one in self.alone:
+            ttfts[one.prompt_tokens].append(one.ttft_s)
+        for streams in self.streams:
+            steps[streams.batch].append(streams.step_s)
+        return spread_of([*ttfts.values(), *steps.values(), self.in_a_row_s])
+
+    def settled(self) -> Probes:
+        """Each kind once, as it is while nobody disturbs the machine."""
+        lengths = dict.fromkeys(one.prompt_tokens for one in self.alone)
+        sizes = dict.fromkeys((one.batch, one.context) for one in self.streams)
+        gaps = [gap for gap in self.in_a_row_s if gap > 0]
+        return replace(
+            self,
+            alone=[_settled_alone(self.alone, length) for length in lengths],
+            in_a_row_s=[undisturbed(gaps)] if gaps else [],
+            streams=[_settled_streams(self.streams, *size) for size in sizes],
+        )
+
+
+def _settled_alone(alone: Sequence[Alone], length: int) -> Alone:
+    these = [one for one in alone if one.prompt_tokens == length]
+    ttft_s = undisturbed(one.ttft_s for one in these)
+    return Alone(length, ttft_s, undisturbed(one.second_s for one in these))
+
+
+def _settled_streams(streams: Sequence[Streams], batch: int, context: int) -> Streams:
+    these = [one.step_s for one in streams if (one.batch, one.context) == (batch, context)]
+    return Streams(batch, context, undisturbed(these))
 
 
 def prompt_work(num_tokens: int) -> StepWork:
@@ -102,10 +137,10 @@ def overheads_of(
         hop_s: what whoever uses them adds to a TTFT for messages.
         handoff_hop_s: the same between the first and the second token, with the transfer.
     """
+    probes = probes.settled()
     step_s, stream_s = _stream_costs(probes.streams, model)
     in_a_row = prefill_s(model, probes.in_a_row_tokens, chunk)
-    gaps = [gap for gap in probes.in_a_row_s if gap > 0]
-    factor = median(gaps) / in_a_row if gaps else 1.0
+    factor = probes.in_a_row_s[0] / in_a_row if probes.in_a_row_s else 1.0
     fronts = [
         one.ttft_s - factor * prefill_s(model, one.prompt_tokens, chunk) for one in probes.alone
     ]

@@ -15,25 +15,27 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from random import Random
-from statistics import median
 
 import aiohttp
 
 from tuner.client import Target, make_session, resolve_model, send
 from tuner.fleet_check import check_fleet
 from tuner.overheads import Alone, Probes, Streams
+from tuner.quiet import undisturbed
 from tuner.record import RequestRecord
 from tuner.workload import RequestSpec
 from wire.errors import ConfigError
 
 LENGTHS = (32, 64, 128, 256, 512)
-REPEATS = 3
+REPEATS = 5
+ROUNDS = 3  # of what takes longer: in between, a machine may become quiet
 ALONE_OUTPUT = 8
 BURST = 4
 BATCHES = (1, 2, 4, 8, 16)
 SHORT = 16  # tokens of a stream's prompt
-STREAM_OUTPUT = 48
+STREAM_OUTPUT = 32
 TOGETHER_BATCH = 4
+PROMPTS = 2  # beside streams, in a round
 TOGETHER_MARGIN = 3.0  # how much longer than alone prompts may take while streams run
 MIN_STEP_S = 1e-4
 Tell = Callable[[str], None]
@@ -55,17 +57,18 @@ class Prober:
         await self._ask(self.chunk, 2)
         await self._together(SHORT, STREAM_OUTPUT, max(BATCHES))  # warm
         tell("a request alone")
-        alone = [await self._alone(length) for length in self._lengths() for _ in range(REPEATS)]
+        alone = [await self._alone(length) for _ in range(REPEATS) for length in self._lengths()]
         tell("prompts that wait for each other")
-        gaps = [gap for _ in range(REPEATS) for gap in await self._in_a_row()]
+        gaps = [gap for _ in range(ROUNDS) for gap in await self._in_a_row()]
         tell("streams that decode together")
-        tried = [await self._streams(batch) for batch in BATCHES]
+        tried = [await self._streams(batch) for _ in range(ROUNDS) for batch in BATCHES]
         streams = [found for found in tried if found is not None]
         tell("prompts while streams decode")
         if not streams:
             raise ConfigError(f"{self.target.url}: no stream was seen to decode; is it busy?")
-        near = min(streams, key=lambda found: abs(found.batch - TOGETHER_BATCH))
-        slower = await self._both(near.step_s)
+        near = min((abs(found.batch - TOGETHER_BATCH), found.batch) for found in streams)[1]
+        step_s = undisturbed(found.step_s for found in streams if found.batch == near)
+        slower = await self._both(step_s)
         return Probes(alone, gaps, self.chunk, streams, *slower)
 
     def _lengths(self) -> list[int]:
@@ -107,22 +110,33 @@ class Prober:
         return Streams(batch, batch * (SHORT + STREAM_OUTPUT // 2), step_s)
 
     async def _both(self, step_s: float) -> tuple[float, float]:
-        """How many times as long prefills and decode steps take while both happen."""
-        alone = median([(await self._ask(self.chunk, 1)).ttft or 0.0 for _ in range(REPEATS)])
+        """How many times as long prefills and decode steps take while both happen.
+
+        Prompts alone and prompts beside streams take turns; the quietest of both are compared.
+        """
+        alone: list[float] = []
+        beside: list[float] = []
+        steps: list[float] = []
+        for _ in range(ROUNDS):
+            alone += [(await self._ask(self.chunk, 1)).ttft or 0.0 for _ in range(PROMPTS)]
+            ttfts, busy_s = await self._beside(step_s, undisturbed(alone))
+            beside += ttfts
+            steps += [busy_s] if busy_s else []
+        prefill = undisturbed(beside) / undisturbed(alone) if beside else 1.0
+        return prefill, undisturbed(steps) / step_s if steps else 1.0
+
+    async def _beside(self, step_s: float, alone_s: float) -> tuple[list[float], float]:
+        """TTFTs of prompts while streams run, and these streams' seconds per step meanwhile."""
         most = self.max_model_len - SHORT - 1
-        steps_alone = REPEATS * alone / max(step_s, MIN_STEP_S)
+        steps_alone = PROMPTS * alone_s / max(step_s, MIN_STEP_S)
         output = min(most, int(TOGETHER_MARGIN * steps_alone) + STREAM_OUTPUT)
         streams = asyncio.create_task(self._together(SHORT, output, TOGETHER_BATCH))
         await asyncio.sleep(8 * step_s)
-        prompts = [await self._ask(self.chunk, 1) for _ in range(REPEATS)]
+        prompts = [await self._ask(self.chunk, 1) for _ in range(PROMPTS)]
         records = await streams
-        busy = [(prompt.start, prompt.chunk_times[0]) for prompt in prompts]
-        busy_s = step_between(records, busy)
+        busy_s = step_between(records, [(p.start, p.chunk_times[0]) for p in prompts])
         still_on = min(record.chunk_times[-1] for record in records)
-        ttfts = [p.ttft for p in prompts if p.ttft and p.chunk_times[0] <= still_on]
-        prefill = median(ttfts) / alone if ttfts else 1.0
-        decode = busy_s / step_s if busy_s else 1.0
-        return prefill, decode
+        return [p.ttft for p in prompts if p.ttft and p.chunk_times[0] <= still_on], busy_s
 
 
 def gaps_between(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Profile:
     latency: LatencyModel
     errors: dict[str, FitError]  # by formula
     overheads: Overheads = NO_OVERHEADS  # of a fleet, where one was asked
+    spread: dict[str, float] = field(default_factory=dict)  # of repeats, relative, by what it was
 
     def check(self, *, model_fingerprint: str, device: str) -> None:
         """Raise ConfigError where the profile is another model's or another device's."""
@@ -96,6 +97,7 @@ def _profile(entry: dict[str, Any]) -> Profile:
         ),
         errors={name: FitError(**error) for name, error in entry["errors"].items()},
         overheads=Overheads(**entry.get("overheads", {})),
+        spread={str(name): float(value) for name, value in entry.get("spread", {}).items()},
     )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from baton.cli import main
+from baton.profile import stopwatch_for
 from tuner.latency import StepWork
 from tuner.profile import load_profile
+from tuner.quiet import NOISY
 
 
 def test_a_short_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
-    flags = ["--seconds", "1", "--max-model-len", "256", "--link-gbit-s", "1"]
+    flags = ["--seconds", "4", "--max-model-len", "256", "--link-gbit-s", "1"]
     assert main(["profile", "-o", str(path), *flags]) == 0
     told = capsys.readouterr().out
     assert all(f"{name} " in told for name in ("prefill", "decode", "transfer"))
@@ -23,3 +26,15 @@ def test_a_short_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert profile.latency.step_s(StepWork(prefill_tokens=64, prefill_squares=4096)) > 0
     assert profile.latency.step_s(StepWork(decode_batch=4, decode_context=400)) > 0
     assert profile.latency.transfer_s(10**9) > 8.0  # of the link alone
+    assert sorted(profile.spread) == ["engine", "processor elsewhere"]
+    noisy = max(profile.spread.values()) > NOISY
+    assert ("profile again on a quiet machine" in told) == noisy
+
+
+def test_one_thread_of_a_processor_is_timed_by_what_it_computes() -> None:
+    """So that nothing else that runs there is in the profile."""
+    watch = stopwatch_for("cpu", 1)
+    start = watch()
+    time.sleep(0.3)
+    assert watch() - start < 0.2
+    assert stopwatch_for("cpu", 2) is stopwatch_for("cuda", 1) is time.perf_counter

@@ -52,6 +52,22 @@ def test_noise_counts_relative_to_the_time() -> None:
     assert max(relative_errors(found, clean)) < 0.05
 
 
+def test_samples_that_somebody_disturbed_do_not_bend_the_formula() -> None:
+    """One in six takes two and a half times as long, and most of those are long ones."""
+    rng = random.Random(2)
+    samples = [
+        prefill_sample(work, MODEL.step_s(work) * rng.uniform(0.98, 1.02) * (2.5 if slow else 1.0))
+        for work in PREFILLS * 4
+        for slow in [work.prefill_tokens >= 512 and rng.random() < 0.5]
+    ]
+    clean = [prefill_sample(work, MODEL.step_s(work)) for work in PREFILLS]
+    assert max(relative_errors(fit(samples, 3), clean)) < 0.05
+    plain = Fit(3)
+    for sample in samples:
+        plain.add(sample)
+    assert max(relative_errors(plain.solve(), clean)) > 0.1
+
+
 def test_no_coefficient_is_negative() -> None:
     falling = [Sample((1.0, x), 2.0 - 0.1 * x) for x in (1.0, 2.0, 3.0)]
     a, b = fit(falling, 2)

@@ -52,6 +52,31 @@ def test_noise_below_nothing_is_nothing() -> None:
     assert not found.shares_machine
 
 
+def disturbed(probes: Probes) -> Probes:
+    """Of each kind five are asked; two of them while somebody else computes."""
+    slower = (1.0, 1.6, 1.0, 9.0, 1.01)
+    return replace(
+        probes,
+        alone=[
+            Alone(one.prompt_tokens, f * one.ttft_s, f * one.second_s)
+            for f in slower
+            for one in probes.alone
+        ],
+        in_a_row_s=[f * gap for f in slower for gap in probes.in_a_row_s],
+        streams=[replace(one, step_s=f * one.step_s) for f in slower for one in probes.streams],
+    )
+
+
+def test_two_in_five_that_were_disturbed_change_nothing() -> None:
+    found = overheads_of(disturbed(probes_of(TRUE)), MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+    assert asdict(found) == pytest.approx(asdict(TRUE), rel=1e-6)
+
+
+def test_the_spread_of_repeats_is_told() -> None:
+    assert probes_of(TRUE).spread == 0.0
+    assert disturbed(probes_of(TRUE)).spread == pytest.approx(0.6 / 1.01)
+
+
 def test_one_size_of_batch_tells_no_slope() -> None:
     real = TRUE.applied(MODEL)
     probes = probes_of(TRUE)
@@ -113,7 +138,7 @@ def test_a_fleet_is_asked_for_everything(server: FakeServer) -> None:
     found = asyncio.run(probe(server.url, "first", 64, 256, told.append))
     fitting = [n for n in LENGTHS if n < 256 - 8]
     assert [one.prompt_tokens for one in found.alone] == [
-        n for n in fitting for _ in range(REPEATS)
+        n for _ in range(REPEATS) for n in fitting
     ]
     batches = {one.batch for one in found.streams}
     assert batches <= set(BATCHES)  # a server this quick may end one stream before the next begins

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
@@ -36,7 +35,7 @@ from node.memory import NodeMemory
 from node.staged_memory import StagedMemory
 from node.transports import shared_gpu_pool, shared_pool
 from wire.errors import ConfigError
-from wire.fleet_messages import ModelInfo, TokenizerFiles
+from wire.fleet_messages import ModelInfo
 from wire.layout import KVLayout
 from wire.logprobs import MAX_PAIRS, MAX_TOP_LOGPROBS
 from wire.types import Role, SamplingParams
@@ -132,41 +131,17 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
     if config.threads:
         torch.set_num_threads(config.threads)
     gpu = Gpu(config, decodes=Role.DECODE in roles) if is_gpu(config.device) else None
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        weight_dtype=config.weight_dtype,
-        device=config.device,
-        max_model_len=config.max_model_len,
-        fusing=config.fusing,
-        deterministic=config.deterministic,
-        check_size=gpu.check_size
-        if gpu
-        else partial(_check_memory, config.kv_memory, available_memory()),
-        progress=progress,
-    )
-    obstacle = model.not_deterministic
-    log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
-    draft = load_drafter(
-        config,
-        model,
-        gpu.check_size if gpu else partial(_check_memory, 0, available_memory()),
-        progress,
-    )
+    model, draft = _load(config, gpu, progress)
     layout = model.kv_layout(config.block_size)
     drafts = draft_layout(draft, config.block_size)
     if gpu:
         num_blocks = beside_drafts(gpu.num_blocks(model, layout, draft), layout, drafts)
     else:
         num_blocks = _num_blocks(config, layout, drafts)
-    pool = None
-    if Role.PREFILL in roles:  # on a GPU not of the blocks, but of what copies them
-        num_bytes = staging_bytes(layout.block_bytes) if gpu else num_blocks * layout.block_bytes
-        pool = shared_pool(config, num_bytes)
-    device_pool = None
     peers = gpu is not None and model.ops.name.startswith("triton")  # whose kernels read peers
-    if peers and Role.PREFILL in roles:
-        device_pool = shared_gpu_pool(config, (num_blocks + 1) * layout.block_bytes)
+    pool, device_pool = None, None
+    if Role.PREFILL in roles:
+        pool, device_pool = _pools(config, layout, num_blocks, peers=peers)
     store = _store(config, layout, num_blocks, pool, device_pool)
     prepare = partial(gpu.prepare, progress=progress) if gpu else None
     speculation = make_speculation(config, model, draft, num_blocks, prepare)
@@ -196,6 +171,44 @@ def build_engine(roles: Collection[Role], config: NodeConfig, progress: Progress
         partial(CudaMapping, device=gpu_index(config.device)) if peers else None,
         gpu.num_failed_graphs if gpu else 0,
     )
+
+
+def _load(
+    config: NodeConfig, gpu: Gpu | None, progress: Progress
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """The model, and the one that drafts for it."""
+
+    def check(kv_memory: int) -> Callable[[int, str], None]:
+        if gpu is not None:
+            return gpu.check_size
+        return partial(_check_memory, kv_memory, available_memory())
+
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        weight_dtype=config.weight_dtype,
+        device=config.device,
+        max_model_len=config.max_model_len,
+        fusing=config.fusing,
+        deterministic=config.deterministic,
+        check_size=check(config.kv_memory),
+        progress=progress,
+    )
+    obstacle = model.not_deterministic
+    log.info("%s; deterministic: %s", model.fusions, f"no, {obstacle}" if obstacle else "yes")
+    return model, load_drafter(config, model, check(0), progress)
+
+
+def _pools(
+    config: NodeConfig, layout: KVLayout, num_blocks: int, *, peers: bool
+) -> tuple[SharedMemory | None, CudaPool | None]:
+    """Memory that others may read: of the blocks, or of what copies them and the GPU's blocks."""
+    if not is_gpu(config.device):
+        return shared_pool(config, num_blocks * layout.block_bytes), None
+    pool = shared_pool(config, staging_bytes(layout.block_bytes))
+    if not peers:
+        return pool, None
+    return pool, shared_gpu_pool(config, (num_blocks + 1) * layout.block_bytes)
 
 
 def _memory(
@@ -287,32 +300,3 @@ def _num_blocks(config: NodeConfig, layout: KVLayout, drafts: KVLayout | None) -
             "give more"
         )
     return num_blocks
-
-
-def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """The tokenizer's files for a router. Raises ConfigError if it could not use them."""
-    if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(f"{folder} has no tokenizer.json; save the model with a fast tokenizer")
-    return TokenizerFiles(
-        _read(folder / "tokenizer.json", 64 << 20),
-        _tokenizer_config(folder / "tokenizer_config.json"),
-        _read(folder / "chat_template.jinja", 1 << 20),
-    )
-
-
-def _tokenizer_config(path: Path) -> bytes:
-    data = _read(path, 8 << 20) or b"{}"
-    try:
-        json.loads(data)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    return data
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """The file's content, empty where there is none; `limit` is the message's (TokenizerFiles)."""
-    if not path.is_file():
-        return b""
-    if path.stat().st_size > limit:
-        raise ConfigError(f"{path} is larger than {limit} bytes; no tokenizer needs that")
-    return path.read_bytes()

@@ -17,6 +17,7 @@ import zmq
 
 from node.config import NodeConfig, split_url
 from node.flags import add_arguments, add_decode_arguments, from_args
+from node.tokenizer_files import read_tokenizer
 from telemetry.logs import set_up_logging
 from telemetry.progress import ProgressLine
 from wire.curve import SILENCE, knock
@@ -62,7 +63,7 @@ def main(role: RoleName, make_role: MakeRoles, argv: Sequence[str] | None) -> in
 
 def run_node(role: RoleName, make_role: MakeRoles, config: NodeConfig) -> int:
     """Wait for a router, load the model, serve. Raises ConfigError with what to do."""
-    from node.build import build_engine, read_tokenizer
+    from node.build import build_engine
     from node.shell import NodeShell
 
     if not config.model.is_dir():

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import zmq
 
-from node.build import read_tokenizer
 from node.config import NodeConfig, is_loopback, split_url
 from node.flags import add_arguments, add_decode_arguments, from_args, parse_bytes
 from node.main import wait_for_routers
 from node.performance import MODES
+from node.tokenizer_files import read_tokenizer
 from wire.curve import FleetContext
 from wire.errors import ConfigError
 from wire.fleet_key import make_key

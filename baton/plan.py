@@ -19,12 +19,14 @@ from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from node.flags import parse_bytes
 from tuner.arrivals import Arrival, arrival_offsets
+from tuner.files import check_places, write_text
+from tuner.flags import at_least_one, positive, span
 from tuner.goodput import Slo
 from tuner.plots import require_matplotlib
 from tuner.profile import Profile, load_profile
 from tuner.trace import Trace, TracedRequest, first_requests, limit_lengths, scale_lengths
 from tuner.trace_files import read_trace
-from tuner.workload import PromptKind, Span, Workload, requests
+from tuner.workload import PromptKind, Workload, requests
 from wire.errors import ConfigError
 
 SCHEMA = "baton.plan/1"
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what one node takes; `baton profile MODEL` measures it",
     )
-    add("--nodes", type=_count, required=True, metavar="N", help="nodes to divide")
+    add("--nodes", type=at_least_one, required=True, metavar="N", help="nodes to divide")
     add("--ttft", type=float, required=True, metavar="MS", help="limit of time to first token")
     add("--tpot", type=float, required=True, metavar="MS", help="limit of time per output token")
     add(
@@ -60,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--tokens-per-step",
-        type=_count,
+        type=at_least_one,
         action="append",
         metavar="N",
         help="token budget of a step (--max-num-batched-tokens), several to choose from (512)",
     )
     add("--kv-memory", type=parse_bytes, default=1 << 30, metavar="SIZE", help="per node (1g)")
-    add("--max-num-seqs", type=_count, default=64, metavar="N", help="per node (%(default)s)")
+    add("--max-num-seqs", type=at_least_one, default=64, metavar="N", help="per node (%(default)s)")
     add("--model", type=Path, metavar="DIR", help="refuse a profile of any other model than this")
     add(
         "--device",
@@ -85,14 +87,14 @@ def _add_workload_arguments(group: argparse._ArgumentGroup) -> None:
     add("--trace", type=Path, metavar="FILE", help="Mooncake, Azure or BurstGPT trace to replay")
     add(
         "--length-scale",
-        type=float,
+        type=positive,
         default=1.0,
         metavar="F",
         help="lengths of the trace times this (%(default)g)",
     )
-    add("--num-requests", type=_count, default=500, metavar="N", help="per run (%(default)s)")
-    add("--input-len", type=Span.parse, default="512", metavar="N|LO:HI", help="(%(default)s)")
-    add("--output-len", type=Span.parse, default="128", metavar="N|LO:HI", help="(%(default)s)")
+    add("--num-requests", type=at_least_one, default=500, metavar="N", help="per run (%(default)s)")
+    add("--input-len", type=span, default="512", metavar="N|LO:HI", help="(%(default)s)")
+    add("--output-len", type=span, default="128", metavar="N|LO:HI", help="(%(default)s)")
     add(
         "--arrival",
         choices=[arrival.value for arrival in Arrival],
@@ -102,17 +104,11 @@ def _add_workload_arguments(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, help="(%(default)s)")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 even if it says that the limits cannot be kept."""
     profile = load_profile(args.profile)
     _check(profile, args.model, args.device)
+    check_places(args.json, args.html)
     if args.html is not None:
         require_matplotlib()
     if not 0 < args.attainment <= 1:
@@ -127,9 +123,9 @@ def run(args: argparse.Namespace) -> int:
     words = "\n".join(plan_lines(plan))
     print(words)
     if args.json is not None:
-        _write(args.json, json.dumps(to_json(plan), indent=2) + "\n")
+        write_text(args.json, json.dumps(to_json(plan), indent=2) + "\n")
     if args.html is not None:
-        _write(args.html, plan_html(plan, words))
+        write_text(args.html, plan_html(plan, words))
     return 0
 
 
@@ -260,10 +256,3 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "one_more": [of(candidate) for candidate in plan.one_more],
         "candidates": [of(candidate) for candidate in plan.candidates],
     }
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

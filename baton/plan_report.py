@@ -55,7 +55,10 @@ def _goodput(candidates: Sequence[Candidate]) -> tuple[str, str]:
         prefill = [float(c.split.prefill) for c in ones]
         series.append(Series(f"{budget} tokens per step", prefill, [c.per_node for c in ones]))
     picture = plots.lines(
-        series, x_label="prefill nodes (0: all colocated)", y_label="good requests/s per node"
+        series,
+        x_label="prefill nodes (0: all colocated)",
+        y_label="good requests/s per node",
+        whole_x=True,
     )
     return "Goodput per node by split", picture
 
@@ -64,7 +67,11 @@ def _attainment(plan: Plan, ordered: Sequence[Candidate]) -> tuple[str, str]:
     best = {candidate.split: candidate for candidate in reversed(ordered)}  # the best budget stays
     chosen = sorted(best.values(), key=_worth, reverse=True)[:MAX_CURVES]
     series = [
-        Series(str(c), [p.rate for p in c.points], [p.attained.good for p in c.points])
+        Series(
+            f"{c.split}, {c.token_budget}",
+            [p.rate for p in c.points],
+            [p.attained.good for p in c.points],
+        )
         for c in chosen
     ]
     picture = plots.lines(
@@ -102,6 +109,6 @@ def _busy(plan: Plan) -> tuple[str, str]:
     point = max((p for p in points if p.rate <= plan.best.rate), key=lambda p: p.rate, default=None)
     point = point or points[0]
     shares = sorted(point.busy.items())[: 2 * MAX_CURVES]
-    bars = {name: {"computes": share, "idle": 1 - share} for name, share in shares}
-    picture = plots.stacked_bars(bars, x_label="share of the time")
+    bars = {name: {"computes": share} for name, share in shares}
+    picture = plots.stacked_bars(bars, x_label="share of the time", right=1.0)
     return f"{plan.best} at {point.rate:.3g} requests per second", picture

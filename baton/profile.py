@@ -34,6 +34,8 @@ from engine.runner import ModelRunner
 from kvtransfer.digest import UnitSealer
 from kvtransfer.units import units_of
 from node.machine import look
+from tuner.files import check_places
+from tuner.flags import at_least_one, positive
 from tuner.latency import (
     LatencyModel,
     Sample,
@@ -78,10 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", type=Path, default=DEFAULT_MODEL, help="folder (the bundled model)")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
-    add("--threads", type=int, default=1, metavar="N", help="of one node (%(default)s)")
+    add("--threads", type=at_least_one, default=1, metavar="N", help="of one node (%(default)s)")
     add("--dtype", default="auto", help="as the nodes' (%(default)s)")
-    add("--max-model-len", type=int, metavar="N", help="as the nodes' (all that the model can)")
-    add("--seconds", type=float, default=110.0, metavar="S", help="at most about (%(default)g)")
+    add(
+        "--max-model-len",
+        type=at_least_one,
+        metavar="N",
+        help="as the nodes' (all that the model can)",
+    )
+    add("--seconds", type=positive, default=110.0, metavar="S", help="at most about (%(default)g)")
     add(
         "--fleet",
         metavar="URL",
@@ -89,12 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "these, served with --handoff always",
     )
     add("--chunk", type=int, default=512, metavar="N", help="its --max-num-batched-tokens (512)")
-    add("--link-gbit-s", type=float, metavar="R", help="rate between nodes, if not one machine")
+    add("--link-gbit-s", type=positive, metavar="R", help="rate between nodes, if not one machine")
     add("--link-latency-ms", type=float, default=0.2, metavar="MS", help="(%(default)g)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, fit, write, and say how well it fits."""
+    check_places(args.output)
     torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
     if args.fleet:

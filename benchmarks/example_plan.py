@@ -120,6 +120,7 @@ def _draw_times(panel: Axes, plan: Plan) -> None:
     panel.axhline(1.0, color=LIMIT, linestyle="--", linewidth=1)
     _log_rates(panel)
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.set_ylabel("parts of the limit")
     panel.set_title(f"The best, {_name(plan.best.split)}: its times", fontsize="medium")
     panel.legend(fontsize="small", frameon=False)

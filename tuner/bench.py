@@ -29,6 +29,7 @@ from rich.progress import (
 
 from tuner.client import make_session, resolve_model, send
 from tuner.drive import Done, closed_loop, open_loop
+from tuner.files import check_places, write_text
 from tuner.flags import add_arguments
 from tuner.goodput import Slo, attainment
 from tuner.html_report import html_report
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if any request completed, 1 if none did, 130 after Ctrl-C."""
     try:
         settings = settings_from(args)
+        check_places(settings.json_path, settings.html_path)
         if settings.html_path is not None:
             require_matplotlib()
         for note in settings.notes:
@@ -81,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def run_report(paths: Sequence[Path], output: Path) -> int:
     """`baton bench report`: the plots of several result files in one HTML file."""
     try:
+        check_places(output)
         require_matplotlib()
-        _write(output, html_report(named_results(paths)))
+        write_text(output, html_report(named_results(paths)))
     except ConfigError as error:
         print(f"baton bench report: {error}", file=sys.stderr)
         return 1
@@ -229,15 +232,8 @@ def _publish(runs: list[Run]) -> None:
         if settings.json_path == Path("-"):
             sys.stdout.write(text)
         else:
-            _write(settings.json_path, text)
+            write_text(settings.json_path, text)
     if settings.html_path is not None:
         rates = [f"{run.settings.rate:g}/s" if settings.sweep else "run" for run in runs]
         named = list(zip(rates, results, strict=True))
-        _write(settings.html_path, html_report({"sweep" if settings.sweep else "run": named}))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        write_text(settings.html_path, html_report({"sweep" if settings.sweep else "run": named}))

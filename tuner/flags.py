@@ -40,7 +40,7 @@ def _add_target_arguments(group: argparse._ArgumentGroup) -> None:
     add("--header", action="append", default=[], metavar="NAME:VALUE", help="another HTTP header")
     add(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=600.0,
         metavar="S",
         help="seconds after which a request counts as failed (%(default)g)",
@@ -51,14 +51,14 @@ def _add_request_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--input-len",
-        type=_span,
+        type=span,
         default="128",
         metavar="N|LO:HI",
         help="prompt length in tokens, or in words (%(default)s)",
     )
     add(
         "--output-len",
-        type=_span,
+        type=span,
         default="64",
         metavar="N|LO:HI",
         help="tokens to generate at most (%(default)s)",
@@ -71,7 +71,7 @@ def _add_request_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--token-ids",
-        type=_span,
+        type=span,
         default="10:1000",
         metavar="LO:HI",
         help="range that random token ids are drawn from (%(default)s)",
@@ -84,22 +84,22 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--num-requests",
-        type=_count,
+        type=at_least_one,
         metavar="N",
         help=f"requests to send ({DEFAULT_NUM_REQUESTS}, or as many as fit in --duration)",
     )
-    add("--duration", type=_positive, metavar="S", help="seconds to send for")
+    add("--duration", type=positive, metavar="S", help="seconds to send for")
     add(
         "--concurrency",
-        type=_count,
+        type=at_least_one,
         metavar="N",
         help=f"requests in flight ({DEFAULT_CONCURRENCY}); with --rate an upper limit only "
         f"({MAX_IN_FLIGHT})",
     )
-    add("--rate", type=_positive, metavar="R", help="send R requests per second")
+    add("--rate", type=positive, metavar="R", help="send R requests per second")
     add(
         "--sweep",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=(),
         metavar="R",
@@ -158,19 +158,19 @@ def _add_trace_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--rate-scale",
-        type=_positive,
+        type=positive,
         metavar="F",
         help="requests per second of the trace times this (1)",
     )
     add(
         "--length-scale",
-        type=_positive,
+        type=positive,
         metavar="F",
         help="lengths of the trace times this (1)",
     )
     add(
         "--max-model-len",
-        type=_count,
+        type=at_least_one,
         metavar="N",
         help="leave requests out that are longer, prompt and output together",
     )
@@ -180,11 +180,11 @@ def _add_report_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--ttft",
-        type=_positive,
+        type=positive,
         metavar="MS",
         help="limit of time to first token; with --tpot: report goodput",
     )
-    add("--tpot", type=_positive, metavar="MS", help="limit of time per further token")
+    add("--tpot", type=positive, metavar="MS", help="limit of time per further token")
     add("--json", type=Path, metavar="FILE", help="write the report as JSON ('-': to stdout)")
     add(
         "--html",
@@ -194,7 +194,7 @@ def _add_report_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _count(text: str) -> int:
+def at_least_one(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -208,14 +208,14 @@ def _natural(text: str) -> int:
     return value
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0")
     return value
 
 
-def _span(text: str) -> Span:
+def span(text: str) -> Span:
     try:
         return Span.parse(text)
     except ValueError as error:

@@ -59,11 +59,14 @@ def lines(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
+    whole_x: bool = False,
     marks: bool = True,
     top: float | None = None,
     limit: Limit | None = None,
 ) -> str:
     """Curves with their points, up to `top` or the highest; `limit` is drawn across."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _canvas(x_label, y_label)
     for number, one in enumerate(series):
         marker = "o" if marks else ""
@@ -73,6 +76,8 @@ def lines(
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
+    if whole_x:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log_y and _is_wide([y for one in series for y in one.y]):
         _log_scale(axes, axes.yaxis)
     else:
@@ -97,7 +102,9 @@ def cdfs(samples: Mapping[str, Sequence[float]], *, x_label: str, limit: Limit |
     return _finished(figure, axes)
 
 
-def stacked_bars(bars: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
+def stacked_bars(
+    bars: Mapping[str, Mapping[str, float]], *, x_label: str, right: float | None = None
+) -> str:
     """One bar per run, cut into parts; parts of equal name have equal colours."""
     figure, axes = _canvas(x_label, "")
     figure.set_figheight(max(SIZE[1], 1.4 + BAR * len(bars)))
@@ -110,6 +117,7 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], *, x_label: str) -> st
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(places, [shortened(name) for name in bars])
     axes.invert_yaxis()
+    axes.set_xlim(0, right)
     return _finished(figure, axes)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.files import write_text
 from tuner.latency import LatencyModel
 from tuner.overheads import NO_OVERHEADS, Overheads
 from tuner.report import percentile
@@ -59,11 +60,7 @@ class Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    text = json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=2) + "\n"
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    write_text(path, json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=2) + "\n")
 
 
 def load_profile(path: Path) -> Profile:

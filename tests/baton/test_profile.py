@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -38,3 +39,21 @@ def test_one_thread_of_a_processor_is_timed_by_what_it_computes() -> None:
     time.sleep(0.3)
     assert watch() - start < 0.2
     assert stopwatch_for("cpu", 2) is stopwatch_for("cuda", 1) is time.perf_counter
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["-o", "/absent/profile.json"], "there is no folder /absent"),
+        (["-o", "/"], "it is a folder"),
+        (["-o", "p.json", "--threads", "0"], "--threads: must be at least 1"),
+        (["-o", "p.json", "--seconds", "0"], "--seconds: must be above 0"),
+    ],
+)
+def test_what_could_not_end_well_is_refused_before_anything_is_measured(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.profile.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(SystemExit):  # by argparse, or as the entry point does
+        sys.exit(main(["profile", *flags]))
+    assert told in capsys.readouterr().err.splitlines()[-1]

@@ -104,10 +104,14 @@ def test_nobody_listening_is_said_in_the_systems_words(capsys: Any) -> None:
     assert capsys.readouterr().err == expected
 
 
-def test_unwritable_report_is_one_line(server: FakeServer, tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "absent" / "report.json"
-    assert bench(server.url, "--num-requests", "1", "--json", str(path)) == 1
-    assert capsys.readouterr().err.startswith(f"baton bench: cannot write {path}")
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_an_unwritable_report_is_one_line_before_anything_is_sent(
+    server: FakeServer, tmp_path: Path, capsys: Any, flag: str
+) -> None:
+    for path in (tmp_path / "absent" / "report", tmp_path):
+        assert bench(server.url, "--num-requests", "1", flag, str(path)) == 1
+        assert capsys.readouterr().err.startswith(f"baton bench: cannot write {path}: ")
+    assert server.bodies == []
 
 
 def test_ctrl_c_reports_what_was_measured(server: FakeServer, capsys: Any) -> None:

@@ -23,7 +23,14 @@ from tests.e2e.test_strikes import wait_struck
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 QUESTION = Question()  # several chunks of 64 tokens
-TOLD: dict[str, Any] = {"logprobs": 2, "echo": True, "max_tokens": 8, "n": 2, "seed": 4}
+SAMPLED: dict[str, Any] = {"prompt": "def told(x):", "temperature": 0.9, "seed": 4}
+TOLD: list[dict[str, Any]] = [
+    {"logprobs": 2, "echo": True, "max_tokens": 8, "n": 2},
+    {"prompt_logprobs": 1, "max_tokens": 8, "best_of": 3, "n": 2, "presence_penalty": 0.5},
+    {"structured_outputs": {"regex": "[0-9]{3}-[a-f]{2}"}, "max_tokens": 30},
+    {"use_beam_search": True, "n": 2, "max_tokens": 8, "temperature": 0.0},
+    {"max_tokens": 1, "logprobs": 1},
+]
 
 
 async def complete(fleet: Fleet, **fields: Any) -> dict[str, Any]:
@@ -31,6 +38,10 @@ async def complete(fleet: Fleet, **fields: Any) -> dict[str, Any]:
     async with Client(fleet.url) as client:
         (answer,) = (await client.complete(model=fleet.model.name, **fields)).chunks
     return {key: answer[key] for key in ("choices", "usage")}
+
+
+async def tell_all(fleet: Fleet) -> list[dict[str, Any]]:
+    return [await complete(fleet, **SAMPLED | fields) for fields in TOLD]
 
 
 def served(fleet: Fleet, path: str) -> Any:
@@ -53,7 +64,7 @@ def shared(make_shared_fleet: MakeFleet) -> Fleet:
         node.wait_ready()
     fleet.wait_for_nodes()
     right_answer(fleet, QUESTION)
-    told = asyncio.run(complete(fleet, prompt="def told(x):", **TOLD))
+    told = asyncio.run(tell_all(fleet))
     undisturbed = asyncio.run(ask_many(fleet, 6))
     assert_whole(undisturbed)
 
@@ -68,7 +79,7 @@ def shared(make_shared_fleet: MakeFleet) -> Fleet:
     assert [a.text for a in answers] == [a.text for a in undisturbed]
     for node in fleet.nodes.values():
         node.recipe = ("mixed", flags)
-    assert asyncio.run(complete(fleet, prompt="def told(x):", **TOLD)) == told
+    assert asyncio.run(tell_all(fleet)) == told
     return fleet
 
 

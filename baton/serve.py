@@ -49,7 +49,7 @@ def check_model(args: argparse.Namespace) -> None:
         raise ConfigError(f"there is no model folder {args.model!r}")
     parse_speculative_config(args.speculative_config)
     if not any(spec.role != "prefill" for spec in node_specs(args)):
-        raise ConfigError("prefill nodes alone answer nothing: give --decode or --mixed")
+        raise ConfigError("no node would answer requests: give --decode, --mixed or --flex")
     if args.device == "auto" and is_gpu(resolve_device("auto")):
         args.device = "cpu" if visible_gpus() == 0 else "cuda"
     if is_gpu(args.device):
@@ -107,8 +107,8 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="nodes that begin as decode, prefill, decode, … and take the role that "
-        "POST /admin/role gives them (0)",
+        help="nodes besides, beginning as decode, prefill, decode, …, whose names promise no "
+        "role: --tune and POST /admin/role move them, as they do all others (0)",
     )
     add_engine_arguments(parser)
     add_decode_arguments(parser)
@@ -234,6 +234,17 @@ def node_specs(args: argparse.Namespace) -> list[NodeSpec]:
     ]
 
 
+def tuner_notice(args: argparse.Namespace) -> str | None:
+    """What to say where the tuner could move nothing: more nodes may come, so it is no error."""
+    movable = sum(spec.role != "mixed" for spec in node_specs(args))
+    if args.tune == "off" or movable > 2:
+        return None
+    return (
+        f"--tune {args.tune} has nothing to move: each role keeps its last node, and mixed nodes "
+        "are left alone; give more nodes with --prefill, --decode or --flex"
+    )
+
+
 def print_ready(url: str, what: str) -> None:
     """The ready line of `baton serve`."""
     with suppress(BrokenPipeError):  # nobody has to read it
@@ -274,6 +285,8 @@ class Launcher:
         for spec in self._specs:
             await self._start_node(spec, control)
         _say(f"{self._describe()}: loading {self._model_name}")
+        if notice := tuner_notice(self._args):
+            _say(notice)
         if not await self._all_ready():
             return 1
         took = time.monotonic() - started

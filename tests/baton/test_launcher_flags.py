@@ -16,6 +16,7 @@ from baton.serve import Launcher, given_flags, make_parser
 from node.flags import add_arguments as add_node_arguments
 from node.flags import add_decode_arguments, add_engine_arguments
 from router.flags import add_arguments as add_router_arguments
+from wire.errors import ConfigError
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -291,6 +292,47 @@ def test_the_routers_end_is_everybodys(
 
     in_world(monkeypatch, scenario)
     assert "router ended with 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "begins"),
+    [
+        ("--flex 3", "prefill decode decode prefill decode"),
+        ("--mixed 1 --flex 2", "mixed decode prefill"),
+        ("--prefill 1 --decode 0 --flex 1", "prefill decode"),
+        ("--prefill 0 --decode 0 --flex 1", "decode"),
+    ],
+)
+def test_what_nodes_begin_as(flags: str, begins: str) -> None:
+    args = make_parser().parse_args(flags.split())
+    serve.check_model(args)
+    assert [spec.role for spec in serve.node_specs(args)] == begins.split()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--decode 0", "--prefill 0 --decode 0", "--prefill 3 --decode 0 --mixed 0 --flex 0"]
+)
+def test_a_fleet_that_could_answer_nothing(flags: str) -> None:
+    args = make_parser().parse_args(flags.split())
+    with pytest.raises(ConfigError, match="no node would answer requests: give --decode, --mixed"):
+        serve.check_model(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", False),
+        ("--tune on", True),
+        ("--tune dry-run --mixed 4", True),
+        ("--tune on --decode 2", False),
+        ("--tune on --flex 1", False),
+        ("--tune on --mixed 2 --flex 3", False),
+    ],
+)
+def test_a_tuner_without_nodes_to_move_is_told(flags: str, said: bool) -> None:
+    notice = serve.tuner_notice(make_parser().parse_args(flags.split()))
+    assert (notice is not None) is said
+    assert notice is None or "each role keeps its last node" in notice
 
 
 def test_flex_nodes_begin_as_one_and_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ node computes half of the time, runs several times for real and once simulated:
     azure      lengths and times in Azure's format, scaled
     mooncake   requests that share prefixes, scaled
 
+The latter two are the synthetic samples; `--recorded` takes the beginnings of the public traces
+where they lie beside this checkout.
+
 The last line is JSON: the worst error of each figure over the workloads. Run it on a quiet machine.
 """
 
@@ -49,6 +52,9 @@ SAMPLES = ROOT / "tuner" / "samples"
 SPLIT = Split(prefill=1, decode=1)
 MEAN_INPUT = 160  # tokens, to which traces are scaled
 NUM_DRAWN = 200
+RECORDED = ROOT.parent / "shared" / "data" / "traces"
+LEAST = 20  # requests of a run: a recorded trace may begin with a lull
+MOST = 400  # of a trace that are looked at
 UTILISATION = 0.5
 
 
@@ -76,12 +82,21 @@ def scaled(name: str, trace: Trace) -> Trace:
     told = scale_lengths(trace, factor)
     print(f"{name}: {trace.name}, {len(trace.requests)} requests, lengths times {factor:.3g}")
     fitting, _ = limit_lengths(told, MAX_MODEL_LEN)
-    return Trace(name, fitting.requests, fitting.block_len)
+    return Trace(name, fitting.requests[:MOST], fitting.block_len)
+
+
+def recorded(name: str, sample: Path) -> Path:
+    """The public trace; where it is absent a word, and the sample."""
+    path = RECORDED / name
+    if path.is_file():
+        return path
+    print(f"no recorded trace at {path}: {sample.name} of the samples instead")
+    return sample
 
 
 def shortened(trace: Trace, seconds: float) -> Trace:
     """At a rate of its own, so many seconds of it."""
-    return first_requests(trace, max(2, sum(r.at <= seconds for r in trace.requests)))
+    return first_requests(trace, max(LEAST, sum(r.at <= seconds for r in trace.requests)))
 
 
 class Validation:
@@ -152,7 +167,11 @@ def main() -> int:
     add("--model", type=Path, help="folder (a random one of 88 M parameters, made for this)")
     add("--azure", type=Path, default=SAMPLES / "azure.csv", help="trace (the sample)")
     add("--mooncake", type=Path, default=SAMPLES / "mooncake.jsonl", help="trace (the sample)")
+    add("--recorded", action="store_true", help=f"the traces in {RECORDED}, where they are")
     args = parser.parse_args()
+    if args.recorded:
+        args.azure = recorded("azure_2023_conv.csv", args.azure)
+        args.mooncake = recorded("mooncake_conversation.jsonl", args.mooncake)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that `finally` runs
     quiet = is_quiet()
     with tempfile.TemporaryDirectory(prefix="baton-validate-") as folder:

@@ -15,7 +15,7 @@ generation; a handle names (epoch, block, generation).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 
@@ -80,23 +80,24 @@ class _Block:
         return BlockState.FREE if self.content_hash is None else BlockState.CACHED
 
 
-def _keep_quiet(_content_hash: bytes) -> None:
+def _keep_quiet(_content_hashes: Sequence[bytes]) -> None:
     """Nobody asked to be told of evictions."""
 
 
 class BlockPool:
     """Block accounting; every operation is O(1) per block.
 
-    `on_evict` is called with the content hash of a cached block that is about to be given out.
+    `on_evict` is called with the content hashes of cached blocks that are about to be given out.
     """
 
     def __init__(self, num_blocks: int, epoch: int) -> None:
         self.num_blocks = num_blocks
         self.epoch = epoch
-        self.on_evict: Callable[[bytes], None] = _keep_quiet
+        self.on_evict: Callable[[Sequence[bytes]], None] = _keep_quiet
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end
-        self._lru: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
+        # What is called how, the next to be evicted first.
+        self._lru: OrderedDict[int, bytes] = OrderedDict()
         self._num_in = [0] * len(BlockState)
         self._num_in[BlockState.FREE] = num_blocks
 
@@ -114,10 +115,17 @@ class BlockPool:
         taken = self._free[: -count - 1 : -1]  # the list's end, its last first
         del self._free[len(self._free) - len(taken) :]
         self._num_in[BlockState.FREE] -= len(taken)
-        while len(taken) < count:
-            taken.append(self._evict())
+        if len(taken) < count:
+            taken += self._evict(count - len(taken))
         self._fill(taken, owner)
         return taken
+
+    def _evict(self, count: int) -> list[int]:
+        """The cached blocks that were not used for longest; their content is forgotten."""
+        evicted = [self._lru.popitem(last=False) for _ in range(count)]
+        self._num_in[BlockState.CACHED] -= count
+        self.on_evict([content_hash for _, content_hash in evicted])
+        return [block_id for block_id, _ in evicted]
 
     def _fill(self, taken: Sequence[int], owner: Owner) -> None:
         """As _hold and _moved, in a fraction of the time: nobody had these blocks for sure."""
@@ -126,24 +134,16 @@ class BlockPool:
             for block_id in taken:
                 block = blocks[block_id]
                 block.generation += 1
+                block.content_hash = None
                 block.running = 1
             self._num_in[BlockState.RUNNING] += len(taken)
         else:
             for block_id in taken:
                 block = blocks[block_id]
                 block.generation += 1
+                block.content_hash = None
                 block.leased = 1
             self._num_in[BlockState.LEASED] += len(taken)
-
-    def _evict(self) -> int:
-        """The cached block that was not used for longest; its content is forgotten."""
-        block_id, _ = self._lru.popitem(last=False)
-        block = self._blocks[block_id]
-        content_hash, block.content_hash = block.content_hash, None
-        self._num_in[BlockState.CACHED] -= 1
-        assert content_hash is not None
-        self.on_evict(content_hash)
-        return block_id
 
     def acquire(self, block_ids: Iterable[int], owner: Owner) -> None:
         """Add a reference to blocks that have content: held already, or published."""
@@ -169,7 +169,7 @@ class BlockPool:
             if block.leased or block.io_refs or block.content_hash is None:
                 self._moved(block_id, before)
             else:  # as _moved, in half the time
-                self._lru[block_id] = None
+                self._lru[block_id] = block.content_hash
                 num_cached += 1
         self._num_in[before] -= num_cached
         self._num_in[BlockState.CACHED] += num_cached
@@ -201,7 +201,8 @@ class BlockPool:
 
     def _moved(self, block_id: int, before: BlockState) -> None:
         """Bring lists and counts in line with the block's state."""
-        after = self._blocks[block_id].state
+        block = self._blocks[block_id]
+        after = block.state
         if after is before:
             return
         assert before is not BlockState.FREE, f"block {block_id} was not allocated"
@@ -212,16 +213,22 @@ class BlockPool:
         if after is BlockState.FREE:
             self._free.append(block_id)
         elif after is BlockState.CACHED:
-            self._lru[block_id] = None
+            assert block.content_hash is not None
+            self._lru[block_id] = block.content_hash
 
     # ------------------------------------------------------------ content
 
-    def publish(self, block_id: int, content_hash: bytes) -> None:
-        """Mark a held block's content as complete and findable; it never changes from here on."""
-        block = self._blocks[block_id]
-        assert block.held, f"block {block_id} is published by nobody"
-        assert block.content_hash is None, f"block {block_id} is already published"
-        block.content_hash = content_hash
+    def publish(self, contents: Mapping[bytes, int]) -> None:
+        """Mark held blocks' content, by its hash, as complete and findable.
+
+        It never changes from here on.
+        """
+        blocks = self._blocks
+        for content_hash, block_id in contents.items():
+            block = blocks[block_id]
+            assert block.running or block.leased, f"block {block_id} is published by nobody"
+            assert block.content_hash is None, f"block {block_id} is already published"
+            block.content_hash = content_hash
 
     def unpublish(self, block_id: int) -> None:
         """The content is not findable any more; a cached block becomes free."""
@@ -248,8 +255,9 @@ class BlockPool:
         """The name of the block's present content."""
         return BlockHandle(self.epoch, block_id, self._blocks[block_id].generation)
 
-    def handles(self, block_ids: Sequence[int]) -> tuple[BlockHandle, ...]:
-        return tuple(self.handle(block_id) for block_id in block_ids)
+    def handles(self, block_ids: Iterable[int]) -> tuple[BlockHandle, ...]:
+        epoch, blocks = self.epoch, self._blocks
+        return tuple([BlockHandle(epoch, i, blocks[i].generation) for i in block_ids])
 
     def is_current(self, handle: BlockHandle) -> bool:
         """Whether the block still has this content: named so, and held or published."""

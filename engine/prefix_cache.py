@@ -98,25 +98,27 @@ class PrefixCache:
 
     def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Make held, completely computed blocks findable where their content is not yet."""
-        found, changed = self._block_of, self._changed
-        for block_id, content_hash in zip(block_ids, hashes, strict=False):
-            if content_hash not in found:
-                self._pool.publish(block_id, content_hash)
-                found[content_hash] = block_id
-                changed[content_hash] = True
-        self._keep_few_changes()
+        found = self._block_of
+        named = zip(hashes, block_ids, strict=False)
+        new = {name: block_id for name, block_id in named if name not in found}
+        if new:
+            self._pool.publish(new)
+            found.update(new)
+            self._changed.update(dict.fromkeys(new, True))
+            self._keep_few_changes()
 
     def publish_tail(self, block_id: int, tail_hash: bytes) -> None:
         """Make a held, partly filled block findable that nobody writes to any more."""
         if self._enabled and tail_hash not in self._block_of:
-            self._pool.publish(block_id, tail_hash)
+            self._pool.publish({tail_hash: block_id})
             self._block_of[tail_hash] = block_id
             self._tails.add(tail_hash)
 
     def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
         """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
-        self.publish(block_ids, hashes)
-        if [self._block_of.get(h) for h in hashes] == block_ids[: len(hashes)]:
+        if not self._finds(block_ids, hashes):
+            self.publish(block_ids, hashes)
+        if self._finds(block_ids, hashes):
             self._pool.release(reversed(block_ids), owner)  # to touch one's own changes nothing
             return
         for index in reversed(range(len(block_ids))):
@@ -124,20 +126,26 @@ class PrefixCache:
             if index < len(hashes):
                 self._pool.touch(self._block_of[hashes[index]])
 
+    def _finds(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> bool:
+        """Whether just these blocks are the ones found under their names."""
+        return list(map(self._block_of.get, hashes)) == block_ids[: len(hashes)]
+
     def discard(self, block_ids: Sequence[int]) -> None:
         """Make blocks not findable any more, whoever holds them."""
         for block_id in block_ids:
             content_hash = self._pool.content_hash(block_id)
             if content_hash is not None:
                 self._pool.unpublish(block_id)
-                self._forget(content_hash)
+                self._forget([content_hash])
 
-    def _forget(self, content_hash: bytes) -> None:
-        del self._block_of[content_hash]
-        if content_hash in self._tails:
-            self._tails.remove(content_hash)
-            return
-        self._changed[content_hash] = False
+    def _forget(self, hashes: Sequence[bytes]) -> None:
+        found, tails, changed = self._block_of, self._tails, self._changed
+        for content_hash in hashes:
+            del found[content_hash]
+            if content_hash in tails:
+                tails.remove(content_hash)
+            else:
+                changed[content_hash] = False
         self._keep_few_changes()
 
     # ------------------------------------------------------------ telling others
@@ -153,8 +161,8 @@ class PrefixCache:
         lost, self._lost_changes = self._lost_changes, False
         if lost:
             return CacheChanges(self.snapshot(), (), snapshot=True)
-        added = tuple(h for h, findable in changed.items() if findable)
-        removed = tuple(h for h, findable in changed.items() if not findable)
+        added = tuple([h for h, findable in changed.items() if findable])
+        removed = tuple([h for h, findable in changed.items() if not findable])
         return CacheChanges(added, removed)
 
     def snapshot(self) -> tuple[bytes, ...]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-
-import numpy as np
+from struct import pack
 
 HASH_BYTES = 16
+_TOKEN_BYTES = 4
 
 
 def root_hash(model_fingerprint: str, cache_salt: str = "") -> bytes:
@@ -22,15 +22,23 @@ def root_hash(model_fingerprint: str, cache_salt: str = "") -> bytes:
 
 def child_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of the full block that holds `tokens` and follows `parent`."""
-    content = np.asarray(tokens, dtype="<u4").tobytes()
+    return _chained(parent, _content(tokens))
+
+
+def _content(tokens: Sequence[int]) -> bytes:
+    return pack(f"<{len(tokens)}I", *tokens)
+
+
+def _chained(parent: bytes, content: bytes) -> bytes:
     return blake2b(parent + content, digest_size=HASH_BYTES).digest()
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
     """One hash per full block of `tokens`; a partial last block has none."""
     hashes = []
-    parent = root
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        parent = child_hash(parent, tokens[start : start + block_size])
+    parent, content = root, _content(tokens)
+    size = block_size * _TOKEN_BYTES
+    for start in range(0, len(content) - size + 1, size):
+        parent = _chained(parent, content[start : start + size])
         hashes.append(parent)
     return hashes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from wire.types import BlockHandle
 def test_allocation_takes_free_blocks_before_cached_ones() -> None:
     pool = BlockPool(3, epoch=1)
     cached = pool.allocate(1, Owner.RUNNING)
-    pool.publish(cached[0], b"a")
+    pool.publish({b"a": cached[0]})
     pool.release(cached, Owner.RUNNING)
     taken = pool.allocate(2, Owner.RUNNING)
     assert cached[0] not in taken
@@ -27,10 +28,9 @@ def test_allocation_takes_free_blocks_before_cached_ones() -> None:
 def test_eviction_is_least_recently_used_first_and_is_told() -> None:
     pool = BlockPool(3, epoch=1)
     evicted: list[bytes] = []
-    pool.on_evict = evicted.append
+    pool.on_evict = evicted.extend
     blocks = pool.allocate(3, Owner.RUNNING)
-    for block_id, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
-        pool.publish(block_id, name)
+    pool.publish(dict(zip((b"a", b"b", b"c"), blocks, strict=True)))
     pool.release(blocks, Owner.RUNNING)
     pool.touch(blocks[0])
     assert pool.allocate(2, Owner.RUNNING) == [blocks[1], blocks[2]]
@@ -66,7 +66,7 @@ def test_a_cached_block_keeps_its_name() -> None:
     pool = BlockPool(1, epoch=7)
     [block_id] = pool.allocate(1, Owner.RUNNING)
     handle = pool.handle(block_id)
-    pool.publish(block_id, b"a")
+    pool.publish({b"a": block_id})
     pool.release([block_id], Owner.RUNNING)
     assert pool.is_current(handle)
     assert not pool.begin_io(handle), "nobody holds it, it may be evicted any time"
@@ -94,7 +94,7 @@ def test_quarantine_ends_with_the_last_transfer() -> None:
 def test_a_published_block_leaves_quarantine_for_the_cache() -> None:
     pool = BlockPool(1, epoch=1)
     [block_id] = pool.allocate(1, Owner.RUNNING)
-    pool.publish(block_id, b"a")
+    pool.publish({b"a": block_id})
     pool.begin_io(pool.handle(block_id))
     pool.release([block_id], Owner.RUNNING)
     assert pool.state(block_id) is BlockState.QUARANTINED
@@ -110,7 +110,7 @@ def test_misuse_is_noticed() -> None:
     with pytest.raises(AssertionError, match="no content"):
         pool.acquire([1 - block_id], Owner.RUNNING)
     with pytest.raises(AssertionError, match="by nobody"):
-        pool.publish(1 - block_id, b"a")
+        pool.publish({b"a": 1 - block_id})
     with pytest.raises(AssertionError, match="too often"):
         pool.release([block_id], Owner.LEASED)
 
@@ -138,9 +138,9 @@ class PoolWalk(RuleBasedStateMachine):
         self.generations = [0] * 5
         self.num_published = 0
 
-    def forget(self, content_hash: bytes) -> None:
-        block_id = self.published.pop(content_hash)
-        assert all(block_id != held for held, _ in self.held), "a held block was evicted"
+    def forget(self, content_hashes: Sequence[bytes]) -> None:
+        evicted = [self.published.pop(content_hash) for content_hash in content_hashes]
+        assert all(held not in evicted for held, _ in self.held), "a held block was evicted"
 
     @rule(count=st.integers(0, 3), owner=owners)
     def allocate(self, count: int, owner: Owner) -> None:
@@ -177,7 +177,7 @@ class PoolWalk(RuleBasedStateMachine):
             return
         self.num_published += 1
         name = str(self.num_published).encode()
-        self.pool.publish(block_id, name)
+        self.pool.publish({name: block_id})
         self.published[name] = block_id
 
     @precondition(lambda self: self.published)

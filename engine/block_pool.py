@@ -40,6 +40,9 @@ class BlockState(IntEnum):
     QUARANTINED = 4
 
 
+_STATE_OF = {Owner.RUNNING: BlockState.RUNNING, Owner.LEASED: BlockState.LEASED}
+
+
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
     """How many blocks are in each state."""
@@ -130,20 +133,15 @@ class BlockPool:
     def _fill(self, taken: Sequence[int], owner: Owner) -> None:
         """As _hold and _moved, in a fraction of the time: nobody had these blocks for sure."""
         blocks = self._blocks
-        if owner is Owner.RUNNING:
-            for block_id in taken:
-                block = blocks[block_id]
-                block.generation += 1
-                block.content_hash = None
-                block.running = 1
-            self._num_in[BlockState.RUNNING] += len(taken)
-        else:
-            for block_id in taken:
-                block = blocks[block_id]
-                block.generation += 1
-                block.content_hash = None
-                block.leased = 1
-            self._num_in[BlockState.LEASED] += len(taken)
+        running = int(owner is Owner.RUNNING)
+        leased = 1 - running
+        for block_id in taken:
+            block = blocks[block_id]
+            block.generation += 1
+            block.content_hash = None
+            block.running = running
+            block.leased = leased
+        self._num_in[_STATE_OF[owner]] += len(taken)
 
     def acquire(self, block_ids: Iterable[int], owner: Owner) -> None:
         """Add a reference to blocks that have content: held already, or published."""
@@ -155,21 +153,21 @@ class BlockPool:
     def release(self, block_ids: Iterable[int], owner: Owner) -> None:
         """Drop a reference to each; what is released last is evicted last."""
         running = owner is Owner.RUNNING
-        before = BlockState.RUNNING if running else BlockState.LEASED
-        num_cached, blocks = 0, self._blocks
+        before = _STATE_OF[owner]
+        num_cached, blocks, lru = 0, self._blocks, self._lru
         for block_id in block_ids:
             block = blocks[block_id]
             if running:
-                block.running -= 1
+                left = block.running = block.running - 1
             else:
-                block.leased -= 1
-            assert block.running >= 0 <= block.leased, f"block {block_id} released too often"
+                left = block.leased = block.leased - 1
+            assert left >= 0, f"block {block_id} released too often"
             if block.running:
                 continue  # it is what it was
             if block.leased or block.io_refs or block.content_hash is None:
                 self._moved(block_id, before)
             else:  # as _moved, in half the time
-                self._lru[block_id] = block.content_hash
+                lru[block_id] = block.content_hash
                 num_cached += 1
         self._num_in[before] -= num_cached
         self._num_in[BlockState.CACHED] += num_cached
@@ -178,17 +176,22 @@ class BlockPool:
         """Turn one owner's references into the other's. Whoever had a block still has it."""
         if old is new:
             return
-        change = 1 if new is Owner.RUNNING else -1
-        num_begin, blocks = 0, self._blocks
+        to_run = new is Owner.RUNNING
+        num_changed, blocks = 0, self._blocks
         for block_id in block_ids:
             block = blocks[block_id]
-            was_running = block.running > 0
-            block.running += change
-            block.leased -= change
-            assert block.running >= 0 <= block.leased, f"block {block_id} is not {old.name}"
-            num_begin += (block.running > 0) - was_running
-        self._num_in[BlockState.RUNNING] += num_begin
-        self._num_in[BlockState.LEASED] -= num_begin
+            if to_run:
+                num_changed += not block.running
+                block.running += 1
+                left = block.leased = block.leased - 1
+            else:
+                block.leased += 1
+                left = block.running = block.running - 1
+                num_changed += not left
+            assert left >= 0, f"block {block_id} is not {old.name}"
+        before, after = _STATE_OF[old], _STATE_OF[new]
+        self._num_in[before] -= num_changed
+        self._num_in[after] += num_changed
 
     def _hold(self, block_id: int, owner: Owner) -> None:
         block = self._blocks[block_id]

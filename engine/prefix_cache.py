@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 
 from engine.block_pool import BlockPool, Owner
 from wire.prefix import block_hashes, child_hash, root_hash
@@ -139,13 +141,14 @@ class PrefixCache:
                 self._forget([content_hash])
 
     def _forget(self, hashes: Sequence[bytes]) -> None:
-        found, tails, changed = self._block_of, self._tails, self._changed
+        found = self._block_of
         for content_hash in hashes:
             del found[content_hash]
-            if content_hash in tails:
-                tails.remove(content_hash)
-            else:
-                changed[content_hash] = False
+        told = dict.fromkeys(hashes, False)
+        for tail in self._tails.intersection(hashes):
+            self._tails.remove(tail)
+            del told[tail]
+        self._changed.update(told)
         self._keep_few_changes()
 
     # ------------------------------------------------------------ telling others
@@ -161,8 +164,8 @@ class PrefixCache:
         lost, self._lost_changes = self._lost_changes, False
         if lost:
             return CacheChanges(self.snapshot(), (), snapshot=True)
-        added = tuple([h for h, findable in changed.items() if findable])
-        removed = tuple([h for h, findable in changed.items() if not findable])
+        added = tuple(compress(changed, changed.values()))
+        removed = tuple(compress(changed, map(not_, changed.values())))
         return CacheChanges(added, removed)
 
     def snapshot(self) -> tuple[bytes, ...]:

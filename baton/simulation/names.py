@@ -26,14 +26,14 @@ class PrefixNames:
 
     def of(self, index: int, request: TracedRequest) -> list[bytes]:
         """One name per full block of the prompt; what the trace does not name is its own."""
+        own, num_blocks = -(index + 1), request.input_len // self._size
         chains = self._chain(request.block_ids)
-        own = -(index + 1)
+        num_named = min(num_blocks, len(chains) * self._trace_len // self._size)
         names = []
-        for block in range(request.input_len // self._size):
-            place = ((block + 1) * self._size - 1) // self._trace_len if chains else 0
-            chain = chains[place] if place < len(chains) else own
-            names.append(pack(_NAME, chain, block))
-        return names
+        for block in range(num_named):
+            place = ((block + 1) * self._size - 1) // self._trace_len
+            names.append(pack(_NAME, chains[place], block))
+        return names + [pack(_NAME, own, block) for block in range(num_named, num_blocks)]
 
     def _chain(self, block_ids: tuple[int, ...]) -> list[int]:
         found, before = [], -1

@@ -17,7 +17,7 @@ from engine.rows import accepted
 from engine.stops import finish_reason
 from engine.tails import Tails
 from wire.logprobs import Logprobs
-from wire.types import BlockHandle, Hypothesis
+from wire.types import BlockHandle, FinishReason, Hypothesis
 
 NO_LOGPROBS: Mapping[str, Logprobs] = {}
 NO_EMBEDDINGS: Mapping[str, bytes] = {}
@@ -173,6 +173,19 @@ class Committer:
         if new > len(request.block_hashes):
             self._cache.extend(request.block_hashes, request.tokens, request.cache_salt)
         self._cache.publish(request.block_table[old:new], request.block_hashes[old:new])
+
+    def end_at_limit(self, request: Request, num_new_tokens: int) -> RequestProgress:
+        """End a request whose last tokens have come without a plan."""
+        request.finish_reason = FinishReason.LENGTH
+        self._leave_if_done(request)
+        return RequestProgress(
+            request_id=request.request_id,
+            num_computed_tokens=request.num_computed_tokens,
+            index=request.num_output_tokens - num_new_tokens,
+            new_tokens=tuple(request.tokens[-num_new_tokens:]),
+            finish_reason=request.finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
     def _take_finished_blocks(self, request: Request) -> tuple[tuple[int, BlockHandle], ...]:
         """Blocks that will not change any more and were not reported; call before sampling."""

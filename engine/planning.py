@@ -99,8 +99,7 @@ class Planner:
 
     def _fill(self, draft: PlanDraft, drafts: Mapping[str, Sequence[int]]) -> None:
         self._keep_seats_within(draft)
-        while self._queues.adopted and self._queues.has_seats_for(self._queues.adopted[0]):
-            self._queues.running.append(self._queues.adopted.popleft())
+        self._queues.seat_adopted()
         running = self._queues.running
         if draft.ahead:
             running = [r for r in running if r.goes_on and r.request_id not in self._queues.leaving]

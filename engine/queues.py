@@ -50,6 +50,11 @@ class Queues:
     def has_seats_for(self, request: Request) -> bool:
         return self.num_seats_taken + request.width <= self.max_running
 
+    def seat_adopted(self) -> None:
+        """Those that have their blocks run, first come first served, while there are seats."""
+        while self.adopted and self.has_seats_for(self.adopted[0]):
+            self.running.append(self.adopted.popleft())
+
     def abort(self, request_id: str) -> bool:
         """End a request and free what it holds, at the step's commit if it is in one.
 

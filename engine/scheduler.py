@@ -235,18 +235,21 @@ class Scheduler:
     def num_plain_steps(self) -> int:
         """How many coming steps will decode one token of each running request, and nothing else.
 
-        None of them seats, admits, preempts or ends a request, if no token ends one early. A
-        simulator skips them; an engine has to compute them.
+        Who has only waited for a seat runs from here on, as from the next plan on. No step admits
+        or preempts a request, and only the last may end one, if no token does so early. A simulator
+        skips them; an engine has to compute them.
         """
-        full = len(self._queues.running) >= self._queues.max_running
-        if not self._queues.running or self._queues.adopted or (self._queues.waiting and not full):
+        self._queues.seat_adopted()
+        running = self._queues.running
+        full = len(running) >= self._queues.max_running
+        if not running or (self._queues.waiting and not full):
             return 0
-        if any(r.num_behind != 1 or r.prefill_only for r in self._queues.running):
+        if any(r.num_behind != 1 or r.prefill_only or not r.num_output_tokens for r in running):
             return 0
-        to_the_end = min(r.token_limit - r.num_tokens for r in self._queues.running) - 1
+        to_the_end = min(r.token_limit - r.num_tokens for r in running)
         # A request needs at most one block more for each block size of steps.
-        blocks_each = self._pool.num_available // len(self._queues.running)
-        return max(0, min(to_the_end, blocks_each * self._config.block_size))
+        blocks_each = self._pool.num_available // len(running)
+        return min(to_the_end, blocks_each * self._config.block_size)
 
     @property
     def num_running(self) -> int:
@@ -257,8 +260,11 @@ class Scheduler:
         """What the next step would read if all running requests only decode."""
         return sum(request.num_tokens for request in self._queues.running)
 
-    def skip_plain_steps(self, num_steps: int) -> None:
-        """Be where `num_steps` plain steps lead to; each request's last token stands for theirs."""
+    def skip_plain_steps(self, num_steps: int) -> tuple[RequestProgress, ...]:
+        """Be where `num_steps` plain steps lead to; each request's last token stands for theirs.
+
+        Returns what came of the requests that end there.
+        """
         for request in self._queues.running:
             start = request.num_computed_tokens
             end = start + num_steps
@@ -269,6 +275,8 @@ class Scheduler:
             request.num_computed_tokens = end
             if end // self._config.block_size > start // self._config.block_size:
                 self._committer.publish(request, start)
+        ended = [r for r in self._queues.running if not r.goes_on]
+        return tuple(self._committer.end_at_limit(request, num_steps) for request in ended)
 
     # ------------------------------------------------------------ what others may know
 

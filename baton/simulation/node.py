@@ -213,16 +213,22 @@ class SimulatedEngine:
 
     def _run_over(self) -> None:
         assert self._run is not None
-        self._skip_to(self._run.num_steps)
+        ended = self._skip_to(self._run.num_steps)
         self._run = None
+        for progress in ended:
+            self._on_progress(progress)
         self._begin()
 
     def _catch_up(self) -> None:
-        """Bring the scheduler to the present."""
+        """Bring the scheduler to the present; the run's last step, which may end requests, is
+        over with the run.
+        """
         run = self._run
         if run is None or self._clock.now < self._end_of(run.num_done + 1):
             return
-        low, high = run.num_done + 1, run.num_steps  # `low` steps are over
+        low, high = run.num_done + 1, run.num_steps - 1  # `low` steps are over
+        if low > high:
+            return
         while low < high:
             middle = (low + high + 1) // 2
             if self._end_of(middle) <= self._clock.now:
@@ -231,7 +237,7 @@ class SimulatedEngine:
                 high = middle - 1
         self._skip_to(low)
 
-    def _skip_to(self, num_done: int) -> None:
+    def _skip_to(self, num_done: int) -> tuple[RequestProgress, ...]:
         run = self._run
         assert run is not None
         seconds = self._end_of(num_done) - self._end_of(run.num_done)
@@ -242,5 +248,5 @@ class SimulatedEngine:
             grown = steps * (run.num_done + num_done - 1) // 2  # by a token per request and step
             context = run.context * steps + run.batch * grown
             self._decode_steps = self._decode_steps.plus(context, run.batch * steps, seconds, steps)
-        self._scheduler.skip_plain_steps(steps)
         run.num_done = num_done
+        return self._scheduler.skip_plain_steps(steps)

@@ -201,8 +201,9 @@ class Committer:
             end = num_computed_tokens // self._config.block_size
         else:
             end = len(request.block_table)
-        blocks = range(request.num_reported_blocks, end)
-        return tuple((i, self._pool.handle(request.block_table[i])) for i in blocks)
+        start = request.num_reported_blocks
+        handles = self._pool.handles(request.block_table[start:end])
+        return tuple(enumerate(handles, start))
 
     def blocks_to_finish(
         self, plan: StepPlan

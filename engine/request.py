@@ -77,7 +77,7 @@ class Request:
     @property
     def num_behind(self) -> int:
         """Tokens whose KV is not computed yet; at least one until the request ends."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.tokens) + (self.awaited_row is not None) - self.num_computed_tokens
 
     @property
     def token_limit(self) -> int:

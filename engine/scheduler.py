@@ -244,9 +244,14 @@ class Scheduler:
         full = len(running) >= self._queues.max_running
         if not running or (self._queues.waiting and not full):
             return 0
-        if any(r.num_behind != 1 or r.prefill_only or not r.num_output_tokens for r in running):
-            return 0
-        to_the_end = min(r.token_limit - r.num_tokens for r in running)
+        to_the_end = self._config.max_model_len
+        for request in running:
+            num_tokens = request.num_tokens
+            if request.num_computed_tokens != num_tokens - 1 or request.prefill_only:
+                return 0
+            if num_tokens == request.num_prompt_tokens:
+                return 0  # the first token is to come
+            to_the_end = min(to_the_end, request.token_limit - num_tokens)
         # A request needs at most one block more for each block size of steps.
         blocks_each = self._pool.num_available // len(running)
         return min(to_the_end, blocks_each * self._config.block_size)
@@ -265,18 +270,20 @@ class Scheduler:
 
         Returns what came of the requests that end there.
         """
+        ended, block_size = [], self._config.block_size
         for request in self._queues.running:
             start = request.num_computed_tokens
             end = start + num_steps
-            missing = self._config.num_blocks_for(end) - len(request.block_table)
+            missing = -(-end // block_size) - len(request.block_table)
             if missing > 0:
                 request.block_table += self._pool.allocate(missing, Owner.RUNNING)
             request.tokens += request.tokens[-1:] * num_steps
             request.num_computed_tokens = end
-            if end // self._config.block_size > start // self._config.block_size:
+            if end // block_size > start // block_size:
                 self._committer.publish(request, start)
-        ended = [r for r in self._queues.running if not r.goes_on]
-        return tuple(self._committer.end_at_limit(request, num_steps) for request in ended)
+            if end + 1 >= request.token_limit:
+                ended.append(request)
+        return tuple([self._committer.end_at_limit(request, num_steps) for request in ended])
 
     # ------------------------------------------------------------ what others may know
 

@@ -96,6 +96,8 @@ class Breaker:
 
     def allows(self, pair: Pair, now: float) -> bool:
         """Whether the pair may be chosen: it is closed, or may be tried."""
+        if not self._circuits:
+            return True  # as mostly, and nothing is hashed
         circuit = self._circuits.get(pair)
         if circuit is None or circuit.state is BreakerState.CLOSED:
             return True

@@ -293,7 +293,7 @@ class Fleet:
         return pair not in wishes.avoid_pairs and self.breaker.allows(pair, wishes.now)
 
     def _candidate(self, node: Node, work: Work, wishes: Wishes) -> Candidate:
-        near = node.id in wishes.near
+        near = bool(wishes.near) and node.id in wishes.near
         return Candidate(
             id=node.id,
             role=node.info.role,
@@ -348,6 +348,7 @@ def _least_bad(
     nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[Candidate], bool]
 ) -> list[Candidate]:
     """Those that least speaks against: that the choice avoids the node weighs most."""
-    against = {node.id: (node.id in wishes.avoid, is_worse(node)) for node in nodes}
-    least = min(against.values(), default=None)
-    return [node for node in nodes if against[node.id] == least]
+    avoid = wishes.avoid or ()  # to look into an empty set hashes too
+    against = [(node.id in avoid, is_worse(node)) for node in nodes]
+    least = min(against, default=None)
+    return [node for node, bad in zip(nodes, against, strict=True) if bad == least]

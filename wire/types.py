@@ -160,9 +160,13 @@ class SamplingParams:
         return pairs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class BlockHandle:
-    """Names the content of a block, not only its place: a reused block has another generation."""
+    """Names the content of a block, not only its place: a reused block has another generation.
+
+    Nobody changes one. It is not frozen because a request has hundreds, and to make them takes a
+    third of the time so.
+    """
 
     epoch: U64  # random per process start
     block_id: Count

@@ -290,7 +290,7 @@ class PrefillNode:
         or the last one, with what comes after it.
         """
         cached = grant.num_cached_tokens // self._setup.engine.block_size
-        missing = sum(index >= cached for index, _ in progress.finished_blocks)
+        missing = len([index for index, _ in progress.finished_blocks if index >= cached])
         if not missing:
             return
         seconds = self._setup.model.transfer_s(missing * self._setup.layout.block_bytes)

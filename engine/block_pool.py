@@ -132,11 +132,9 @@ class BlockPool:
 
     def _fill(self, taken: Sequence[int], owner: Owner) -> None:
         """As _hold and _moved, in a fraction of the time: nobody had these blocks for sure."""
-        blocks = self._blocks
         running = int(owner is Owner.RUNNING)
         leased = 1 - running
-        for block_id in taken:
-            block = blocks[block_id]
+        for block in map(self._blocks.__getitem__, taken):
             block.generation += 1
             block.content_hash = None
             block.running = running
@@ -177,9 +175,8 @@ class BlockPool:
         if old is new:
             return
         to_run = new is Owner.RUNNING
-        num_changed, blocks = 0, self._blocks
-        for block_id in block_ids:
-            block = blocks[block_id]
+        num_changed = 0
+        for block in map(self._blocks.__getitem__, block_ids):
             if to_run:
                 num_changed += not block.running
                 block.running += 1
@@ -188,7 +185,7 @@ class BlockPool:
                 block.leased += 1
                 left = block.running = block.running - 1
                 num_changed += not left
-            assert left >= 0, f"block {block_id} is not {old.name}"
+            assert left >= 0, f"a block is not {old.name}"
         before, after = _STATE_OF[old], _STATE_OF[new]
         self._num_in[before] -= num_changed
         self._num_in[after] += num_changed

@@ -270,13 +270,16 @@ class Scheduler:
 
         Returns what came of the requests that end there.
         """
-        ended, block_size = [], self._config.block_size
-        for request in self._queues.running:
+        ended, block_size, running = [], self._config.block_size, self._queues.running
+        missing = [
+            max(0, -(-(r.num_computed_tokens + num_steps) // block_size) - len(r.block_table))
+            for r in running
+        ]
+        blocks = iter(self._pool.allocate(sum(missing), Owner.RUNNING))
+        for request, num_blocks in zip(running, missing, strict=True):
             start = request.num_computed_tokens
             end = start + num_steps
-            missing = -(-end // block_size) - len(request.block_table)
-            if missing > 0:
-                request.block_table += self._pool.allocate(missing, Owner.RUNNING)
+            request.block_table += islice(blocks, num_blocks)
             request.tokens += request.tokens[-1:] * num_steps
             request.num_computed_tokens = end
             if end // block_size > start // block_size:

@@ -158,6 +158,8 @@ class SimulatedEngine:
             self._run = _Run(self._clock.now, num_steps, batch, context)
             self._set(self._end_of(num_steps), self._run_over)
             return
+        if not self._scheduler.has_work:
+            return
         plan = self._scheduler.plan()
         if plan.scheduled:
             self._stepping = True

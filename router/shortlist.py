@@ -77,8 +77,9 @@ def _least_busy(kind: Kind, nodes: Sequence[Node], work: Work) -> Iterator[Node]
     roomiest = min(nodes, key=_ROOM)
     needed = -(-work.max_num_tokens // kind.block_size)
     yield roomiest
-    first = min((n for n in nodes if -n.room[0] >= needed), key=_QUEUE, default=None)
-    first = first or min(nodes, key=_QUEUE)
+    first = min(nodes, key=_QUEUE)
+    if -first.room[0] < needed:
+        first = min((n for n in nodes if -n.room[0] >= needed), key=_QUEUE, default=first)
     if first is not roomiest:
         yield first
 

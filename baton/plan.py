@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from itertools import islice
@@ -24,12 +25,15 @@ from tuner.flags import at_least_one, positive, span
 from tuner.goodput import Slo
 from tuner.plots import require_matplotlib
 from tuner.profile import Profile, load_profile
-from tuner.trace import Trace, TracedRequest, first_requests, limit_lengths, scale_lengths
+from tuner.trace import Trace, TracedRequest, limit_lengths, repeated, scale_lengths
 from tuner.trace_files import read_trace
 from tuner.workload import PromptKind, Workload, requests
 from wire.errors import ConfigError
 
 SCHEMA = "baton.plan/1"
+USUAL = 512  # tokens per step, as nodes have it
+FURTHER = (128, 256, 1024, 2048)  # what else is tried where nobody says
+LONG_ENOUGH = 10  # times the limit of the TTFT: so long requests should come
 EXAMPLES = """example:
   baton profile ./my-model -o profile.json --threads 1
   baton plan --profile profile.json --nodes 4 --ttft 500 --tpot 50 \\
@@ -65,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         action="append",
         metavar="N",
-        help="token budget of a step (--max-num-batched-tokens), several to choose from (512)",
+        help="token budget of a step (--max-num-batched-tokens), several to choose from "
+        "(512 with all fleets, 128 to 2048 with the best of either kind)",
     )
     add("--kv-memory", type=parse_bytes, default=1 << 30, metavar="SIZE", help="per node (1g)")
     add("--max-num-seqs", type=at_least_one, default=64, metavar="N", help="per node (%(default)s)")
@@ -119,8 +124,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--ttft, --tpot: {error}") from error
     trace = _trace(args, profile.max_model_len)
     planner = Planner(_setup(args, profile), trace, slo, args.attainment, _progress)
-    plan = planner.plan(args.nodes, args.tokens_per_step or [512])
-    words = "\n".join(plan_lines(plan))
+    given = args.tokens_per_step
+    further = () if given else tuple(n for n in FURTHER if n <= profile.max_model_len)
+    plan = planner.plan(args.nodes, given or [USUAL], further)
+    words = "\n".join([*plan_lines(plan, served_as(args, profile)), *short_lines(plan, trace)])
     print(words)
     if args.json is not None:
         write_text(args.json, json.dumps(to_json(plan), indent=2) + "\n")
@@ -172,7 +179,9 @@ def _trace(args: argparse.Namespace, max_model_len: int) -> Trace:
         _progress(f"{num_dropped} requests are longer than the model's {max_model_len} tokens")
     if not trace.requests:
         raise ConfigError(f"no request fits the model's {max_model_len} tokens; scale lengths down")
-    return first_requests(trace, args.num_requests)
+    if len(trace.requests) < args.num_requests:
+        _progress(f"{trace.name} has {len(trace.requests)} requests: it is replayed several times")
+    return repeated(trace, args.num_requests)
 
 
 def _drawn(args: argparse.Namespace) -> Trace:
@@ -186,8 +195,30 @@ def _drawn(args: argparse.Namespace) -> Trace:
 # ------------------------------------------------------------ words
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """What to do and why."""
+def served_as(args: argparse.Namespace, profile: Profile) -> str:
+    """`baton serve` with what all nodes of the plan are assumed to have."""
+    model = args.model or "MODEL"
+    threads = re.search(r", (\d+) threads, ", profile.device)
+    flags = [f"--threads {threads[1]}"] if threads else []
+    flags += [f"--max-num-seqs {args.max_num_seqs}", f"--kv-memory {args.kv_memory}"]
+    return " ".join([f"baton serve {model}", *flags, f"--max-model-len {profile.max_model_len}"])
+
+
+def short_lines(plan: Plan, trace: Trace) -> list[str]:
+    """A warning where all requests have come before a queue could build up."""
+    rate = max([plan.best.rate, *(more.rate for more in plan.one_more)])
+    seconds = len(trace.requests) / rate if rate else float("inf")
+    if seconds >= LONG_ENOUGH * plan.slo.ttft_s:
+        return []
+    return [
+        "",
+        f"careful     at {rate:.3g} per second the {len(trace.requests)} requests have come within "
+        f"{seconds:.2g} s: that may overrate fleets; simulate more of them (--num-requests)",
+    ]
+
+
+def plan_lines(plan: Plan, serve: str = "baton serve MODEL") -> list[str]:
+    """What to do and why; `serve` is the command but for the number and kinds of nodes."""
     if not plan.possible:
         return _impossible_lines(plan)
     best = plan.best
@@ -198,7 +229,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plan.slo.tpot_s * 1e3:g} ms TPOT",
         f"why         {_why(plan)}",
         f"bottleneck  {plan.bottleneck}",
-        f"serve       baton serve MODEL {best.flags}",
+        f"serve       {serve} {best.flags}",
     ]
     for more in plan.one_more:
         gain = more.rate / best.rate - 1
@@ -208,15 +239,15 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _why(plan: Plan) -> str:
     """The best of the other way to divide the work, beside this one."""
-    together = bool(plan.best.split.mixed)
-    others = [c for c in plan.candidates if bool(c.split.mixed) is not together]
+    others = [c for c in plan.candidates if c.colocated is not plan.best.colocated]
     if not others:
         return "there is no other way to use one node"
     other = max(others, key=lambda candidate: candidate.rate)
     if not other.rate:
-        return f"{other.split} keeps the limits at no rate"
+        return f"{other.split} keeps the limits at no rate: it fails by {other.fails_by}"
     ratio = plan.best.rate / other.rate
-    return f"{ratio:.2f} times the goodput of the best alternative ({other})"
+    fails = f"which fails by {other.fails_by} beyond {other.rate:.3g} requests per second"
+    return f"{ratio:.2f} times the goodput of the best alternative ({other}), {fails}"
 
 
 def _impossible_lines(plan: Plan) -> list[str]:

@@ -47,13 +47,15 @@ def _row(candidate: Candidate) -> list[str]:
 
 def _goodput(candidates: Sequence[Candidate]) -> tuple[str, str]:
     """Over the number of prefill nodes; 0 is where the colocated fleet stands."""
+    num_splits = len({candidate.split for candidate in candidates})
     series = []
     for budget in dict.fromkeys(candidate.token_budget for candidate in candidates):
-        ones = sorted(
-            (c for c in candidates if c.token_budget == budget), key=lambda c: c.split.prefill
-        )
-        prefill = [float(c.split.prefill) for c in ones]
-        series.append(Series(f"{budget} tokens per step", prefill, [c.per_node for c in ones]))
+        ones = [c for c in candidates if c.token_budget == budget]
+        if len(ones) == num_splits:
+            series.append(_by_split(f"{budget} tokens per step", ones))
+    best = {c.split: c for c in sorted(candidates, key=_worth)}  # its best budget stays
+    if len(candidates) > num_splits * len(series):
+        series.append(_by_split("the best of all token budgets", list(best.values())))
     picture = plots.lines(
         series,
         x_label="prefill nodes (0: all colocated)",
@@ -61,6 +63,11 @@ def _goodput(candidates: Sequence[Candidate]) -> tuple[str, str]:
         whole_x=True,
     )
     return "Goodput per node by split", picture
+
+
+def _by_split(name: str, candidates: Sequence[Candidate]) -> Series:
+    ones = sorted(candidates, key=lambda candidate: candidate.split.prefill)
+    return Series(name, [float(c.split.prefill) for c in ones], [c.per_node for c in ones])
 
 
 def _attainment(plan: Plan, ordered: Sequence[Candidate]) -> tuple[str, str]:

@@ -67,6 +67,21 @@ def first_requests(trace: Trace, number: int) -> Trace:
     return replace(trace, requests=trace.requests[:number])
 
 
+def repeated(trace: Trace, number: int) -> Trace:
+    """So many requests: the trace again and again, each time with prefixes of its own."""
+    if not trace.rate:  # one moment or none: nobody knows when it would begin anew
+        return first_requests(trace, number)
+    period = trace.duration_s + 1 / trace.rate
+    names = 1 + max((id for request in trace.requests for id in request.block_ids), default=0)
+    rows = []
+    for index in range(number):
+        turn, place = divmod(index, len(trace.requests))
+        one = trace.requests[place]
+        ids = tuple(id + turn * names for id in one.block_ids)
+        rows.append(replace(one, at=one.at + turn * period, block_ids=ids))
+    return replace(trace, requests=tuple(rows))
+
+
 def scale_rate(trace: Trace, factor: float) -> Trace:
     """The same requests, `factor` times as many per second."""
     requests = tuple(replace(request, at=request.at / factor) for request in trace.requests)

@@ -2,9 +2,9 @@
 
 Every split of the nodes into prefill and decode, and all of them colocated, with each token budget:
 the highest rate of the workload at which enough requests keep both limits. With prefill and decode
-nodes the router chooses for each request whether to hand it over, as it does by default. Ties go to
-the fleet that is named first, and colocated ones are: where disaggregation does not pay, it is not
-chosen.
+nodes the router chooses for each request whether to hand it over, as it does by default; so mixed
+nodes in place of the decode nodes would be no other fleet. Ties go to the fleet that is named
+first, and colocated ones are: where disaggregation does not pay, it is not chosen.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ class Candidate:
     @property
     def most_good(self) -> float:
         return max(point.attained.good for point in self.points)
+
+    @property
+    def colocated(self) -> bool:
+        return self.split.prefill == 0
+
+    @property
+    def fails_by(self) -> str:
+        """The limit that most requests miss at the lowest rate that it does not carry."""
+        beyond = next((point for point in self.points if point.rate > self.rate), self.points[-1])
+        return "TTFT" if beyond.attained.ttft <= beyond.attained.tpot else "TPOT"
 
     @property
     def flags(self) -> str:
@@ -100,14 +110,25 @@ class Planner:
         self._share = share
         self._tell = tell
 
-    def plan(self, num_nodes: int, token_budgets: Sequence[int]) -> Plan:
-        """Try everything that `num_nodes` nodes can be."""
+    def plan(
+        self, num_nodes: int, token_budgets: Sequence[int], further: Sequence[int] = ()
+    ) -> Plan:
+        """Try everything that `num_nodes` nodes can be.
+
+        The `further` token budgets are tried only with the colocated fleet and with the split that
+        is best so far: with all of them it would take several times as long.
+        """
         candidates = [
             self.candidate(split, budget)
             for split in splits_of(num_nodes)
             for budget in token_budgets
         ]
-        best = max(candidates, key=lambda found: (found.rate, found.most_good))
+        for kind in (True, False):
+            alike = [one for one in candidates if one.colocated is kind]
+            if alike and further:
+                split = max(alike, key=_worth).split
+                candidates += [self.candidate(split, budget) for budget in further]
+        best = max(candidates, key=_worth)
         more: list[Candidate] = []
         if best.rate:
             more = [self.candidate(split, best.token_budget) for split in larger(best.split)]
@@ -155,6 +176,10 @@ class Planner:
             where = "the prefill nodes" if first == "TTFT" else "the decode nodes"
         text = f"{where}: at {point.rate:.3g} requests per second {missed_ttft:.0%} miss the TTFT"
         return f"{text} and {missed_tpot:.0%} the TPOT"
+
+
+def _worth(candidate: Candidate) -> tuple[float, float]:
+    return candidate.rate, candidate.most_good
 
 
 def splits_of(num_nodes: int) -> list[Split]:

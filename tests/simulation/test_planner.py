@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from baton import serve
 from baton.bundled_model import DEFAULT_MODEL
 from baton.cli import main
 from baton.device_names import device_text
 from baton.plan import plan_lines
-from baton.simulation.planner import Planner, larger, splits_of
+from baton.simulation.planner import Candidate, Plan, Planner, Point, larger, splits_of
 from baton.simulation.setup import Setup, Split
 from engine.config import EngineConfig
 from node.machine import look
-from tuner.goodput import Slo
+from tuner.goodput import Attainment, Slo
 from tuner.latency import LatencyModel
 from tuner.profile import FitError, Profile, load_profile, save_profile
+from tuner.report import summarize
 from tuner.trace import Trace, TracedRequest
 from wire.layout import KVLayout
 
@@ -81,6 +84,40 @@ def test_every_token_budget_is_tried() -> None:
     assert plan.best.rate > plan.candidates[0].rate
 
 
+def test_further_budgets_are_tried_with_the_best_of_either_kind() -> None:
+    planner = Planner(SETUP, steady(40, 1000, 3), Slo(0.6, 0.1), 0.9)
+    plan = planner.plan(3, [64], further=(128, 2048))
+    tried: dict[Split, list[int]] = {}
+    for candidate in plan.candidates:
+        tried.setdefault(candidate.split, []).append(candidate.token_budget)
+    more = [split for split, budgets in tried.items() if budgets == [64, 128, 2048]]
+    assert Split(mixed=3) in more
+    assert len(more) == 2
+    assert [64] in tried.values()
+    assert plan.best.token_budget == 2048
+
+
+@pytest.mark.parametrize(("ttft", "tpot", "word"), [(0.6, 0.95, "TTFT"), (0.95, 0.6, "TPOT")])
+def test_why_says_how_the_other_kind_fails(ttft: float, tpot: float, word: str) -> None:
+    """At the lowest rate that it does not carry, whatever comes after that."""
+    none, both = summarize([]), Attainment(1.0, 1.0, 1.0, 1.0)
+    points = tuple(
+        Point(rate, attained, none, none, {})
+        for rate, attained in (
+            (1.0, both),
+            (2.0, Attainment(0.55, ttft, tpot, 1.0)),
+            (4.0, Attainment(0.0, 0.0, 0.0, 1.0)),
+        )
+    )
+    best = Candidate(Split(1, 1), 512, 2.0, points)
+    other = Candidate(Split(mixed=2), 512, 1.0, points)
+    plan = Plan(best, (other, best), (), "", Slo(1.0, 0.1), 0.9)
+    text = "\n".join(plan_lines(plan))
+    assert (
+        f"2.00 times the goodput of the best alternative ({other}), which fails by {word}" in text
+    )
+
+
 def test_limits_that_nothing_keeps() -> None:
     plan = Planner(SETUP, steady(20, 300, 30), Slo(0.001, 0.1), 0.9).plan(2, [512])
     assert not plan.possible
@@ -100,7 +137,8 @@ def profile(tmp_path: Path) -> Path:
 
 def plan_command(profile: Path, *flags: str) -> int:
     limits = ["--nodes", "2", "--ttft", "900", "--tpot", "90", "--kv-memory", "16m"]
-    return main(["plan", "--profile", str(profile), *limits, "--num-requests", "20", *flags])
+    few = ["--num-requests", "20", "--tokens-per-step", "512"]
+    return main(["plan", "--profile", str(profile), *limits, *few, *flags])
 
 
 def test_the_command(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +153,21 @@ def test_the_command(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(plan["candidates"]) == 2
     best = max(plan["candidates"], key=lambda candidate: candidate["rate"])
     assert plan["best"]["split"] == best["split"]
+    command = re.search(r"^serve +baton (serve .*)$", text, re.MULTILINE)
+    assert command is not None
+    assert "--threads 1 --max-num-seqs 64 --kv-memory 16777216 --max-model-len 4096" in command[1]
+    told = serve.make_parser().parse_args(command[1].split()[1:])
+    assert (told.threads, told.max_num_batched_tokens) == (1, 512), "serve knows all of these flags"
+
+
+def test_a_run_too_short_for_a_queue_is_told(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--ttft", "5000", "--input-len", "32", "--output-len", "4"]
+    assert plan_command(profile, *short) == 0
+    assert "--num-requests" in capsys.readouterr().out
+    assert plan_command(profile, "--ttft", "250", "--num-requests", "60") == 0
+    assert "--num-requests" not in capsys.readouterr().out
 
 
 def test_the_command_reads_traces(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from tuner.trace import (
     TracedRequest,
     first_requests,
     limit_lengths,
+    repeated,
     scale_lengths,
     scale_rate,
 )
@@ -215,3 +216,21 @@ def test_recorded_traces() -> None:
     mooncake = read_trace(RECORDED / "mooncake_conversation.jsonl")
     assert (len(mooncake.requests), mooncake.num_skipped) == (12_031, 0)
     assert mooncake.block_len == MOONCAKE_BLOCK
+
+
+def test_a_short_trace_is_replayed_with_prefixes_of_its_own() -> None:
+    rows = (
+        TracedRequest(0.0, 20, 5, (0, 1)),
+        TracedRequest(1.0, 20, 5, (0, 2)),
+        TracedRequest(3.0, 20, 5, (7,)),
+    )
+    made = repeated(Trace("t", rows, block_len=10), 7)
+    assert [request.at for request in made.requests] == [0.0, 1.0, 3.0, 4.5, 5.5, 7.5, 9.0]
+    assert made.rate == pytest.approx(2 / 3, rel=0.01)
+    first, second = (
+        [id for one in made.requests[i : i + 3] for id in one.block_ids] for i in (0, 3)
+    )
+    assert [second.index(id) for id in second] == [first.index(id) for id in first]
+    assert not set(first) & set(second)
+    assert repeated(Trace("t", rows), 2).requests == rows[:2]
+    assert repeated(Trace("t", rows[:1]), 5).requests == rows[:1], "nobody knows its rate"

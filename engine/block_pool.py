@@ -125,7 +125,8 @@ class BlockPool:
 
     def _evict(self, count: int) -> list[int]:
         """The cached blocks that were not used for longest; their content is forgotten."""
-        evicted = [self._lru.popitem(last=False) for _ in range(count)]
+        evict = self._lru.popitem
+        evicted = [evict(False) for _ in range(count)]  # the first of them
         self._num_in[BlockState.CACHED] -= count
         self.on_evict([content_hash for _, content_hash in evicted])
         return [block_id for block_id, _ in evicted]

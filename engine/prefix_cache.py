@@ -118,9 +118,11 @@ class PrefixCache:
 
     def release(self, block_ids: Sequence[int], hashes: Sequence[bytes], owner: Owner) -> None:
         """Drop a table's references, back to front; `hashes` cover its complete, sound blocks."""
-        if not self._finds(block_ids, hashes):
+        own = self._finds(block_ids, hashes)
+        if not own:
             self.publish(block_ids, hashes)
-        if self._finds(block_ids, hashes):
+            own = self._finds(block_ids, hashes)
+        if own:
             self._pool.release(reversed(block_ids), owner)  # to touch one's own changes nothing
             return
         for index in reversed(range(len(block_ids))):

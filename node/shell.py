@@ -203,6 +203,7 @@ class NodeShell:
             transports=self._role.transports,
             http_url=self.config.url("http", self._http_url),
             speculation=self.config.speculative.words,
+            num_seats=self.engine.num_seats,
         )
 
     def public_url(self, url: str) -> str:

@@ -45,6 +45,11 @@ class Node:
         )
 
     @property
+    def kv_tokens(self) -> int:
+        """What its blocks hold, of all requests together."""
+        return self.info.num_blocks * self.block_size
+
+    @property
     def serves(self) -> bool:
         """Whether it may get new work."""
         return self.reachable and not self.draining and not self.stalled

@@ -5,7 +5,7 @@ Mixed nodes are left alone: they serve either work as it comes.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from router.fleet import Fleet
 from router.fleet_node import Node
@@ -23,6 +23,8 @@ def standing(fleet: Fleet, num_waiting: int) -> Standing:
         num_decode=len(decode),
         queued_tokens=sum(map(_queued, prefill)),
         num_decoding=num_waiting + sum(n.load.num_running + n.load.num_waiting for n in decode),
+        num_seats=_least(node.info.num_seats for node in serving),
+        kv_tokens=_least(node.kv_tokens for node in serving),
     )
 
 
@@ -33,6 +35,11 @@ def to_move(
     donor = Role.DECODE if grow is Role.PREFILL else Role.PREFILL
     nodes = [node for node in fleet if node.info.role is donor and node.serves]
     return [node for node in sorted(nodes, key=_work) if node.id.name not in resting][:count]
+
+
+def _least(told: Iterable[int]) -> int:
+    """Any of them may come to decode; 0: nobody tells."""
+    return min(filter(None, told), default=0)
 
 
 def _queued(node: Node) -> int:

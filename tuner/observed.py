@@ -21,6 +21,8 @@ class Standing:
     num_decode: int
     queued_tokens: int = 0  # of prompts, not computed yet
     num_decoding: int = 0  # requests on decode nodes
+    num_seats: int = 0  # requests that a node decodes at once, at most; 0: no bound
+    kv_tokens: int = 0  # that a node holds; 0: no bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Observed:
             num_decode=fleet.num_decode,
             queued_tokens=fleet.queued_tokens,
             num_decoding=fleet.num_decoding,
+            num_seats=fleet.num_seats,
+            kv_tokens=fleet.kv_tokens,
         )
 
 

@@ -9,8 +9,9 @@ The work is what was observed lately; what it needs follows from the latency mod
               u may be what keeps s + TAIL waits within the limit. If more than that is queued,
               nodes are needed that keep up and work it off within RECOVER_S.
     decode    a step of B requests takes d + B·(e·context + f); B may grow until that is the limit
-              of the time per token, and a node then makes B / limit tokens per second. If more
-              requests decode than that, nodes are needed for as many.
+              of the time per token, or the node's seats or its memory are full, and a node then
+              makes B tokens in that time. If more requests decode than that, nodes are
+              needed for as many.
 
 What a request takes outside of the engines, no split can change: it comes off the limits first. Of
 the time to the first token that is what happens before a node hears of the request, of the time per
@@ -54,6 +55,8 @@ class Observation:
     num_decode: int
     queued_tokens: int = 0  # of prompts, not computed yet
     num_decoding: int = 0  # requests on decode nodes, with those that wait for a seat there
+    num_seats: int = 0  # requests that a node decodes at once, at most; 0: no bound
+    kv_tokens: int = 0  # that a node holds; 0: no bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +183,19 @@ def _decode_nodes(seen: Observation, model: LatencyModel, tpot_s: float) -> floa
     request_s = model.step_s(work) - empty_s
     if tpot_s <= empty_s + request_s:
         return IMPOSSIBLE
-    most = (tpot_s - empty_s) / request_s if request_s > 0 else float("inf")  # per node
+    in_time = (tpot_s - empty_s) / request_s if request_s > 0 else float("inf")
+    most = min(in_time, _room(seen))  # per node
     tokens_per_s = seen.answers_per_s * seen.output_tokens
-    busy = tokens_per_s * request_s / (1 - empty_s / tpot_s)  # each in a step that takes the limit
+    busy = tokens_per_s * (empty_s / most + request_s)  # each in a step of so many
     return max(busy, seen.num_decoding / most)
+
+
+def _room(seen: Observation) -> float:
+    """Requests that a node has seats and memory for: one gets what it may come to hold."""
+    held = seen.context_tokens + seen.output_tokens / 2
+    seats = float(seen.num_seats) or float("inf")
+    memory = seen.kv_tokens / max(1.0, held) if seen.kv_tokens else float("inf")
+    return max(1.0, min(seats, memory))
 
 
 def decide(

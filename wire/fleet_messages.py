@@ -51,6 +51,7 @@ class Register:
     transports: Annotated[tuple[TransportAddress, ...], Field(max_length=16, fail_fast=True)]
     http_url: Name
     speculation: Text = ""  # who drafts and how much, for people: no node is refused for it
+    num_seats: Count = 0  # requests that a step decodes at most; 0: not told
 
 
 @dataclass(frozen=True, slots=True)

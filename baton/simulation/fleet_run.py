@@ -54,9 +54,10 @@ class Choice:
 
 
 def register_message(role: Role, setup: Setup) -> Register:
-    limit = setup.engine.max_model_len
+    limit, seats = setup.engine.max_model_len, setup.engine.max_num_seqs
     model = ModelInfo("simulated", FINGERPRINT, "simulated", limit, 1 << 30, ())
-    return Register(role, model, setup.layout, setup.engine.num_blocks, "-", (), "-")
+    num_blocks = setup.engine.num_blocks
+    return Register(role, model, setup.layout, num_blocks, "-", (), "-", num_seats=seats)
 
 
 def request_work(index: int, traced: TracedRequest, names: list[bytes], block_size: int) -> Work:

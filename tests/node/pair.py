@@ -124,6 +124,7 @@ def build(
     if config.transport == "cuda-ipc":
         device_pool = HostDevicePool(num_blocks * LAYOUT.block_bytes)
     store = KVStore(LAYOUT, num_blocks, buffer=device_pool.buffer if device_pool else None)
+    store.blocks.fill_(float("nan"))  # a pool's memory may still hold an earlier test's blocks
     engine = Engine(
         EngineConfig(
             block_size=LAYOUT.block_size,

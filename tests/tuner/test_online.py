@@ -163,6 +163,30 @@ def test_many_that_decode_are_reason_before_one_has_ended() -> None:
     assert moved(run([begun] * 5))[0][1] < 0
 
 
+@pytest.mark.parametrize(
+    "bound",
+    [{"num_seats": 16}, {"kv_tokens": 16 * 500}, {"num_seats": 16, "kv_tokens": 10**6}],
+)
+def test_a_node_decodes_no_more_than_it_has_seats_and_memory_for(bound: dict[str, int]) -> None:
+    """The limit would allow 21; a step of 16 is shorter, but by its constant dearer for each."""
+    full = replace(LOAD, **bound)
+    step_s = 0.02 + 16 * (450 * 2e-6 + 5e-4)
+    assert pressure(full, COSTS, SLO).decode == pytest.approx(1000 * step_s / 16 / 3)
+    assert pressure(full, COSTS, SLO).decode > 1.1 * pressure(LOAD, COSTS, SLO).decode
+    waiting = replace(full, num_decoding=100)
+    assert pressure(waiting, COSTS, SLO).decode == pytest.approx(100 / 16 / 3)
+
+
+def test_bounds_beyond_what_the_limit_allows_change_nothing() -> None:
+    roomy = replace(LOAD, num_seats=64, kv_tokens=10**6)
+    assert pressure(roomy, COSTS, SLO) == pressure(LOAD, COSTS, SLO)
+
+
+def test_a_node_too_small_for_a_request_counts_as_one_for_each() -> None:
+    tiny = replace(LOAD, kv_tokens=10, num_decoding=6)
+    assert pressure(tiny, COSTS, SLO).decode == pytest.approx(10 * 100 * (0.02 + 0.0014) / 3)
+
+
 def test_a_short_burst_moves_nothing() -> None:
     calm = at_rate(LOAD, 1)
     for burst, length in ((NEAR, 10), (LOAD, 4), (PROMPTS, 2)):

@@ -292,8 +292,17 @@ class Requests:
     def _observe_end(self, choice: Choice, now: float) -> None:
         self._pace.streamed(choice.trace.num_output_tokens - 1, choice.trace.timeline.decode_s)
         if self.observed is not None:
-            num_output, num_cached = choice.trace.num_output_tokens, choice.num_cached_tokens
-            self.observed.ended(now, choice.work.num_tokens, num_output, num_cached)
+            trace = choice.trace
+            later = trace.num_output_tokens - 1
+            decode_s = trace.timeline.decode_s
+            self.observed.ended(
+                now,
+                choice.work.num_tokens,
+                trace.num_output_tokens,
+                choice.num_cached_tokens,
+                ttft_s=trace.timeline.time_to_first_token_s,
+                tpot_s=decode_s / later if decode_s is not None and later > 0 else None,
+            )
 
     def _embedded(self, choice: Choice, embedded: Embedded) -> None:
         now = self._clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
 
 from tuner.online import Observation
@@ -37,6 +38,8 @@ class _End:
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
+    ttft_s: float
+    tpot_s: float
 
 
 Event = TypeVar("Event", _Arrival, _End)
@@ -63,10 +66,18 @@ class Observed:
         self._arrivals.append(_Arrival(now, prompt_tokens))
 
     def ended(
-        self, now: float, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0
+        self,
+        now: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        cached_tokens: int = 0,
+        *,
+        ttft_s: float | None = None,
+        tpot_s: float | None = None,
     ) -> None:
         """One that got its answer; those that failed say nothing about lengths."""
-        self._ends.append(_End(now, prompt_tokens, output_tokens, cached_tokens))
+        took = (ttft_s or 0.0, tpot_s or 0.0)
+        self._ends.append(_End(now, prompt_tokens, output_tokens, cached_tokens, *took))
 
     def look(self, now: float, fleet: Standing) -> Observation:
         """The time that ends now."""
@@ -94,6 +105,8 @@ class Observed:
             num_decoding=fleet.num_decoding,
             num_seats=fleet.num_seats,
             kv_tokens=fleet.kv_tokens,
+            ttft_s=_ninth_tenth([one.ttft_s for one in ends]),
+            tpot_s=_ninth_tenth([one.tpot_s for one in ends]),
         )
 
 
@@ -114,6 +127,11 @@ def _recent(window: deque[Event], begin: float, now: float) -> tuple[float, list
 def _forget(window: deque[_Arrival] | deque[_End], begin: float) -> None:
     while window and window[0].at < begin:
         window.popleft()
+
+
+def _ninth_tenth(values: list[float]) -> float:
+    """What nine in ten do not exceed; 0.0 for none."""
+    return sorted(values)[ceil(0.9 * len(values)) - 1] if values else 0.0
 
 
 def _mean(values: list[int] | list[float]) -> float:

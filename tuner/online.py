@@ -20,7 +20,10 @@ token the handoff, shared by the tokens after the first.
 The split is looked for that has the least of the greater of both pressures, and as many nodes move
 at once as it takes. They move if that lowers the greater pressure by more than a margin, for long
 enough, and not too soon after the last move. Both times shrink with what is to be gained, if a
-limit is not kept as it is; and they grow while the wish goes to and fro. Pure: time is an argument.
+limit is not kept as it is, by the formulas or by the times that requests really took; and they grow
+while the wish goes to and fro. What requests took makes a move sooner, and never one that the
+formulas do not want: it is known when they have ended, and stays long after a move has helped.
+Pure: time is an argument.
 """
 
 from __future__ import annotations
@@ -57,6 +60,20 @@ class Observation:
     num_decoding: int = 0  # requests on decode nodes, with those that wait for a seat there
     num_seats: int = 0  # requests that a node decodes at once, at most; 0: no bound
     kv_tokens: int = 0  # that a node holds; 0: no bound
+    ttft_s: float = 0.0  # that one in ten of those that ended exceeded
+    tpot_s: float = 0.0
+
+    def missed(self, slo: Slo) -> dict[str, str]:
+        """The roles whose limit one request in ten has missed, and by what.
+
+        It tells late: of a change when its requests have ended, of a move when older ones have.
+        """
+        found = {}
+        if self.ttft_s > slo.ttft_s:
+            found["prefill"] = f"a TTFT of {1000 * self.ttft_s:.0f} ms"
+        if self.tpot_s > slo.tpot_s:
+            found["decode"] = f"a TPOT of {1000 * self.tpot_s:.0f} ms"
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +92,7 @@ class Limits:
         Args:
             gain: the share by which the greater pressure would fall.
             restless: turns of the wish lately; the first one is none.
-            urgent: a limit is not kept.
+            urgent: a limit is not kept, by the formulas or by what was measured.
         """
         eager = (self.margin / gain) ** 2 if urgent else 1.0
         return eager * float(16.0 ** min(max(0.0, restless - 1.0), MAX_RESTLESS))
@@ -206,12 +223,16 @@ def decide(
         reason = f"{seen.num_requests} requests lately are too few to judge by"
         return Decision("", reason), state.wanting("", now, limits.pause_s)
     at_present = pressure(seen, costs, slo)
+    missed = seen.missed(slo)
     better, after, reason = _better_split(seen, at_present, limits)
     state = state.wanting(better.grow, now, limits.pause_s)
     if not better.grow:
+        if missed and at_present.worst <= 1:  # the formulas find nothing wrong, and users do
+            reason = f"{reason}; yet one request in ten had {' or '.join(missed.values())} or more"
         return Decision("", reason, at_present), state
     gain = 1 - after.worst / at_present.worst
-    patience = limits.patience(gain, state.restless, urgent=at_present.worst > 1)
+    urgent = at_present.worst > 1 or better.grow in missed
+    patience = limits.patience(gain, state.restless, urgent=urgent)
     if now - state.moved_at < patience * limits.pause_s:
         return Decision("", f"{reason}, but nodes have just moved", at_present), state
     if now - state.wanted_since < patience * limits.hold_s:

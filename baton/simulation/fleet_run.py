@@ -337,9 +337,10 @@ class FleetRun:
         if self._choices.pop(choice.work.request, None) is not None:
             self._unassign(choice)
             self._admission.leave(choice.work.request)
+        record = record_of(choice, self.clock.now, error)
         if self.tuner is not None and error is None:
-            self.tuner.ended(choice.traced.input_len, choice.traced.output_len)
-        self.records.append(record_of(choice, self.clock.now, error))
+            self.tuner.ended(choice.traced, record)
+        self.records.append(record)
         self._left -= 1
         self._pump()
 

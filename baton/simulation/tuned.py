@@ -18,6 +18,8 @@ from tuner.goodput import Slo
 from tuner.live import LiveModel
 from tuner.observed import Observed
 from tuner.online import Costs, Limits, Pressure, State, decide
+from tuner.record import RequestRecord
+from tuner.trace import TracedRequest
 from wire.types import NodeId, Role
 
 
@@ -119,8 +121,14 @@ class SimulatedTuner:
     def arrived(self, prompt_tokens: int) -> None:
         self._observed.arrived(self._clock.now, prompt_tokens)
 
-    def ended(self, prompt_tokens: int, output_tokens: int) -> None:
-        self._observed.ended(self._clock.now, prompt_tokens, output_tokens)
+    def ended(self, request: TracedRequest, record: RequestRecord) -> None:
+        self._observed.ended(
+            self._clock.now,
+            request.input_len,
+            request.output_len,
+            ttft_s=record.ttft,
+            tpot_s=record.tpot,
+        )
 
     def _look(self) -> None:
         tuning, now = self._tuning, self._clock.now

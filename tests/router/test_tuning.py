@@ -65,6 +65,8 @@ def with_pressed_fleet(act: Callable[[Harness], None]) -> None:
                 assert (await harness.complete(max_tokens=3)).status == 200
             seen = made.observed.look(harness.server._clock(), Standing(2, 2))
             assert (seen.num_requests, seen.output_tokens) == (4, 3)
+            assert 0 < seen.ttft_s < 60
+            assert 0 < seen.tpot_s < 60
             act(harness)
 
     asyncio.run(scenario())

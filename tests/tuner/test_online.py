@@ -187,6 +187,29 @@ def test_a_node_too_small_for_a_request_counts_as_one_for_each() -> None:
     assert pressure(tiny, COSTS, SLO).decode == pytest.approx(10 * 100 * (0.02 + 0.0014) / 3)
 
 
+@pytest.mark.parametrize(("ttft_s", "urgent"), [(0.9, False), (1.1, True)])
+def test_a_limit_that_requests_missed_makes_a_wish_urgent(ttft_s: float, urgent: bool) -> None:
+    """By the formulas it is just kept; what was measured decides how long to wait."""
+    ((at, count),) = moved(run([replace(NEAR, ttft_s=ttft_s)] * 30))
+    assert (at < 10, count) == (urgent, 1)
+
+
+def test_a_limit_that_requests_missed_moves_nothing_by_itself() -> None:
+    """Old requests tell of it long after; but an operator should hear what the formulas miss."""
+    calm = at_rate(LOAD, 1)
+    late = replace(calm, ttft_s=1.25, tpot_s=0.0612)
+    said = "yet one request in ten had a TTFT of 1250 ms or a TPOT of 61 ms or more"
+    for load, heard in ((calm, ""), (late, said)):
+        decision, _ = decide(load, WANTING_PREFILL, 0, COSTS, SLO, LIMITS)
+        assert decision.grow == ""
+        assert decision.reason.startswith("there is room")
+        assert decision.reason.partition("; ")[2] == heard
+
+
+def test_a_limit_of_the_other_role_makes_no_hurry() -> None:
+    assert moved(run([replace(NEAR, tpot_s=1.0)] * 30)) == moved(run([NEAR] * 30))
+
+
 def test_a_short_burst_moves_nothing() -> None:
     calm = at_rate(LOAD, 1)
     for burst, length in ((NEAR, 10), (LOAD, 4), (PROMPTS, 2)):
@@ -368,6 +391,16 @@ def test_the_rate_of_a_young_window_is_over_its_age() -> None:
         observed.arrived(102, 10)
     assert observed.look(103, PAIR).requests_per_s == 2.0
     assert observed.look(103, PAIR).context_tokens == 10  # nothing ended: the prompt is known
+
+
+def test_what_nine_in_ten_did_not_exceed() -> None:
+    observed = Observed(window_s=60, began=0)
+    assert (observed.look(1, PAIR).ttft_s, observed.look(1, PAIR).tpot_s) == (0.0, 0.0)
+    for number in range(1, 11):
+        tpot_s = None if number == 1 else number / 1000  # a single token has none
+        observed.ended(1, 10, 10, ttft_s=number / 10, tpot_s=tpot_s)
+    seen = observed.look(2, PAIR)
+    assert (seen.ttft_s, seen.tpot_s) == (0.9, 0.009)
 
 
 def test_what_a_cache_has_is_taken_off() -> None:

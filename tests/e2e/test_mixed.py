@@ -34,9 +34,10 @@ TOLD: list[dict[str, Any]] = [
 
 
 async def complete(fleet: Fleet, **fields: Any) -> dict[str, Any]:
-    """An answer in one piece, but for its id and time."""
+    """An answer in one piece, but for its id, its time, and what a cache had of the prompt."""
     async with Client(fleet.url) as client:
         (answer,) = (await client.complete(model=fleet.model.name, **fields)).chunks
+    del answer["usage"]["prompt_tokens_details"]
     return {key: answer[key] for key in ("choices", "usage")}
 
 

@@ -178,7 +178,7 @@ def test_children_end_with_a_killed_launcher(folder: Path) -> None:
         (("/no/such/model",), "there is no model folder '/no/such/model'"),
         (("--host", "0.0.0.0"), "--insecure"),
         (("--prefill", "-1"), "at least 0"),
-        (("--decode", "0"), "give --decode or --mixed"),
+        (("--decode", "0"), "give --decode, --mixed or --flex"),
         (("--block-size", "0"), "--block-size must be"),
         (("--kv-memory", "1k"), "holds no block"),
     ],

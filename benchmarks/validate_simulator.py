@@ -1,8 +1,10 @@
 """`make validate-simulator`: three workloads on real nodes and in the simulator, side by side.
 
-One prefill and one decode node of one thread each serve a model; in the same run its engine is
-profiled and the fleet's overheads are measured. Then each workload, at a rate at which the busiest
-node computes half of the time, runs several times for real and once simulated:
+One prefill and one decode node of one thread each serve a model. In the same run its engine is
+profiled and the fleet's overheads are measured, before the workloads and once more after them: a
+machine is not always as fast. Between, each workload runs several times for real, at a rate at
+which the busiest node computes half of the time. It is simulated with both profiles, and the mean
+is compared:
 
     chats      short prompts, Poisson arrivals
     azure      lengths and times in Azure's format, scaled
@@ -22,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -30,7 +33,7 @@ from baton.bundled_model import DEFAULT_MODEL
 from baton.simulation.setup import Split
 from baton.simulation.simulate import simulate
 from benchmarks.make_model import make_model
-from benchmarks.planning.figures import Row, compare, figures_of, table, worst
+from benchmarks.planning.figures import Figures, Row, compare, figures_of, table, worst
 from benchmarks.planning.real import (
     MAX_MODEL_LEN,
     Bench,
@@ -43,6 +46,7 @@ from benchmarks.planning.real import (
 )
 from benchmarks.quiet import is_quiet
 from benchmarks.serve.processes import ROOT
+from tuner.goodput import Slo
 from tuner.profile import Profile
 from tuner.trace import Trace, first_requests, limit_lengths, scale_lengths
 from tuner.trace_files import read_trace
@@ -99,8 +103,24 @@ def shortened(trace: Trace, seconds: float) -> Trace:
     return first_requests(trace, max(LEAST, sum(r.at <= seconds for r in trace.requests)))
 
 
-class Validation:
-    """One fleet and its simulated twin."""
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A workload, and what its real runs were like."""
+
+    trace: Trace
+    slo: Slo
+    real: list[Figures]
+
+    def beside(self, profiles: Sequence[Profile]) -> list[Row]:
+        simulated = [
+            figures_of(simulate(setup_of(profile, SPLIT), self.trace).records, self.slo)
+            for profile in profiles
+        ]
+        return compare(self.trace.name, self.real, simulated)
+
+
+class Replays:
+    """The real runs of one fleet. Its profile only says how many requests are half a load."""
 
     def __init__(self, url: str, profile: Profile, effort: Effort) -> None:
         self._url = url
@@ -109,7 +129,7 @@ class Validation:
         self._began = time.perf_counter()
         self._seed = 100
 
-    def rows(self, whole: Trace) -> list[Row]:
+    def of(self, whole: Trace) -> Replayed:
         trace, _ = at_utilisation(self._setup, whole, UTILISATION)
         trace = shortened(trace, self._effort.seconds)
         trace, busiest = at_utilisation(self._setup, trace, UTILISATION)
@@ -119,15 +139,12 @@ class Validation:
             f"node {busiest:.0%}; limits {slo.ttft_s * 1e3:.0f} ms TTFT, "
             f"{slo.tpot_s * 1e3:.1f} ms TPOT"
         )
-        simulated = figures_of(simulate(self._setup, trace).records, slo)
         real = []
         for number in range(self._effort.runs):
             self._seed += 1
             real.append(figures_of(replay(self._url, trace, self._seed), slo))
             self._say(f"  run {number + 1} of {self._effort.runs} done")
-        rows = compare(trace.name, real, simulated)
-        print(table(rows), flush=True)
-        return rows
+        return Replayed(trace, slo, real)
 
     def _say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self._began:4.0f} s] {text}", flush=True)
@@ -139,11 +156,18 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
     model = args.model or (DEFAULT_MODEL if args.quick else make_model(folder / "m88"))
     bench = Bench(model, folder, effort.profile_s)
     with bench.fleet() as url:
-        print(f"profiling {model.name}, then asking the fleet", flush=True)
-        profile = bench.profile(url)
-        print(bare(profile.latency), flush=True)
-        validation = Validation(url, profile, effort)
-        return [row for trace in workloads for row in validation.rows(trace)]
+        before = profiled(bench, url)
+        replays = Replays(url, before, effort)
+        replayed = [replays.of(trace) for trace in workloads]
+        after = profiled(bench, url)
+    return [row for one in replayed for row in one.beside([before, after])]
+
+
+def profiled(bench: Bench, url: str) -> Profile:
+    print(f"profiling {bench.model.name}, then asking the fleet", flush=True)
+    profile = bench.profile(url)
+    print(bare(profile.latency), flush=True)
+    return profile
 
 
 def figures(rows: list[Row]) -> dict[str, float]:
@@ -153,6 +177,7 @@ def figures(rows: list[Row]) -> dict[str, float]:
     return {
         **found,
         "largest_spread": round(max(row.spread for row in judged), 4),
+        "largest_drift": round(max(row.drift for row in judged), 4),
         "within": sum(row.within for row in judged),
         "judged": len(judged),
     }

@@ -27,35 +27,37 @@ def test_figures_of_a_run() -> None:
 
 def test_errors_are_relative_to_the_mean_of_the_runs() -> None:
     real = [{"ttft_p50": 90.0, "goodput": 2.0}, {"ttft_p50": 110.0, "goodput": 2.0}]
-    rows = compare("chats", real, {"ttft_p50": 85.0, "goodput": 2.5})
+    simulated = [{"ttft_p50": 80.0, "goodput": 2.5}, {"ttft_p50": 90.0, "goodput": 2.5}]
+    rows = compare("chats", real, simulated)
     ttft, goodput = rows
     assert (ttft.real, ttft.spread, ttft.error) == pytest.approx((100.0, 0.2, 0.15))
+    assert ttft.drift == pytest.approx(10 / 85)  # from profile to profile
     assert ttft.within  # beyond 10 %, within the spread of the runs
     assert goodput.error == pytest.approx(0.25)
     assert not goodput.within
-    assert "| chats | goodput, requests/s | 2 | 0.0% | 2.5 | 25.0% (beyond the goal) |" in table(
-        rows
-    )
+    told = table(rows)
+    assert "| chats | ttft p50, ms | 100 | 20.0% | 85 | 11.8% | 15.0% (by the spread) |" in told
+    assert "| goodput, requests/s | 2 | 0.0% | 2.5 | 0.0% | 25.0% (beyond the goal) |" in told
 
 
 def test_the_worst_workload_counts() -> None:
     rows = [
-        *compare("a", [{"tpot_p90": 10.0}], {"tpot_p90": 11.0}),
-        *compare("b", [{"tpot_p90": 10.0}], {"tpot_p90": 7.0}),
+        *compare("a", [{"tpot_p90": 10.0}], [{"tpot_p90": 11.0}]),
+        *compare("b", [{"tpot_p90": 10.0}], [{"tpot_p90": 7.0}]),
     ]
     assert worst(rows, "tpot_p90") == pytest.approx(0.3)
     assert [row.within for row in rows] == [True, False]
 
 
 def test_nothing_against_something_is_no_small_error() -> None:
-    (nothing,) = compare("a", [{"goodput": 0.0}], {"goodput": 0.0})
-    (something,) = compare("a", [{"goodput": 0.0}], {"goodput": 0.1})
+    (nothing,) = compare("a", [{"goodput": 0.0}], [{"goodput": 0.0}])
+    (something,) = compare("a", [{"goodput": 0.0}], [{"goodput": 0.1}])
     assert nothing.error == 0.0
     assert something.error == float("inf")
 
 
 def test_the_tail_has_no_goal() -> None:
-    (row,) = compare("a", [{"ttft_p99": 10.0}], {"ttft_p99": 100.0})
+    (row,) = compare("a", [{"ttft_p99": 10.0}], [{"ttft_p99": 100.0}])
     assert row.within
 
 

@@ -60,29 +60,6 @@ class BlockCounts:
         return states == self.total
 
 
-@dataclass(slots=True)
-class _Block:
-    generation: int = 0
-    running: int = 0
-    leased: int = 0
-    io_refs: int = 0
-    content_hash: bytes | None = None  # set while the prefix cache can find the block
-
-    @property
-    def held(self) -> bool:
-        return self.running > 0 or self.leased > 0
-
-    @property
-    def state(self) -> BlockState:
-        if self.running:
-            return BlockState.RUNNING
-        if self.leased:
-            return BlockState.LEASED
-        if self.io_refs:
-            return BlockState.QUARANTINED
-        return BlockState.FREE if self.content_hash is None else BlockState.CACHED
-
-
 def _keep_quiet(_content_hashes: Sequence[bytes]) -> None:
     """Nobody asked to be told of evictions."""
 
@@ -97,7 +74,12 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.epoch = epoch
         self.on_evict: Callable[[Sequence[bytes]], None] = _keep_quiet
-        self._blocks = [_Block() for _ in range(num_blocks)]
+        # Columns, one entry per block: those of a request lie near each other, and so in the cache.
+        self._generation = [0] * num_blocks
+        self._running = [0] * num_blocks
+        self._leased = [0] * num_blocks
+        self._io_refs = [0] * num_blocks
+        self._content: list[bytes | None] = [None] * num_blocks  # hash, while it can be found
         self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end
         # What is called how, the next to be evicted first.
         self._lru: OrderedDict[int, bytes] = OrderedDict()
@@ -133,40 +115,37 @@ class BlockPool:
 
     def _fill(self, taken: Sequence[int], owner: Owner) -> None:
         """As _hold and _moved, in a fraction of the time: nobody had these blocks for sure."""
-        running = int(owner is Owner.RUNNING)
-        leased = 1 - running
-        for block in map(self._blocks.__getitem__, taken):
-            block.generation += 1
-            block.content_hash = None
-            block.running = running
-            block.leased = leased
+        generation, content, held = self._generation, self._content, self._held_by(owner)
+        for block_id in taken:
+            generation[block_id] += 1
+            content[block_id] = None
+            held[block_id] = 1
         self._num_in[_STATE_OF[owner]] += len(taken)
 
     def acquire(self, block_ids: Iterable[int], owner: Owner) -> None:
         """Add a reference to blocks that have content: held already, or published."""
         for block_id in block_ids:
-            block = self._blocks[block_id]
-            assert block.held or block.content_hash is not None, f"block {block_id} has no content"
-            self._hold(block_id, owner)
+            before = self.state(block_id)
+            known = self._is_held(block_id) or self._content[block_id] is not None
+            assert known, f"block {block_id} has no content"
+            self._held_by(owner)[block_id] += 1
+            self._moved(block_id, before)
 
     def release(self, block_ids: Iterable[int], owner: Owner) -> None:
         """Drop a reference to each; what is released last is evicted last."""
-        running = owner is Owner.RUNNING
-        before = _STATE_OF[owner]
-        num_cached, blocks, lru = 0, self._blocks, self._lru
+        before, held, running = _STATE_OF[owner], self._held_by(owner), self._running
+        leased, io_refs, content, lru = self._leased, self._io_refs, self._content, self._lru
+        num_cached = 0
         for block_id in block_ids:
-            block = blocks[block_id]
-            if running:
-                left = block.running = block.running - 1
-            else:
-                left = block.leased = block.leased - 1
+            left = held[block_id] = held[block_id] - 1
             assert left >= 0, f"block {block_id} released too often"
-            if block.running:
+            if running[block_id]:
                 continue  # it is what it was
-            if block.leased or block.io_refs or block.content_hash is None:
+            content_hash = content[block_id]
+            if leased[block_id] or io_refs[block_id] or content_hash is None:
                 self._moved(block_id, before)
             else:  # as _moved, in half the time
-                lru[block_id] = block.content_hash
+                lru[block_id] = content_hash
                 num_cached += 1
         self._num_in[before] -= num_cached
         self._num_in[BlockState.CACHED] += num_cached
@@ -176,34 +155,29 @@ class BlockPool:
         if old is new:
             return
         to_run = new is Owner.RUNNING
+        running, leased = self._running, self._leased
         num_changed = 0
-        for block in map(self._blocks.__getitem__, block_ids):
+        for block_id in block_ids:
             if to_run:
-                num_changed += not block.running
-                block.running += 1
-                left = block.leased = block.leased - 1
+                num_changed += not running[block_id]
+                running[block_id] += 1
+                left = leased[block_id] = leased[block_id] - 1
             else:
-                block.leased += 1
-                left = block.running = block.running - 1
+                leased[block_id] += 1
+                left = running[block_id] = running[block_id] - 1
                 num_changed += not left
-            assert left >= 0, f"a block is not {old.name}"
+            assert left >= 0, f"block {block_id} is not {old.name}"
         before, after = _STATE_OF[old], _STATE_OF[new]
         self._num_in[before] -= num_changed
         self._num_in[after] += num_changed
 
-    def _hold(self, block_id: int, owner: Owner) -> None:
-        block = self._blocks[block_id]
-        before = block.state
-        if owner is Owner.RUNNING:
-            block.running += 1
-        else:
-            block.leased += 1
-        self._moved(block_id, before)
+    def _held_by(self, owner: Owner) -> list[int]:
+        """References of one kind of owner, by block."""
+        return self._running if owner is Owner.RUNNING else self._leased
 
     def _moved(self, block_id: int, before: BlockState) -> None:
         """Bring lists and counts in line with the block's state."""
-        block = self._blocks[block_id]
-        after = block.state
+        after = self.state(block_id)
         if after is before:
             return
         assert before is not BlockState.FREE, f"block {block_id} was not allocated"
@@ -214,8 +188,9 @@ class BlockPool:
         if after is BlockState.FREE:
             self._free.append(block_id)
         elif after is BlockState.CACHED:
-            assert block.content_hash is not None
-            self._lru[block_id] = block.content_hash
+            content_hash = self._content[block_id]
+            assert content_hash is not None
+            self._lru[block_id] = content_hash
 
     # ------------------------------------------------------------ content
 
@@ -224,22 +199,21 @@ class BlockPool:
 
         It never changes from here on.
         """
-        blocks = self._blocks
+        running, leased, content = self._running, self._leased, self._content
         for content_hash, block_id in contents.items():
-            block = blocks[block_id]
-            assert block.running or block.leased, f"block {block_id} is published by nobody"
-            assert block.content_hash is None, f"block {block_id} is already published"
-            block.content_hash = content_hash
+            held = running[block_id] or leased[block_id]
+            assert held, f"block {block_id} is published by nobody"
+            assert content[block_id] is None, f"block {block_id} is already published"
+            content[block_id] = content_hash
 
     def unpublish(self, block_id: int) -> None:
         """The content is not findable any more; a cached block becomes free."""
-        block = self._blocks[block_id]
-        before = block.state
-        block.content_hash = None
+        before = self.state(block_id)
+        self._content[block_id] = None
         self._moved(block_id, before)
 
     def content_hash(self, block_id: int) -> bytes | None:
-        return self._blocks[block_id].content_hash
+        return self._content[block_id]
 
     def touch(self, block_id: int) -> None:
         """Make a cached block the last to be evicted; others are not concerned."""
@@ -254,47 +228,55 @@ class BlockPool:
 
     def handle(self, block_id: int) -> BlockHandle:
         """The name of the block's present content."""
-        return BlockHandle(self.epoch, block_id, self._blocks[block_id].generation)
+        return BlockHandle(self.epoch, block_id, self._generation[block_id])
 
     def handles(self, block_ids: Iterable[int]) -> tuple[BlockHandle, ...]:
-        epoch, blocks = self.epoch, self._blocks
-        return tuple([BlockHandle(epoch, i, blocks[i].generation) for i in block_ids])
+        epoch, generation = self.epoch, self._generation
+        return tuple([BlockHandle(epoch, i, generation[i]) for i in block_ids])
 
     def is_current(self, handle: BlockHandle) -> bool:
         """Whether the block still has this content: named so, and held or published."""
-        block = self._named(handle)
-        return block is not None and (block.held or block.content_hash is not None)
+        block_id = handle.block_id
+        known = self._names(handle)
+        return known and (self._is_held(block_id) or self._content[block_id] is not None)
 
     def begin_io(self, handle: BlockHandle) -> bool:
         """Let a transfer touch the block until `end_io`; False if nobody holds that content now."""
-        block = self._named(handle)
-        if block is None or not block.held:
+        if not self._names(handle) or not self._is_held(handle.block_id):
             return False
-        block.io_refs += 1
+        self._io_refs[handle.block_id] += 1
         return True
 
     def end_io(self, block_id: int) -> None:
         """A transfer will not touch the block any more; the last one ends its quarantine."""
-        block = self._blocks[block_id]
-        assert block.io_refs > 0, f"block {block_id} has no transfer to end"
-        before = block.state
-        block.io_refs -= 1
+        assert self._io_refs[block_id] > 0, f"block {block_id} has no transfer to end"
+        before = self.state(block_id)
+        self._io_refs[block_id] -= 1
         self._moved(block_id, before)
 
     def num_in_transfer(self, block_ids: Iterable[int]) -> int:
         """How many of the blocks a transfer may still touch."""
-        return sum(self._blocks[block_id].io_refs > 0 for block_id in block_ids)
+        return sum(self._io_refs[block_id] > 0 for block_id in block_ids)
 
-    def _named(self, handle: BlockHandle) -> _Block | None:
+    def _names(self, handle: BlockHandle) -> bool:
+        """Whether the block's content is still the one that was called so."""
         if handle.epoch != self.epoch or not 0 <= handle.block_id < self.num_blocks:
-            return None
-        block = self._blocks[handle.block_id]
-        return block if block.generation == handle.generation else None
+            return False
+        return self._generation[handle.block_id] == handle.generation
+
+    def _is_held(self, block_id: int) -> bool:
+        return self._running[block_id] > 0 or self._leased[block_id] > 0
 
     # ------------------------------------------------------------ accounting
 
     def state(self, block_id: int) -> BlockState:
-        return self._blocks[block_id].state
+        if self._running[block_id]:
+            return BlockState.RUNNING
+        if self._leased[block_id]:
+            return BlockState.LEASED
+        if self._io_refs[block_id]:
+            return BlockState.QUARANTINED
+        return BlockState.FREE if self._content[block_id] is None else BlockState.CACHED
 
     def counts(self) -> BlockCounts:
         num_in = self._num_in
@@ -309,13 +291,12 @@ class BlockPool:
 
     def num_references(self, owner: Owner) -> int:
         """All references that one kind of owner holds; the holders' own count must agree."""
-        running = owner is Owner.RUNNING
-        return sum(block.running if running else block.leased for block in self._blocks)
+        return sum(self._held_by(owner))
 
     def check_integrity(self) -> None:
         """Raise AssertionError where counts, lists and states contradict each other. O(blocks)."""
         assert self.counts().balanced, f"blocks do not add up: {self.counts()}"
-        found = Counter(block.state for block in self._blocks)
+        found = Counter(map(self.state, range(self.num_blocks)))
         for state in BlockState:
             assert found[state] == self._num_in[state], (
                 f"{found[state]} blocks are {state.name}, {self._num_in[state]} are counted"
@@ -327,5 +308,5 @@ class BlockPool:
         assert len(set(listed)) == len(listed), f"a block is in the {name} twice"
         assert len(listed) == self._num_in[state], f"the {name} is incomplete"
         for block_id in listed:
-            actual = self._blocks[block_id].state
+            actual = self.state(block_id)
             assert actual is state, f"block {block_id} in the {name} is {actual.name}"

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 
-from tuner.latency import LatencyModel, StepWork
+from tuner.latency import LatencyModel, Sample, StepWork, fit
 from tuner.quiet import spread_of, undisturbed
 
 
@@ -139,16 +139,12 @@ def overheads_of(
     """
     probes = probes.settled()
     step_s, stream_s = _stream_costs(probes.streams, model)
-    in_a_row = prefill_s(model, probes.in_a_row_tokens, chunk)
-    factor = probes.in_a_row_s[0] / in_a_row if probes.in_a_row_s else 1.0
-    fronts = [
-        one.ttft_s - factor * prefill_s(model, one.prompt_tokens, chunk) for one in probes.alone
-    ]
+    front_s, factor = _front_costs(probes, model, chunk)
     first_step = [
         one.second_s - model.decode_steps_s(1, 1, one.prompt_tokens + 1) for one in probes.alone
     ]
     return Overheads(
-        front_s=max(0.0, median(fronts) - hop_s),
+        front_s=max(0.0, front_s - hop_s),
         handoff_s=max(0.0, median(first_step) - step_s - stream_s - handoff_hop_s),
         step_s=step_s,
         stream_s=stream_s,
@@ -156,6 +152,23 @@ def overheads_of(
         prefill_slowdown=max(1.0, probes.prefill_slowdown),
         decode_slowdown=max(1.0, probes.decode_slowdown),
     )
+
+
+def _front_costs(probes: Probes, model: LatencyModel, chunk: int) -> tuple[float, float]:
+    """Seconds per prompt, and the factor on its computation.
+
+    Prompts of several lengths tell both, by least squares of the relative error: what is in
+    proportion to the work, as where the machine was slower than when the formula was measured, is
+    no constant. Prompts in a row tell the factor too, at another moment; the mean of both counts.
+    """
+    in_a_row_s = prefill_s(model, probes.in_a_row_tokens, chunk)
+    factors = [gap / in_a_row_s for gap in probes.in_a_row_s]
+    alone = [(prefill_s(model, one.prompt_tokens, chunk), one.ttft_s) for one in probes.alone]
+    if len(alone) < 2:
+        factor = mean(factors) if factors else 1.0
+        return sum(ttft_s - factor * computed_s for computed_s, ttft_s in alone), factor
+    front_s, slope = fit([Sample((1.0, computed_s), ttft_s) for computed_s, ttft_s in alone], 2)
+    return front_s, mean([*factors, slope]) or 1.0
 
 
 def prefill_s(model: LatencyModel, num_tokens: int, chunk: int) -> float:

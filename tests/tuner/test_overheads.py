@@ -46,10 +46,29 @@ def test_noise_below_nothing_is_nothing() -> None:
     found = overheads_of(quick, MODEL, CHUNK, 2 * HOP_S, 2 * HANDOFF_HOP_S)
     assert (found.front_s, found.handoff_s) == (0.0, 0.0)
     at_once = replace(quick, in_a_row_s=[0.0])  # read together: nobody knows
-    assert overheads_of(at_once, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S).prefill_factor == 1.0
+    found = overheads_of(at_once, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+    assert found.prefill_factor == pytest.approx(1.0)
     faster = Probes(quick.alone, quick.in_a_row_s, CHUNK, quick.streams, 0.9, 0.97)
     found = overheads_of(faster, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
     assert not found.shares_machine
+
+
+@pytest.mark.parametrize("pace", [0.8, 1.25])
+def test_a_machine_that_has_become_slower_is_no_work_per_request(pace: float) -> None:
+    """While prompts were asked for alone; a fifth of a long one's time would be 0.14 s."""
+    probes = probes_of(TRUE)
+    alone = [replace(one, ttft_s=pace * one.ttft_s) for one in probes.alone]
+    for gaps in (probes.in_a_row_s, []):
+        drifted = replace(probes, alone=alone, in_a_row_s=gaps)
+        found = overheads_of(drifted, MODEL, CHUNK, HOP_S, HANDOFF_HOP_S)
+        assert found.front_s == pytest.approx(TRUE.front_s, abs=0.004)
+
+
+def test_of_one_prompt_the_formula_is_believed() -> None:
+    probes = replace(probes_of(replace(TRUE, prefill_factor=1.0)), in_a_row_s=[])
+    found = overheads_of(replace(probes, alone=probes.alone[:1]), MODEL, CHUNK, HOP_S, 0.0)
+    assert found.prefill_factor == 1.0
+    assert found.front_s == pytest.approx(TRUE.front_s)
 
 
 def disturbed(probes: Probes) -> Probes:

@@ -98,7 +98,9 @@ def test_it_asks_one_node_and_then_waits_for_it() -> None:
     with_pressed_fleet(act)
 
 
-def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
+def with_four_pairs(act: Callable[[Harness, FleetTuner], None]) -> None:
+    """Whose requests press so hard that all decode nodes but the last are asked; then `act`."""
+
     async def scenario() -> None:
         async with router(endless) as harness:
             for _ in range(3):
@@ -109,42 +111,37 @@ def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
                 made.observed.ended(now, prompt_tokens=10, output_tokens=3)
             made.look()
             assert [(m.role, m.outcome) for m in made.moved] == [("prefill", "asked")] * 3
-            fleet, switches = harness.server.control.fleet, harness.server.control.switches
-            assert fleet.num_serving(Role.DECODE) == 1, "each role keeps its last node"
-            first, *others = switches.all()
-            switches.refused(first.node, "not now", harness.server._clock())
-            assert [switch.state for switch in switches.all()] == [
-                State.FAILED,
-                State.DRAINING,
-                State.DRAINING,
-            ]
-            assert fleet[first.node].serves
-            assert not any(fleet[switch.node].serves for switch in others)
+            act(harness, made)
 
     asyncio.run(scenario())
+
+
+def test_it_asks_several_nodes_and_one_that_refuses_stops_no_other() -> None:
+    def act(harness: Harness, _: FleetTuner) -> None:
+        fleet, switches = harness.server.control.fleet, harness.server.control.switches
+        assert fleet.num_serving(Role.DECODE) == 1, "each role keeps its last node"
+        first, *others = switches.all()
+        switches.refused(first.node, "not now", harness.server._clock())
+        expected = [State.FAILED, State.DRAINING, State.DRAINING]
+        assert [switch.state for switch in switches.all()] == expected
+        assert fleet[first.node].serves
+        assert not any(fleet[switch.node].serves for switch in others)
+
+    with_four_pairs(act)
 
 
 def test_a_node_that_failed_to_move_rests_while_others_are_asked() -> None:
-    async def scenario() -> None:
-        async with router(endless) as harness:
-            for _ in range(3):
-                await harness.add_pair(endless)
-            made, now = tuner(harness), harness.server._clock()
-            for _ in range(50):
-                made.observed.arrived(now, prompt_tokens=10)
-                made.observed.ended(now, prompt_tokens=10, output_tokens=3)
-            made.look()
-            first = [moved.node for moved in made.moved]
-            assert len(first) == 3
-            switches = harness.server.control.switches
-            for switch in switches.all():
-                switches.refused(switch.node, "not now", now)
-            made.look()
-            again = [moved.node for moved in made.moved][3:]
-            assert again
-            assert not set(first) & set(again)
+    def act(harness: Harness, made: FleetTuner) -> None:
+        first = {moved.node for moved in made.moved}
+        switches = harness.server.control.switches
+        for switch in switches.all():
+            switches.refused(switch.node, "not now", harness.server._clock())
+        made.look()
+        again = [moved.node for moved in made.moved][len(first) :]
+        assert again
+        assert not first & set(again)
 
-    asyncio.run(scenario())
+    with_four_pairs(act)
 
 
 def test_it_counts_what_the_fleet_takes_besides_its_steps() -> None:

@@ -17,6 +17,7 @@ from baton.simulation.roles import DecodeNode, NodeMessage, PrefillNode
 from baton.simulation.setup import Setup
 from baton.simulation.tuned import Mover, SimulatedTuner, Tuning
 from router.admission import Admission
+from router.assignment import Assignment
 from router.dispatch import Dispatch, DispatchLimits
 from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, Send, Taken
 from router.errors import ApiError
@@ -32,6 +33,7 @@ from wire.request_messages import (
     Generate,
     Granted,
     Prefill,
+    Rebind,
     Refused,
     Reserve,
     TokenUpdate,
@@ -48,9 +50,8 @@ class Choice:
     traced: TracedRequest
     work: Work
     dispatch: Dispatch
+    assigned: Assignment
     first_at: float | None = None
-    prefill: NodeId | None = None
-    decode: NodeId | None = None
 
 
 def register_message(role: Role, setup: Setup) -> Register:
@@ -225,7 +226,7 @@ class FleetRun:
         if self.tuner is not None:
             self.tuner.arrived(work.num_tokens)
         dispatch = Dispatch(work, self._fleet, DispatchLimits(silence_s=float("inf")), now)
-        choice = Choice(index, traced.at, traced, work, dispatch)
+        choice = Choice(index, traced.at, traced, work, dispatch, Assignment(work))
         try:
             self._admission.check(1)
         except ApiError as error:
@@ -256,8 +257,8 @@ class FleetRun:
                 self._perform(choice, dispatch.granted(sender, message, now))
                 self._pump()
             case Refused():
-                if message.id == dispatch.id and sender == choice.decode:
-                    self._unassign(choice)
+                if message.id == dispatch.id and sender == choice.assigned.decode:
+                    choice.assigned.end(self._fleet)
                 self._perform(choice, dispatch.refused(sender, message, now))
             case TokenUpdate():
                 self._perform(choice, dispatch.tokens(sender, message, now))
@@ -274,40 +275,41 @@ class FleetRun:
                 case Output():
                     self._output(choice, effect)
                 case NeedsCapacity():
-                    self._unassign(choice)
+                    choice.assigned.end(self._fleet)
                     request = choice.work.request
                     self._admission.wait(request, self.clock.now, effect.retry_after_s)
                 case AttemptEnded():
-                    self._unassign(choice)
+                    choice.assigned.end(self._fleet)
                 case Taken():
                     self._admission.settle(choice.work.request)
                 case Failed():
                     self._ended(choice, effect.error.code or "error")
 
     def _deliver(self, choice: Choice, send: Send) -> None:
-        message, request = send.message, choice.work.request
-        if isinstance(message, Reserve):
-            self._note_decode(choice, send.to)
-            self._note_prefill(choice, message.prefill, len(message.tokens))
-        elif isinstance(message, Generate):
-            self._note_decode(choice, send.to)
-            self._note_prefill(choice, send.to, len(message.tokens))
-            if choice.dispatch.verdict is not None:
-                self._fleet.taken(send.to, choice.dispatch.verdict.taken_s, self.clock.now)
-        elif isinstance(message, Prefill):
-            self._admission.settle(request)
-            self._note_prefill(choice, send.to, len(message.tokens))
-        self.clock.after(self._setup.hop_s, partial(self._arrived, send.to, message))
+        self._note(choice, send.to, send.message)
+        self.clock.after(self._setup.hop_s, partial(self._arrived, send.to, send.message))
 
-    def _note_decode(self, choice: Choice, node: NodeId) -> None:
-        choice.decode = node
-        num_blocks = self._setup.layout.num_blocks(choice.work.max_num_tokens)
-        self._fleet.assign(node, choice.work.request, 0, num_blocks)
+    def _note(self, choice: Choice, to: NodeId, message: Message) -> None:
+        """What `router.deliveries` remembers of work that begins."""
+        match message:
+            case Reserve():
+                choice.assigned.answers(self._fleet, to)
+                self._computes(choice, message.prefill, len(message.tokens))
+            case Rebind():
+                choice.assigned.answers(self._fleet, to, counted=True)
+                num_tokens = choice.work.num_tokens + len(message.output_tokens)
+                self._computes(choice, message.prefill, num_tokens)
+            case Generate():
+                choice.assigned.answers(self._fleet, to)
+                self._computes(choice, to, len(message.tokens))
+                if choice.dispatch.verdict is not None:
+                    self._fleet.taken(to, choice.dispatch.verdict.taken_s, self.clock.now)
+            case Prefill():
+                self._admission.settle(choice.work.request)
+                self._computes(choice, to, len(message.tokens))
 
-    def _note_prefill(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
-        choice.prefill = node
-        missing = self._fleet.num_to_compute(node, choice.work, num_tokens, ())
-        self._fleet.assign(node, choice.work.request, missing, 0)
+    def _computes(self, choice: Choice, node: NodeId, num_tokens: int) -> None:
+        choice.assigned.computes(self._fleet, node, num_tokens, choice.dispatch.near)
 
     def _arrived(self, to: NodeId, message: Message) -> None:
         node = self._node(to)
@@ -317,25 +319,14 @@ class FleetRun:
     def _output(self, choice: Choice, output: Output) -> None:
         if choice.first_at is None:
             choice.first_at = self.clock.now
-        if choice.prefill is not None:
-            if choice.prefill == choice.decode:
-                self._fleet.assign(choice.prefill, choice.work.request, 0, 0)
-            else:
-                self._fleet.unassign(choice.prefill, choice.work.request)
-            choice.prefill = None
+        choice.assigned.prompt_done(self._fleet)
         if output.finish is not None:
             self._ended(choice, None)
-
-    def _unassign(self, choice: Choice) -> None:
-        for node in (choice.prefill, choice.decode):
-            if node is not None:
-                self._fleet.unassign(node, choice.work.request)
-        choice.prefill = choice.decode = None
 
     def _ended(self, choice: Choice, error: str | None) -> None:
         """Write the record; somebody else may have room now."""
         if self._choices.pop(choice.work.request, None) is not None:
-            self._unassign(choice)
+            choice.assigned.end(self._fleet)
             self._admission.leave(choice.work.request)
         record = record_of(choice, self.clock.now, error)
         if self.tuner is not None and error is None:

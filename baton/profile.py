@@ -22,6 +22,7 @@ import torch
 
 from baton.bundled_model import DEFAULT_MODEL
 from baton.device_names import device_text
+from baton.profile_load import under_load
 from baton.simulation.setup import HOP_S, HOPS_TO_FIRST_TOKEN
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -63,6 +64,7 @@ PREFIXES = (0, 256, 1024, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 256, 1024, 4096)
 REPEATS = 5
+LOAD_S = 30.0  # of requests that come and go
 TRANSFER_BLOCKS = (1, 4, 16, 64)
 EXAMPLES = """example, the second with what a fleet adds to its engines' steps:
   baton profile ./my-model -o profile.json --threads 1
@@ -140,14 +142,17 @@ def with_fleet(profile: Profile, url: str, chunk: int) -> Profile:
         found = overheads_of(told, profile.latency, chunk, hops_s, handoff_hop_s)
     except ValueError as error:
         raise ConfigError(f"{url} was not idle: {error}") from error
-    return replace(profile, overheads=found, spread={**profile.spread, "fleet": told.spread})
+    profile = replace(profile, overheads=found, spread={**profile.spread, "fleet": told.spread})
+    print("requests that come and go")
+    return replace(profile, overheads=under_load(profile, url, chunk, LOAD_S, seed=1))
 
 
 def fleet_line(found: Overheads) -> str:
     return (
         f"fleet     {found.front_s * 1e3:.2f} ms per request, {found.handoff_s * 1e3:.2f} ms per "
         f"handoff; a decode step {found.step_s * 1e3:+.2f} ms {found.stream_s * 1e3:+.3f} ms per "
-        f"stream, a prefill {found.prefill_factor:.2f} times the engine's; while both compute "
+        f"stream, all of it {found.decode_factor:.2f} times, a prefill "
+        f"{found.prefill_factor:.2f} times the engine's; while both compute "
         f"{found.prefill_slowdown:.2f} (prefill) and {found.decode_slowdown:.2f} times (decode)"
     )
 

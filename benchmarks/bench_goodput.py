@@ -39,10 +39,11 @@ from benchmarks.planning.beside import (
     measured_goodput,
     ratio,
 )
-from benchmarks.planning.real import CHUNK, Bench, bare, bench_run, drawn, replay, setup_of
+from benchmarks.planning.real import CHUNK, Bench, bare, drawn, setup_of
 from benchmarks.planning.switching import switch_under_load
 from benchmarks.planning.tuning import tuned_beside_static
 from benchmarks.quiet import is_quiet
+from tuner.replay import bench_run, replay
 from tuner.workload import Span
 
 BUDGETS = (32, 64, 128, 256, CHUNK, 1024, 2048)

@@ -1,10 +1,10 @@
 """`make validate-simulator`: three workloads on real nodes and in the simulator, side by side.
 
-One prefill and one decode node of one thread each serve a model. In the same run its engine is
-profiled and the fleet's overheads are measured, before the workloads and once more after them: a
-machine is not always as fast. Between, each workload runs several times for real, at a rate at
-which the busiest node computes half of the time. It is simulated with both profiles, and the mean
-is compared:
+One prefill and one decode node of one thread each serve a model, which is profiled with this fleet.
+Then in rounds each workload runs once for real, at a rate at which the busiest node computes half
+of the time. A machine is not always as fast: before and after each run the fleet is asked for its
+pace (`baton.profile_load`) by random requests of another kind, and the workload is simulated at
+either pace. So what is real and what is simulated are means over the same minutes:
 
     chats      short prompts, Poisson arrivals
     azure      lengths and times in Azure's format, scaled
@@ -23,24 +23,24 @@ import json
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from statistics import mean
 
 from baton.bundled_model import DEFAULT_MODEL
+from baton.profile_load import under_load
 from baton.simulation.setup import Split
 from baton.simulation.simulate import simulate
+from baton.simulation.utilisation import at_utilisation
 from benchmarks.make_model import make_model
 from benchmarks.planning.figures import Figures, Row, compare, figures_of, table, worst
 from benchmarks.planning.real import (
+    CHUNK,
     MAX_MODEL_LEN,
     Bench,
-    at_utilisation,
     bare,
     drawn,
-    replay,
     setup_of,
     unloaded,
 )
@@ -48,6 +48,7 @@ from benchmarks.quiet import is_quiet
 from benchmarks.serve.processes import ROOT
 from tuner.goodput import Slo
 from tuner.profile import Profile
+from tuner.replay import replay
 from tuner.trace import Trace, first_requests, limit_lengths, scale_lengths
 from tuner.trace_files import read_trace
 from tuner.workload import Span
@@ -66,13 +67,14 @@ UTILISATION = 0.5
 class Effort:
     """How much is measured."""
 
-    runs: int
-    seconds: float  # per run
+    rounds: int
+    seconds: float  # per workload and round
     profile_s: float
+    pace_s: float  # to ask for the fleet's pace
 
 
-FULL = Effort(3, 25.0, 45.0)
-QUICK = Effort(1, 8.0, 10.0)
+FULL = Effort(3, 25.0, 45.0, 20.0)
+QUICK = Effort(1, 8.0, 10.0, 8.0)
 
 
 def traces(azure: Path, mooncake: Path) -> list[Trace]:
@@ -104,50 +106,39 @@ def shortened(trace: Trace, seconds: float) -> Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
-    """A workload, and what its real runs were like."""
+class Load:
+    """A workload at its rate, and what its real runs were like so far."""
 
     trace: Trace
+    busiest: float  # share of the time that the busiest simulated node computes
     slo: Slo
-    real: list[Figures]
+    real: list[Figures] = field(default_factory=list)
+    paces: list[Profile] = field(default_factory=list)  # beside the real runs
 
-    def beside(self, profiles: Sequence[Profile]) -> list[Row]:
+    def describe(self) -> str:
+        return (
+            f"{self.trace.name}: {len(self.trace.requests)} requests, {self.trace.rate:.2f} per "
+            f"second, busiest node {self.busiest:.0%}; limits {self.slo.ttft_s * 1e3:.0f} ms TTFT, "
+            f"{self.slo.tpot_s * 1e3:.1f} ms TPOT"
+        )
+
+    def run(self, url: str, seed: int) -> None:
+        self.real.append(figures_of(replay(url, self.trace, seed), self.slo))
+
+    def rows(self) -> list[Row]:
         simulated = [
             figures_of(simulate(setup_of(profile, SPLIT), self.trace).records, self.slo)
-            for profile in profiles
+            for profile in self.paces
         ]
         return compare(self.trace.name, self.real, simulated)
 
 
-class Replays:
-    """The real runs of one fleet. Its profile only says how many requests are half a load."""
-
-    def __init__(self, url: str, profile: Profile, effort: Effort) -> None:
-        self._url = url
-        self._setup = setup_of(profile, SPLIT)
-        self._effort = effort
-        self._began = time.perf_counter()
-        self._seed = 100
-
-    def of(self, whole: Trace) -> Replayed:
-        trace, _ = at_utilisation(self._setup, whole, UTILISATION)
-        trace = shortened(trace, self._effort.seconds)
-        trace, busiest = at_utilisation(self._setup, trace, UTILISATION)
-        slo = unloaded(self._setup, trace)
-        self._say(
-            f"{trace.name}: {len(trace.requests)} requests, {trace.rate:.2f} per second, busiest "
-            f"node {busiest:.0%}; limits {slo.ttft_s * 1e3:.0f} ms TTFT, "
-            f"{slo.tpot_s * 1e3:.1f} ms TPOT"
-        )
-        real = []
-        for number in range(self._effort.runs):
-            self._seed += 1
-            real.append(figures_of(replay(self._url, trace, self._seed), slo))
-            self._say(f"  run {number + 1} of {self._effort.runs} done")
-        return Replayed(trace, slo, real)
-
-    def _say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self._began:4.0f} s] {text}", flush=True)
+def load_of(whole: Trace, profile: Profile, seconds: float) -> Load:
+    """The profile only says how many requests are half a load."""
+    setup = setup_of(profile, SPLIT)
+    trace, _ = at_utilisation(setup, whole, UTILISATION)
+    trace, busiest = at_utilisation(setup, shortened(trace, seconds), UTILISATION)
+    return Load(trace, busiest, unloaded(setup, trace))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -155,12 +146,28 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
     workloads = traces(args.azure, args.mooncake)
     model = args.model or (DEFAULT_MODEL if args.quick else make_model(folder / "m88"))
     bench = Bench(model, folder, effort.profile_s)
+    seeds = count(101)
     with bench.fleet() as url:
-        before = profiled(bench, url)
-        replays = Replays(url, before, effort)
-        replayed = [replays.of(trace) for trace in workloads]
-        after = profiled(bench, url)
-    return [row for one in replayed for row in one.beside([before, after])]
+        profile = profiled(bench, url)
+        loads = [load_of(trace, profile, effort.seconds) for trace in workloads]
+        for load in loads:
+            print(load.describe(), flush=True)
+        before = paced(profile, url, effort.pace_s, next(seeds))
+        for number in range(effort.rounds):
+            for load in loads:
+                print(f"round {number + 1} of {effort.rounds}: {load.trace.name}", flush=True)
+                load.run(url, next(seeds))
+                after = paced(profile, url, effort.pace_s, next(seeds))
+                load.paces.extend((before, after))
+                before = after
+    return [row for load in loads for row in load.rows()]
+
+
+def paced(profile: Profile, url: str, seconds: float, seed: int) -> Profile:
+    """The profile as the fleet is now."""
+    over = under_load(profile, url, CHUNK, seconds, seed)
+    print(f"pace: prefill {over.prefill_factor:.2f}, decode {over.decode_factor:.2f}", flush=True)
+    return replace(profile, overheads=over)
 
 
 def profiled(bench: Bench, url: str) -> Profile:
@@ -188,7 +195,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="the bundled model, one short run per workload")
+    add("--quick", action="store_true", help="the bundled model, one short round")
     add("--model", type=Path, help="folder (a random one of 88 M parameters, made for this)")
     add("--azure", type=Path, default=SAMPLES / "azure.csv", help="trace (the sample)")
     add("--mooncake", type=Path, default=SAMPLES / "mooncake.jsonl", help="trace (the sample)")

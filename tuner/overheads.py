@@ -7,6 +7,7 @@ A request that is alone, then many at once, then both kinds of node busy: each t
       |front|prefill| handoff|          step = decode formula + per step + per stream
 
 None of it is fitted to a load that is to be predicted: these are requests made for this purpose.
+Of repeats the median counts: half of who asks a fleet meets more of what else runs there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from statistics import mean, median
 import numpy as np
 
 from tuner.latency import LatencyModel, Sample, StepWork, fit
-from tuner.quiet import spread_of, undisturbed
+from tuner.quiet import spread_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Overheads:
     step_s: float = 0.0  # per decode step, and
     stream_s: float = 0.0  # per request in it; below 0 where the formula was measured too slow
     prefill_factor: float = 1.0  # of the prefill formula, where its process has more to do
+    decode_factor: float = 1.0  # of decode steps, with what comes on top of them
     prefill_slowdown: float = 1.0  # while another node of this machine computes
     decode_slowdown: float = 1.0
 
@@ -39,8 +41,9 @@ class Overheads:
             raise ValueError(f"{self.front_s}, {self.handoff_s} are no times per request")
         if not all(abs(value) < 60 for value in (self.step_s, self.stream_s)):
             raise ValueError(f"{self.step_s}, {self.stream_s} are no times per step")
-        if not 0 < self.prefill_factor < 100:
-            raise ValueError(f"{self.prefill_factor} is no factor")
+        for factor in (self.prefill_factor, self.decode_factor):
+            if not 0 < factor < 100:
+                raise ValueError(f"{factor} is no factor")
         if not all(1 <= value < 100 for value in (self.prefill_slowdown, self.decode_slowdown)):
             raise ValueError(f"{self.prefill_slowdown}, {self.decode_slowdown}: not slower")
 
@@ -53,7 +56,8 @@ class Overheads:
         """The formulas of steps as they are in the fleet, one node at a time."""
         a, b, c = (self.prefill_factor * value for value in model.prefill)
         d, e, f = model.decode
-        d, f = max(0.0, d + self.step_s), max(0.0, f + self.stream_s)
+        whole = (max(0.0, d + self.step_s), e, max(0.0, f + self.stream_s))
+        d, e, f = (self.decode_factor * value for value in whole)
         return replace(model, prefill=(a, b, c), decode=(d, e, f))
 
 
@@ -100,27 +104,27 @@ class Probes:
         return spread_of([*ttfts.values(), *steps.values(), self.in_a_row_s])
 
     def settled(self) -> Probes:
-        """Each kind once, as it is while nobody disturbs the machine."""
+        """Each kind once, as it is in the middle."""
         lengths = dict.fromkeys(one.prompt_tokens for one in self.alone)
         sizes = dict.fromkeys((one.batch, one.context) for one in self.streams)
         gaps = [gap for gap in self.in_a_row_s if gap > 0]
         return replace(
             self,
             alone=[_settled_alone(self.alone, length) for length in lengths],
-            in_a_row_s=[undisturbed(gaps)] if gaps else [],
+            in_a_row_s=[median(gaps)] if gaps else [],
             streams=[_settled_streams(self.streams, *size) for size in sizes],
         )
 
 
 def _settled_alone(alone: Sequence[Alone], length: int) -> Alone:
     these = [one for one in alone if one.prompt_tokens == length]
-    ttft_s = undisturbed(one.ttft_s for one in these)
-    return Alone(length, ttft_s, undisturbed(one.second_s for one in these))
+    ttft_s = median(one.ttft_s for one in these)
+    return Alone(length, ttft_s, median(one.second_s for one in these))
 
 
 def _settled_streams(streams: Sequence[Streams], batch: int, context: int) -> Streams:
     these = [one.step_s for one in streams if (one.batch, one.context) == (batch, context)]
-    return Streams(batch, context, undisturbed(these))
+    return Streams(batch, context, median(these))
 
 
 def prompt_work(num_tokens: int) -> StepWork:

@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from random import Random
+from statistics import median
 
 import aiohttp
 
 from tuner.client import Target, make_session, resolve_model, send
 from tuner.fleet_check import check_fleet
 from tuner.overheads import Alone, Probes, Streams
-from tuner.quiet import undisturbed
 from tuner.record import RequestRecord
 from tuner.workload import RequestSpec
 from wire.errors import ConfigError
@@ -67,7 +67,7 @@ class Prober:
         if not streams:
             raise ConfigError(f"{self.target.url}: no stream was seen to decode; is it busy?")
         near = min((abs(found.batch - TOGETHER_BATCH), found.batch) for found in streams)[1]
-        step_s = undisturbed(found.step_s for found in streams if found.batch == near)
+        step_s = median(found.step_s for found in streams if found.batch == near)
         slower = await self._both(step_s)
         return Probes(alone, gaps, self.chunk, streams, *slower)
 
@@ -112,18 +112,18 @@ class Prober:
     async def _both(self, step_s: float) -> tuple[float, float]:
         """How many times as long prefills and decode steps take while both happen.
 
-        Prompts alone and prompts beside streams take turns; the quietest of both are compared.
+        Prompts alone and prompts beside streams take turns; the medians are compared.
         """
         alone: list[float] = []
         beside: list[float] = []
         steps: list[float] = []
         for _ in range(ROUNDS):
             alone += [(await self._ask(self.chunk, 1)).ttft or 0.0 for _ in range(PROMPTS)]
-            ttfts, busy_s = await self._beside(step_s, undisturbed(alone))
+            ttfts, busy_s = await self._beside(step_s, median(alone))
             beside += ttfts
             steps += [busy_s] if busy_s else []
-        prefill = undisturbed(beside) / undisturbed(alone) if beside else 1.0
-        return prefill, undisturbed(steps) / step_s if steps else 1.0
+        prefill = median(beside) / median(alone) if beside else 1.0
+        return prefill, median(steps) / step_s if steps else 1.0
 
     async def _beside(self, step_s: float, alone_s: float) -> tuple[list[float], float]:
         """TTFTs of prompts while streams run, and these streams' seconds per step meanwhile."""

@@ -20,9 +20,10 @@ from statistics import median
 
 from baton.simulation.planner import Candidate, Plan, Planner
 from baton.simulation.setup import Setup
-from benchmarks.planning.real import TPOT_TIMES, TTFT_TIMES, drawn, merged, replay
+from benchmarks.planning.real import TPOT_TIMES, TTFT_TIMES, drawn, merged
 from tuner.goodput import Attainment, Slo, attainment
 from tuner.record import RequestRecord
+from tuner.replay import replay
 from tuner.trace import Trace, scale_rate
 from tuner.workload import Span
 

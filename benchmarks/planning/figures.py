@@ -38,8 +38,8 @@ class Row:
     name: str
     real: float  # mean of the runs
     spread: float  # of the runs: largest less smallest, relative to their mean
-    simulated: float  # mean over the profiles
-    drift: float  # of the simulated one, from profile to profile: what the machine did meanwhile
+    simulated: float  # mean over the paces
+    drift: float  # of the simulated one, from pace to pace: what the machine did meanwhile
 
     @property
     def error(self) -> float:
@@ -67,7 +67,7 @@ def _relative(difference: float, base: float) -> float:
 
 
 def compare(workload: str, real: Sequence[Figures], simulated: Sequence[Figures]) -> list[Row]:
-    """A row per figure, of real runs and of simulated ones with several profiles."""
+    """A row per figure, of real runs and of simulated ones at several paces."""
     return [
         Row(workload, name, *_spread(name, real), *_spread(name, simulated))
         for name in simulated[0]
@@ -89,8 +89,7 @@ def worst(rows: Iterable[Row], name: str) -> float:
 def table(rows: Iterable[Row]) -> str:
     """As Markdown."""
     lines = [
-        "| workload | figure | real | spread of the runs | simulated | with either profile "
-        "| error |",
+        "| workload | figure | real | spread of the runs | simulated | paces apart | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

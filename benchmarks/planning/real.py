@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +15,12 @@ from benchmarks.serve.fleet import serving
 from benchmarks.serve.processes import BATON, ROOT
 from engine.config import EngineConfig
 from tuner.arrivals import Arrival, arrival_offsets
-from tuner.bench import Run, measure
-from tuner.client import Target
-from tuner.drive import Limits
 from tuner.goodput import Slo
 from tuner.latency import LatencyModel
 from tuner.profile import Profile, load_profile
-from tuner.record import RequestRecord
 from tuner.report import summarize
-from tuner.settings import BenchSettings
 from tuner.trace import Trace, TracedRequest, scale_rate
 from tuner.workload import PromptKind, Span, Workload, requests
-from wire.errors import ConfigError
 
 MAX_MODEL_LEN = 2048
 KV_BYTES = 256 << 20
@@ -85,31 +78,6 @@ def setup_of(profile: Profile, split: Split, chunk: int = CHUNK) -> Setup:
     return Setup(split, engine, profile.layout, profile.latency, profile.overheads)
 
 
-def bench_run(url: str, trace: Trace, seed: int) -> Run:
-    """A run of the load generator. A seed's prompts are like no other's: no cache knows them."""
-    settings = BenchSettings(
-        target=Target(url, None, ignore_eos=True),
-        workload=Workload(Span(1, 1), Span(1, 1), seed=seed),
-        limits=Limits(None, None),
-        concurrency=4096,
-        rate=None,
-        arrival=Arrival.POISSON,
-        warmup=0,
-        trace=trace,
-    )
-    return Run(settings)
-
-
-def replay(url: str, trace: Trace, seed: int) -> list[RequestRecord]:
-    """The trace on real nodes; raises ConfigError where a request fails."""
-    run = bench_run(url, trace, seed)
-    asyncio.run(measure(run))
-    failed = next((record for record in run.records if record.error is not None), None)
-    if failed is not None:
-        raise ConfigError(f"a request of {trace.name} failed: {failed.error}: {failed.message}")
-    return run.records
-
-
 def drawn(
     name: str, number: int, input_len: Span, output_len: Span, seed: int, rate: float = 1.0
 ) -> Trace:
@@ -136,20 +104,6 @@ def unloaded(setup: Setup, trace: Trace) -> Slo:
     ttft = summarize(r.ttft for r in records if r.ttft is not None).p50
     tpot = summarize(r.tpot for r in records if r.tpot is not None).p50
     return Slo(TTFT_TIMES * ttft, TPOT_TIMES * tpot)
-
-
-def at_utilisation(setup: Setup, trace: Trace, share: float) -> tuple[Trace, float]:
-    """The trace at the rate at which the busiest simulated node computes `share` of the time.
-
-    Gives what it comes to, too: a short trace hits it only about.
-    """
-    found, busiest = trace, 0.0
-    for _ in range(6):
-        busiest = max(simulate(setup, found).busy.values())
-        if abs(busiest / share - 1) < 0.03:
-            break
-        found = scale_rate(found, (share / busiest) ** 0.8)  # waiting for the last one is no load
-    return found, busiest
 
 
 def bare(model: LatencyModel) -> str:

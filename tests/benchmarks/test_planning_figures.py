@@ -31,7 +31,7 @@ def test_errors_are_relative_to_the_mean_of_the_runs() -> None:
     rows = compare("chats", real, simulated)
     ttft, goodput = rows
     assert (ttft.real, ttft.spread, ttft.error) == pytest.approx((100.0, 0.2, 0.15))
-    assert ttft.drift == pytest.approx(10 / 85)  # from profile to profile
+    assert ttft.drift == pytest.approx(10 / 85)  # from pace to pace
     assert ttft.within  # beyond 10 %, within the spread of the runs
     assert goodput.error == pytest.approx(0.25)
     assert not goodput.within

@@ -16,7 +16,7 @@ from pathlib import Path
 from baton.serve import Launcher, add_fleet_arguments, check_model
 from router.flags import add_arguments as add_router_arguments
 from tuner.batch import BatchFiles, BatchSettings, Tally, run_batch
-from tuner.client import Target
+from tuner.client import Target, base_url
 from wire.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -103,7 +103,7 @@ def settings_from(args: argparse.Namespace) -> BatchSettings:
     if args.api_key is not None and args.url is None:
         raise ConfigError("--api-key is for the server at --url; a fleet of its own needs none")
     headers = {} if args.api_key is None else {"Authorization": f"Bearer {args.api_key}"}
-    url = (args.url or "").rstrip("/").removesuffix("/v1")
+    url = base_url(args.url or "")
     return BatchSettings(
         input=args.input,
         output=args.output,

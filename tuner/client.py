@@ -35,11 +35,16 @@ class Endpoint(StrEnum):
         return "/v1/chat/completions" if self is Endpoint.CHAT else "/v1/completions"
 
 
+def base_url(text: str) -> str:
+    """What stands before `/v1/completions`; users give it with or without the `/v1`."""
+    return text.rstrip("/").removesuffix("/v1")
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where requests go and how they are phrased."""
 
-    url: str  # without a trailing slash or /v1
+    url: str  # a `base_url`
     model: str | None  # None until `resolve_model`
     endpoint: Endpoint = Endpoint.COMPLETIONS
     temperature: float = 0.0

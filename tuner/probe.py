@@ -19,7 +19,7 @@ from statistics import median
 
 import aiohttp
 
-from tuner.client import Target, make_session, resolve_model, send
+from tuner.client import Target, base_url, make_session, resolve_model, send
 from tuner.fleet_check import check_fleet
 from tuner.overheads import Alone, Probes, Streams
 from tuner.record import RequestRecord
@@ -166,7 +166,7 @@ def step_between(records: Sequence[RequestRecord], spans: Sequence[tuple[float, 
 @asynccontextmanager
 async def _measurable(url: str, model: str) -> AsyncIterator[tuple[aiohttp.ClientSession, Target]]:
     """A session with the fleet behind `url`. Raises ConfigError if the probes are not for it."""
-    target = Target(url.rstrip("/").removesuffix("/v1"), model, ignore_eos=True)
+    target = Target(base_url(url), model, ignore_eos=True)
     async with make_session(target) as session:
         target = await resolve_model(session, target)
         await check_fleet(session, target.url)

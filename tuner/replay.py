@@ -6,7 +6,7 @@ import asyncio
 
 from tuner.arrivals import Arrival
 from tuner.bench import Run, measure
-from tuner.client import Target
+from tuner.client import Target, base_url
 from tuner.drive import Limits
 from tuner.record import RequestRecord
 from tuner.settings import BenchSettings
@@ -18,7 +18,7 @@ from wire.errors import ConfigError
 def bench_run(url: str, trace: Trace, seed: int) -> Run:
     """A run of the load generator. A seed's prompts are like no other's: no cache knows them."""
     settings = BenchSettings(
-        target=Target(url, None, ignore_eos=True),
+        target=Target(base_url(url), None, ignore_eos=True),
         workload=Workload(Span(1, 1), Span(1, 1), seed=seed),
         limits=Limits(None, None),
         concurrency=4096,

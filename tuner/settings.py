@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.arrivals import PLAIN_SHAPE, Arrival, ArrivalShape, arrival_offsets
-from tuner.client import Endpoint, Target
+from tuner.client import Endpoint, Target, base_url
 from tuner.drive import Limits
 from tuner.flags import DEFAULT_CONCURRENCY, DEFAULT_NUM_REQUESTS, MAX_IN_FLIGHT
 from tuner.goodput import Slo
@@ -154,7 +154,7 @@ def _target(args: argparse.Namespace) -> Target:
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
     return Target(
-        url=args.url.rstrip("/").removesuffix("/v1"),
+        url=base_url(args.url),
         model=args.model,
         endpoint=Endpoint(args.endpoint),
         temperature=args.temperature,

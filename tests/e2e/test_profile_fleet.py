@@ -32,7 +32,9 @@ def test_a_running_fleet_is_measured(
     parser = argparse.ArgumentParser()
     profile.add_arguments(parser)
     limits = ["--seconds", "1", "--max-model-len", "1024"]
-    args = parser.parse_args([str(fleet.model), "-o", str(path), *limits, "--fleet", fleet.url])
+    args = parser.parse_args(
+        [str(fleet.model), "-o", str(path), *limits, "--fleet", f"{fleet.url}/v1"]
+    )
     assert profile.run(args) == 0
     told = capsys.readouterr().out
     assert all(phase in told for phase in PHASES)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from baton.serve import Launcher, add_fleet_arguments, check_model
+from baton.fleet_flags import add_fleet_arguments, check_model
+from baton.launcher import Launcher
 from router.flags import add_arguments as add_router_arguments
 from tuner.batch import BatchFiles, BatchSettings, Tally, run_batch
 from tuner.client import Target, base_url

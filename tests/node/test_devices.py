@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from baton import serve
 from baton.config import visible_gpus
-from baton.serve import make_parser, on_its_device
+from baton.fleet_flags import count_gpus, on_its_device
+from baton.serve import make_parser
 from engine.device import check_device
 from node.config import NodeConfig
 from node.devices import is_cuda_build, num_gpus, parse_device, resolve_device, spread
@@ -83,7 +83,7 @@ def test_cuda_may_be_shown_fewer_devices_than_there_are(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
     assert visible_gpus() == seen
-    assert serve._num_devices() == seen
+    assert count_gpus() == seen
 
 
 def test_cuda_shows_one_slice_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_cuda_shows_one_slice_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus() == 1
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus() is None
-    assert serve._num_devices() == num_gpus()
+    assert count_gpus() == num_gpus()
 
 
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

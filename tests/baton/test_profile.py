@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from baton.cli import main
-from baton.profile import stopwatch_for
+from baton.profiler import stopwatch_for
 from tuner.latency import StepWork
 from tuner.profile import load_profile
 from tuner.quiet import NOISY

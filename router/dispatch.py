@@ -83,8 +83,7 @@ class Dispatch:
         self.phase = Phase.WAITING
         self.prefill: NodeId | None = None  # None: the prompt is computed where it is answered
         self.decode: NodeId | None = None
-        self.num_attempts = 0
-        self.id = AttemptId(work.request, 0)  # the current attempt
+        self.id = AttemptId(work.request, 0)  # the current attempt; the first is 1
         self._lease = 0  # what the decode node has granted; 0: nothing
         self._author: NodeId | None = None  # of the newest tokens in the log
         self._numerics = ""  # of the author: it would sample them again
@@ -325,8 +324,7 @@ class Dispatch:
         return self.work.sampling.max_tokens - len(self.log.tokens)
 
     def _is_from(self, sender: NodeId, attempt: AttemptId) -> bool:
-        current = attempt.attempt == self.num_attempts
-        return current and (sender == self.decode or sender == self.prefill)
+        return attempt == self.id and sender in (self.prefill, self.decode)
 
     def _depends_on(self, node: NodeId) -> bool:
         if self.phase is Phase.DECODING:
@@ -345,9 +343,8 @@ class Dispatch:
         return Wishes(failures.avoid, failures.pairs, self._numerics, now, self.near, num_output)
 
     def _begin_attempt(self) -> None:
-        self.num_attempts += 1
-        self.id = AttemptId(self.work.request, self.num_attempts)
-        self.log.begin_attempt(self.num_attempts)
+        self.id = AttemptId(self.work.request, self.id.attempt + 1)
+        self.log.begin_attempt(self.id.attempt)
 
     def _asking(self, now: float) -> Asking:
         return Asking(self.id, self.work, self.log.tokens, self._deadline - now)
@@ -392,7 +389,7 @@ class Dispatch:
         if self._failures.hopeless:
             aborts = self._aborts(unreachable)
             self.phase = Phase.ENDED
-            message = f"The request failed {self.num_attempts} times, at last: {self._last_word}"
+            message = f"The request failed {self.id.attempt} times, at last: {self._last_word}"
             return [over, *aborts, Failed(errors.server_error(message, cause))]
         successor = self._successor(failed, now)
         if successor is not None:

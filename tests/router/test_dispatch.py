@@ -363,7 +363,7 @@ def test_a_stalled_node_lives_and_is_told() -> None:
 def test_two_poisonings_end_the_request(cause: str) -> None:
     dispatch = prefilling()
     for attempt in (1, 2):
-        assert dispatch.num_attempts == attempt
+        assert dispatch.id.attempt == attempt
         assert dispatch.decode is not None
         dispatch.granted(dispatch.decode, Granted(dispatch.id, grant(dispatch.decode)), 0)
         if cause in ("digest", "internal"):
@@ -420,7 +420,7 @@ def test_other_failures_are_retried_a_bounded_number_of_times() -> None:
         if dispatch.phase is Phase.ENDED:
             break
     assert isinstance(effects[-1], Failed)
-    assert dispatch.num_attempts == 6
+    assert dispatch.id.attempt == 6
 
 
 def test_a_failure_that_cannot_be_retried_ends_the_request() -> None:

@@ -97,8 +97,8 @@ class Walk:
     def judge(self, effect: Effect) -> None:
         """As the table of running choices does; what is blamed is one attempt's pair, once."""
         if isinstance(effect, HandedOver):
-            assert self.dispatch.num_attempts not in self.judged
-            self.judged.add(self.dispatch.num_attempts)
+            assert self.dispatch.id.attempt not in self.judged
+            self.judged.add(self.dispatch.id.attempt)
             assert effect.pair == (self.dispatch.prefill, self.dispatch.decode)
             self.nodes.breaker.committed(effect.pair)
         elif isinstance(effect, AttemptEnded) and effect.cause in OF_TRANSFERS:
@@ -108,12 +108,12 @@ class Walk:
     def check_sent(self, to: NodeId, message: Message) -> None:
         if isinstance(message, Rebind):
             assert list(message.output_tokens) == self.shown
-            assert message.lease < message.id.attempt == self.dispatch.num_attempts
+            assert message.lease < message.id.attempt == self.dispatch.id.attempt
         if isinstance(message, Reserve):
             self.nodes.breaker.began(Pair(message.prefill, to), self.now)
         if isinstance(message, Reserve | Prefill | Generate):
             assert message.tokens == (*PROMPT, *self.shown)
-            assert message.id.attempt == self.dispatch.num_attempts
+            assert message.id.attempt == self.dispatch.id.attempt
         if isinstance(message, Prefill) and message.grant is not None:
             assert message.grant.lease == message.id.attempt
 

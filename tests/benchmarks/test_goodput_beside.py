@@ -34,7 +34,7 @@ def share(good: float) -> Attainment:
 def searched(measured: Measured, capacity: float) -> Measured:
     """A fleet whose requests are all good up to `capacity`, and half of them beyond."""
     while (rate := measured.next_rate) is not None:
-        measured.seen[rate] = share(1.0 if rate <= capacity else 0.5)
+        measured.take(rate, share(1.0 if rate <= capacity else 0.5))
     return measured
 
 
@@ -46,9 +46,23 @@ def test_the_search_closes_in_from_either_side(first: float) -> None:
 
 
 def test_the_crossing_is_on_a_straight_line() -> None:
-    found = Measured(1.0, {1.0: share(1.0), 2.0: share(0.8)})
+    found = Measured(1.0)
+    for rate, good in ((1.0, 1.0), (2.0, 0.8), (2.0, 0.7)):
+        found.take(rate, share(good))
     assert found.next_rate is None
     assert found.goodput == pytest.approx(1.5)
+
+
+def test_a_slow_minute_is_no_verdict() -> None:
+    found = Measured(1.0)
+    found.take(1.0, share(0.3))
+    assert found.next_rate == 1.0, "once more"
+    found.take(1.0, share(0.95))
+    assert found.next_rate == pytest.approx(1.3)
+    found.take(1.3, share(0.5))
+    found.take(1.3, share(0.4))
+    assert found.seen[1.3].good == 0.5
+    assert found.next_rate is None
 
 
 def test_a_fleet_that_is_never_good_ends_with_nothing() -> None:

@@ -348,7 +348,7 @@ def test_one_line_for_what_cannot_work(tmp_path: Path) -> None:
         (["--workers", "2", "--host", "0.0.0.0"], "give API keys"),
     ):
         run = subprocess.run(
-            [sys.executable, "-m", "baton", "router", *flags],
+            [sys.executable, "-m", "baton", "router", "--port", "0", *flags],
             capture_output=True,
             text=True,
             timeout=60,

@@ -19,7 +19,8 @@ from router.control import Control
 from router.debug_pages import DebugPages
 from router.embeddings import EmbeddingPages
 from router.errors import ApiError, model_not_found, server_error
-from router.fleet_json import fleet_json
+from router.fleet_page import FleetPage
+from router.judge import Judge
 from router.metrics import RouterMetrics
 from router.openapi import openapi_page
 from router.responses.pages import ResponsePages
@@ -43,6 +44,7 @@ _HTTP_ERRORS = {
 def make_app(
     serving: Serving,
     control: Control,
+    judge: Judge,
     metrics: RouterMetrics,
     access: Access,
     max_body_bytes: int,
@@ -79,7 +81,7 @@ def make_app(
         web.get("/ping", pages.ping),
         web.post("/ping", pages.ping),
         *(_own_routes(pages, debug) if worker is None else worker.routes(debug is not None)),
-        *([] if debug is None else [web.get("/debug/fleet", pages.fleet)]),
+        *([] if debug is None else FleetPage(control, judge).routes()),
         *([] if debug is None else AdminPages(serving, control).routes()),
         *(ConsolePages().routes() if console else []),
     ]
@@ -128,16 +130,6 @@ class _Pages:
     async def load(self, request: web.Request) -> web.Response:
         """Requests that are being answered, in vLLM's shape."""
         return web.json_response({"server_load": self._serving.num_requests})
-
-    async def fleet(self, request: web.Request) -> web.Response:
-        """The nodes as this router sees them; of several workers each answers for itself."""
-        requests = self._control.requests
-        waiting = requests.num_waiting
-        running, now = len(requests) - waiting, self._control.now
-        switches = self._control.switches.all()
-        tuner = self._control.describe_tuner()
-        body = fleet_json(self._control.fleet, switches, running, waiting, now, tuner)
-        return web.json_response(body)
 
     async def ready(self, request: web.Request) -> web.Response:
         """A request could be served now."""

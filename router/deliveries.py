@@ -10,6 +10,7 @@ from router.breaker import Pair
 from router.choice import Choice
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
+from router.node_chooser import NodeChooser
 from wire.errors import WireError
 from wire.messages import Message
 from wire.request_messages import Generate, Prefill, Rebind, Reserve
@@ -29,11 +30,13 @@ class Deliveries:
     def __init__(
         self,
         fleet: Fleet,
+        chooser: NodeChooser,
         metrics: RouterMetrics,
         send: Callable[[NodeId, Message], None],
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._chooser = chooser
         self._metrics = metrics
         self._send = send
         self._clock = clock
@@ -90,7 +93,7 @@ class Deliveries:
         choice.trace.offering(message.id.attempt, node, now)
         self._note_verdict(choice, "in_place")
         if verdict is not None:
-            self._fleet.taken(node, verdict.taken_s, now)
+            self._chooser.taken(node, verdict.taken_s, now)
         self._metrics.attempts.inc()
         choice.assigned.answers(self._fleet, node)
         self._computes(choice, node, len(message.tokens))

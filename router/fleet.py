@@ -1,4 +1,4 @@
-"""The nodes that this router knows: who lives, what they hold, who may get work.
+"""The nodes that this router knows: who lives, what they can do, what they were given to do.
 
 A node is (name, incarnation). A new incarnation ends all that the old one owned, and so does a new
 registration of the same one: a node registers when it knows nothing of this router's requests.
@@ -8,17 +8,12 @@ Pure: no socket, and time is an argument.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from router.breaker import Breaker, Pair
+from router.breaker import Breaker
 from router.cache_index import CacheIndex
-from router.fleet_node import Node
-from router.judge import Judge, Told
-from router.placement import Handoff, Nowhere, Place, Ways, hands_over
-from router.policy import Candidate, Wishes, choose_decode, choose_in_place, choose_prefill
-from router.shortlist import Kind, by_kind, shortlist
-from router.way import Mode, Rules
+from router.fleet_node import Kind, Node
 from router.work import Work
 from wire.fleet_messages import ModelInfo, Register
 from wire.types import NodeId, NodeLoad, Role
@@ -38,10 +33,7 @@ class Registration:
 class Fleet:
     """All nodes of one router. One fleet serves one model."""
 
-    def __init__(
-        self, node_timeout_s: float, node_stall_s: float, judge: Judge | None = None
-    ) -> None:
-        self.judge = judge or Judge(Rules(Mode.ALWAYS), Told(None))
+    def __init__(self, node_timeout_s: float, node_stall_s: float) -> None:
         self._timeout = node_timeout_s
         self._stall = node_stall_s
         self._nodes: dict[NodeId, Node] = {}
@@ -145,6 +137,9 @@ class Fleet:
     def __getitem__(self, node: NodeId) -> Node:
         return self._nodes[node]
 
+    def get(self, node: NodeId) -> Node | None:
+        return self._nodes.get(node)
+
     # ------------------------------------------------------------ what they can do
 
     @property
@@ -170,144 +165,16 @@ class Fleet:
         """Whether a request could be served: who generates can compute its prompt too."""
         return any(node.serves and node.info.role.receives for node in self)
 
-    # ------------------------------------------------------------ who gets work
-
-    def numerics_of(self, node: NodeId) -> str:
-        """Nodes with equal strings compute bit-equal results; empty: the node is not known."""
-        return self._nodes[node].info.model.numerics if node in self._nodes else ""
-
-    def place(
-        self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool
-    ) -> Place | Nowhere:
-        """See router.placement.Placer."""
-        if one_token and (prefill := self._best_sender(work, wishes)) is not None:
-            return Handoff(prefill.id, None)
-        if work.pooling is not None:
-            return Nowhere("There is no prefill node to serve the request.")
-        num_tokens = work.num_tokens + wishes.num_output
-        place = self.judge.choose(self._ways(work, wishes, refused), num_tokens)
-        return place or Nowhere("There is no decode node to serve the request.")
-
-    def _ways(self, work: Work, wishes: Wishes, refused: Collection[NodeId]) -> Ways:
-        """Who has computed a prompt in place goes on with it: others hand over."""
-        receivers = self._receivers(work, wishes, refused)
-        candidates = _least_bad(receivers, wishes, lambda node: False)
-        alone = choose_in_place(candidates, work.num_tokens, work.max_num_tokens)
-        prefill = self._best_sender(work, wishes, apart=alone is not None)
-        decode = None if prefill is None else self._best_receiver(prefill, receivers, work, wishes)
-        if prefill is None or decode is None:
-            return Ways(None, alone)
-        good = self._is_good(Pair(prefill.id, decode.id), wishes) and prefill.id not in wishes.avoid
-        return Ways((prefill, decode), alone, failing=not good)
-
-    def pick_prefill(
-        self, work: Work, wishes: Wishes, decode: NodeId | None = None
-    ) -> NodeId | None:
-        """The best node that can hand over to `decode` (None: to any)."""
-        best = self._best_sender(work, wishes, decode)
-        return None if best is None else best.id
-
-    def pick_decode(
-        self, work: Work, prefill: NodeId, wishes: Wishes, refused: Collection[NodeId]
-    ) -> NodeId | None:
-        """The best node for what `prefill` will send that has not refused."""
-        if prefill not in self._nodes:
-            return None
-        sender = self._candidate(self._nodes[prefill], work, wishes)
-        receivers = self._receivers(work, wishes, refused)
-        best = self._best_receiver(sender, receivers, work, wishes)
-        return None if best is None else best.id
-
-    def _best_sender(
-        self, work: Work, wishes: Wishes, decode: NodeId | None = None, *, apart: bool = False
-    ) -> Candidate | None:
-        """`apart`: of those that generate nothing themselves."""
-        only = self._nodes.get(decode) if decode is not None else None
-        if decode is not None and only is None:
-            return None
-        candidates = self._candidates(
-            lambda role: (
-                role.sends
-                and not (apart and role.receives)
-                and (only is None or hands_over(role, only.info.role))
-            ),
-            work,
-            wishes,
-        )
-        partners = self._partners(wishes) if only is None else [(only.id, only.info.role)]
-
-        def is_worse(sender: Candidate) -> bool:
-            pairs = (Pair(sender.id, id) for id, role in partners if hands_over(sender.role, role))
-            return not any(self._is_good(pair, wishes) for pair in pairs)
-
-        return choose_prefill(_least_bad(candidates, wishes, is_worse), work.num_tokens)
-
-    def _partners(self, wishes: Wishes) -> list[tuple[NodeId, Role]]:
-        """Whom somebody could hand over to; one of a kind, where no pair is doubted."""
-        every = bool(wishes.avoid_pairs or len(self.breaker))
-        return [
-            (node.id, kind.role)
-            for kind, alike in self._alike().items()
-            if kind.role.receives
-            for node in (alike if every else alike[:1])
-        ]
-
-    def _receivers(
-        self, work: Work, wishes: Wishes, refused: Collection[NodeId]
-    ) -> list[Candidate]:
-        return self._candidates(lambda role: role.receives, work, wishes, refused)
-
-    def _candidates(
-        self,
-        wanted: Callable[[Role], bool],
-        work: Work,
-        wishes: Wishes,
-        refused: Collection[NodeId] = (),
-    ) -> list[Candidate]:
-        """Serving nodes of the wanted roles, but for those that cannot win."""
-        pairs = (*wishes.avoid_pairs, *self.breaker)
-        named = {*wishes.avoid, *wishes.near, *(node for pair in pairs for node in pair)}
-        return [
-            self._candidate(node, work, wishes)
-            for kind, alike in self._alike().items()
-            if wanted(kind.role)
-            for node in shortlist(kind, _without(refused, alike), work, named)
-        ]
-
-    def _alike(self) -> dict[Kind, list[Node]]:
+    def alike(self) -> dict[Kind, list[Node]]:
         """The nodes that serve, by kind."""
         if self._kinds is None:
-            self._kinds = by_kind(node for node in self if node.serves)
+            self._kinds = {}
+            for node in self:
+                if node.serves:
+                    self._kinds.setdefault(node.kind, []).append(node)
         return self._kinds
 
-    def _best_receiver(
-        self, prefill: Candidate, receivers: Iterable[Candidate], work: Work, wishes: Wishes
-    ) -> Candidate | None:
-        def is_worse(receiver: Candidate) -> bool:
-            return not self._is_good(Pair(prefill.id, receiver.id), wishes)
-
-        nodes = [node for node in receivers if hands_over(prefill.role, node.role)]
-        return choose_decode(_least_bad(nodes, wishes, is_worse), work.max_num_tokens)
-
-    def _is_good(self, pair: Pair, wishes: Wishes) -> bool:
-        return pair not in wishes.avoid_pairs and self.breaker.allows(pair, wishes.now)
-
-    def _candidate(self, node: Node, work: Work, wishes: Wishes) -> Candidate:
-        near = bool(wishes.near) and node.id in wishes.near
-        return Candidate(
-            id=node.id,
-            role=node.info.role,
-            load=node.load,
-            block_size=node.block_size,
-            block_bytes=node.info.layout.block_bytes,
-            num_cached_tokens=node.num_cached_tokens(work, near),
-            pending_tokens=node.pending_tokens,
-            pending_blocks=node.pending_blocks,
-            num_assigned=len(node.assigned),
-            same_numerics=wishes.numerics in ("", node.info.model.numerics),
-            near=near,
-            taken_s=node.taken.lately_s(wishes.now, self.judge.stream_s),
-        )
+    # ------------------------------------------------------------ what they were given to do
 
     def num_to_compute(
         self, node: NodeId, work: Work, num_tokens: int, near: Collection[NodeId]
@@ -327,28 +194,8 @@ class Fleet:
             known.pending_blocks += num_blocks
             known.rank()
 
-    def taken(self, node: NodeId, seconds: float, now: float) -> None:
-        """A prompt that was given to `node` takes so much of its streams' time."""
-        known = self._nodes.get(node)
-        if known is not None:
-            known.taken.add(seconds, now, self.judge.stream_s)
-
     def unassign(self, node: NodeId, request: str) -> None:
         known = self._nodes.get(node)
         if known is not None:
             known.pending_tokens -= known.assigned.pop(request, 0)
             known.rank()
-
-
-def _without(refused: Collection[NodeId], nodes: list[Node]) -> list[Node]:
-    return [node for node in nodes if node.id not in refused] if refused else nodes
-
-
-def _least_bad(
-    nodes: list[Candidate], wishes: Wishes, is_worse: Callable[[Candidate], bool]
-) -> list[Candidate]:
-    """Those that least speaks against: that the choice avoids the node weighs most."""
-    avoid = wishes.avoid or ()  # to look into an empty set hashes too
-    against = [(node.id in avoid, is_worse(node)) for node in nodes]
-    least = min(against, default=None)
-    return [node for node, bad in zip(nodes, against, strict=True) if bad == least]

@@ -14,6 +14,7 @@ from router.role_switch import RoleSwitch
 
 def fleet_json(
     fleet: Fleet,
+    judge: Judge,
     switches: Iterable[RoleSwitch],
     num_running: int,
     num_waiting: int,
@@ -29,7 +30,7 @@ def fleet_json(
         "running": num_running,
         "waiting": num_waiting,
         "open_pairs": fleet.breaker.num_open,
-        "handoff": _judge(fleet.judge),
+        "handoff": _judge(judge),
         "nodes": [_node(node, now) for node in nodes],
         "role_switches": [switch_json(switch, now) for switch in switches],
         "tuner": tuner,

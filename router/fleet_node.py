@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp
+from typing import NamedTuple
 
 from router.cache_index import CacheIndex
-from router.judge import Taken
 from router.work import Work
 from wire.fleet_messages import Register
-from wire.types import NodeId, NodeLoad
+from wire.types import NodeId, NodeLoad, Role
+
+
+class Kind(NamedTuple):
+    """What makes nodes alike: they differ in load and cache alone."""
+
+    role: Role
+    block_size: int
+    num_blocks: int
+    numerics: str
+
+
+class Taken:
+    """Seconds that prompts took of a node's streams, forgotten as the streams end."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._at = 0.0
+
+    def lately_s(self, now: float, stream_s: float) -> float:
+        return self._seconds * exp(-max(0.0, now - self._at) / stream_s)
+
+    def add(self, seconds: float, now: float, stream_s: float) -> None:
+        self._seconds = self.lately_s(now, stream_s) + seconds
+        self._at = now
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +55,11 @@ class Node:
     taken: Taken = field(default_factory=Taken)  # of its streams, by prompts of this router
     queue: tuple[int, int, str] = (0, 0, "")  # how long a prompt waits here, among nodes alike
     room: tuple[int, int, str] = (0, 0, "")  # how full it is: blocks, negative where many are free
+
+    @property
+    def kind(self) -> Kind:
+        info = self.info
+        return Kind(info.role, self.block_size, self.load.blocks_total, info.model.numerics)
 
     @property
     def block_size(self) -> int:

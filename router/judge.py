@@ -1,4 +1,4 @@
-"""Chooses between the ways that the fleet has found, by rules and by the pace that is known.
+"""Chooses between the ways that `node_chooser` has found, by rules and by the pace that is known.
 
 Handoffs are known by handoffs alone. One that was slow once, because a connection was being made or
 a link was full, would keep all that follow in place, and nobody would learn that it was over: so
@@ -8,7 +8,6 @@ of many in a row that are better served in place one is handed over all the same
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import exp
 from typing import Protocol
 
 from router.pace import STREAM_S, Pace
@@ -83,21 +82,6 @@ class Judge:
         """How long streams last: what prompts took of a node's time is forgotten with them."""
         pace = self.pace
         return STREAM_S if pace is None else pace.stream_s
-
-
-class Taken:
-    """Seconds that prompts took of a node's streams, forgotten as the streams end."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._at = 0.0
-
-    def lately_s(self, now: float, stream_s: float) -> float:
-        return self._seconds * exp(-max(0.0, now - self._at) / stream_s)
-
-    def add(self, seconds: float, now: float, stream_s: float) -> None:
-        self._seconds = self.lately_s(now, stream_s) + seconds
-        self._at = now
 
 
 def _over(prefill: Candidate, decode: Candidate, num_tokens: int, failing: bool) -> Over:

@@ -1,6 +1,6 @@
 """Where a request is served: handed over from one node to another, or by one node alone.
 
-`Fleet.place` finds the best way of either kind, and `judge` chooses between the two. Who has
+`node_chooser` finds the best way of either kind, and `judge` chooses between the two. Who has
 computed a prompt hands it over to a decode node or to a mixed one; a mixed node hands over to
 decode nodes alone, so that no two nodes ever wait for each other's blocks.
 """
@@ -63,9 +63,11 @@ def hands_over(sender: Role, receiver: Role) -> bool:
 
 
 class Placer(Protocol):
-    """Chooses nodes (the fleet; a script in tests)."""
+    """Chooses nodes (`NodeChooser`; a script in tests)."""
 
-    def numerics_of(self, node: NodeId) -> str: ...
+    def numerics_of(self, node: NodeId) -> str:
+        """Nodes with equal strings compute bit-equal results; empty: the node is not known."""
+        ...
 
     def place(
         self, work: Work, wishes: Wishes, refused: Collection[NodeId], *, one_token: bool

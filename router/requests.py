@@ -1,6 +1,6 @@
 """All choices that are being served: events from nodes in, effects out to nodes and clients.
 
-This is where the pure parts meet: `Dispatch` decides, `Admission` orders, `Fleet` chooses, and
+This is where the pure parts meet: `Dispatch` decides, `Admission` orders, `Fleet` remembers, and
 here their decisions become messages, text and metrics. Every call is synchronous: a token message
 is logged, decoded and handed to its streams before the next one is looked at.
 """
@@ -34,7 +34,6 @@ from router.request_log import RequestLog
 from telemetry import metrics as names
 from telemetry.causes import known_cause
 from tuner.observed import Observed
-from wire.messages import Message
 from wire.request_messages import (
     Abort,
     Ack,
@@ -58,7 +57,6 @@ class Requests:
 
     Args:
         pace: is told what requests show of it.
-        send: queues a message for a node; raises WireError.
         clock: monotonic seconds.
     """
 
@@ -69,7 +67,7 @@ class Requests:
         metrics: RouterMetrics,
         log: RequestLog,
         pace: LivePace,
-        send: Callable[[NodeId, Message], None],
+        deliveries: Deliveries,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
@@ -77,7 +75,7 @@ class Requests:
         self._metrics = metrics
         self._log = log
         self._pace = pace
-        self._deliveries = Deliveries(fleet, metrics, send, clock)
+        self._deliveries = deliveries
         self._clock = clock
         self._choices: dict[str, Choice] = {}
         self.observed: Observed | None = None  # where a tuner looks

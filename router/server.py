@@ -14,13 +14,16 @@ from router.access import Access
 from router.admission import Admission
 from router.app import make_app, make_private_app
 from router.choice import Choice
+from router.choice_maker import ChoiceMaker
 from router.config import RouterConfig, is_loopback
 from router.control import Control
 from router.debug_pages import DebugPages
+from router.deliveries import Deliveries
 from router.errors import unavailable
 from router.fleet import Fleet
 from router.judge import Judge
 from router.metrics import RouterMetrics
+from router.node_chooser import NodeChooser
 from router.pace import LivePace
 from router.request_log import RequestLog
 from router.requests import Requests
@@ -55,12 +58,15 @@ class RouterServer:
         self._site: web.TCPSite | None = None
         self._access = Access(config.access, clock, config.place)
         self._pace = LivePace()
+        self._judge = Judge(config.rules, self._pace)
         self._worker = None if config.place is None else WorkerSites(config.place)
         self._ssl = config.access.ssl_context()
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        fleet = Fleet(config.node_timeout_s, config.node_stall_s)
+        self._chooser = NodeChooser(fleet, self._judge)
         self.control = Control(
             config.control_url,
-            Fleet(config.node_timeout_s, config.node_stall_s, Judge(config.rules, self._pace)),
+            fleet,
             self._make_requests,
             heartbeat_s=config.heartbeat_s,
             tokenizer=tokenizer,
@@ -69,8 +75,9 @@ class RouterServer:
             clock=clock,
             on_switch=lambda switch: self._metrics.switched(switch.outcome, switch.seconds or 0.0),
         )
+        choices = ChoiceMaker(self._chooser, config.limits, self._metrics, clock)
         self.serving = Serving(
-            config, self.control, self._metrics, self._log, self._access.charge, clock
+            config, self.control, choices, self._metrics, self._log, self._access.charge, clock
         )
         self._store = open_store(config)
         self._tuner = self._make_tuner()
@@ -78,7 +85,9 @@ class RouterServer:
 
     def _make_requests(self, fleet: Fleet, send: Callable[[NodeId, Message], None]) -> Requests:
         admission: Admission[Choice] = Admission(self._config.max_streams, self._config.max_queue)
-        return Requests(fleet, admission, self._metrics, self._log, self._pace, send, self._clock)
+        metrics, clock = self._metrics, self._clock
+        deliveries = Deliveries(fleet, self._chooser, metrics, send, clock)
+        return Requests(fleet, admission, metrics, self._log, self._pace, deliveries, clock)
 
     def _make_tuner(self) -> FleetTuner | None:
         """Of several workers the first one tunes. Raises ConfigError."""
@@ -111,6 +120,7 @@ class RouterServer:
         app = make_app(
             self.serving,
             self.control,
+            self._judge,
             self._metrics,
             self._access,
             config.max_body_bytes,

@@ -48,6 +48,7 @@ class Serving:
         self,
         config: RouterConfig,
         control: Control,
+        choices: ChoiceMaker,
         metrics: RouterMetrics,
         log: RequestLog,
         charge: Callable[[web.Request, int], None],
@@ -59,8 +60,8 @@ class Serving:
         self._charge = charge
         self._clock = clock
         self._structured = Structured()
-        self.choices = ChoiceMaker(control.fleet, config.limits, metrics, clock)
-        self._answers = Answers(config, control.requests, self.choices, metrics, log, charge, clock)
+        self.choices = choices
+        self._answers = Answers(config, control.requests, choices, metrics, log, charge, clock)
         self.limits = config.server_limits
         self.pooling = config.pooling  # of embeddings
         self.closing = False

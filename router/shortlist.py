@@ -1,43 +1,21 @@
 """Of many nodes, the few among which every choice for a request lies.
 
-Nodes are alike if they differ in load and cache alone. Of those alike, one that has nothing of the
-prompt can only win if nothing speaks against it and it is the least busy: the others of its kind
-need no look. So a choice among a thousand nodes costs a few cheap comparisons per node instead of
-a `Candidate` each, and comes out the same (`tests/router/test_shortlist.py`).
+Of those alike (`Kind`), one that has nothing of the prompt can only win if nothing speaks against
+it and it is the least busy: the others of its kind need no look. So a choice among a thousand nodes
+costs a few cheap comparisons per node instead of a `Candidate` each, and comes out the same
+(`tests/router/test_shortlist.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
-from router.fleet_node import Node
+from router.fleet_node import Kind, Node
 from router.work import Work
-from wire.types import NodeId, Role
+from wire.types import NodeId
 
 FEW = 8  # of a kind are looked at one by one
-
-
-class Kind(NamedTuple):
-    """What makes nodes alike."""
-
-    role: Role
-    block_size: int
-    num_blocks: int
-    numerics: str
-
-
-def kind_of(node: Node) -> Kind:
-    info = node.info
-    return Kind(info.role, node.block_size, node.load.blocks_total, info.model.numerics)
-
-
-def by_kind(nodes: Iterable[Node]) -> dict[Kind, list[Node]]:
-    found: dict[Kind, list[Node]] = {}
-    for node in nodes:
-        found.setdefault(kind_of(node), []).append(node)
-    return found
 
 
 def shortlist(

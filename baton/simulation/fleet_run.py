@@ -1,6 +1,6 @@
 """One simulated run of a fleet: arrivals, the router's part, and the records.
 
-The router's decisions are `router.fleet`, `router.policy`, `router.admission` and `router.dispatch`
+The router's decisions are `router.node_chooser`, `router.admission` and `router.dispatch`
 themselves; what stands here only carries their effects, as `router.requests` does on a network.
 """
 
@@ -23,6 +23,7 @@ from router.effects import AttemptEnded, Effect, Failed, NeedsCapacity, Output, 
 from router.errors import ApiError
 from router.fleet import Fleet
 from router.judge import Judge, Told
+from router.node_chooser import NodeChooser
 from router.work import Prompt, Work
 from tuner.record import RequestRecord
 from tuner.trace import Trace, TracedRequest
@@ -79,7 +80,8 @@ class FleetRun:
         self._trace = trace
         self._names = PrefixNames(setup.engine.block_size, trace.block_len)
         judge = Judge(setup.rules, Told(setup.pace(trace) if trace.requests else None))
-        self._fleet = Fleet(setup.node_timeout_s, float("inf"), judge)
+        self._fleet = Fleet(setup.node_timeout_s, float("inf"))
+        self._chooser = NodeChooser(self._fleet, judge)
         self._admission: Admission[str] = Admission(setup.max_streams, setup.max_waiting)
         self._choices: dict[str, Choice] = {}
         self._left = len(trace.requests)
@@ -225,7 +227,7 @@ class FleetRun:
         work = request_work(index, traced, names, self._setup.engine.block_size)
         if self.tuner is not None:
             self.tuner.arrived(work.num_tokens)
-        dispatch = Dispatch(work, self._fleet, DispatchLimits(silence_s=float("inf")), now)
+        dispatch = Dispatch(work, self._chooser, DispatchLimits(silence_s=float("inf")), now)
         choice = Choice(index, traced.at, traced, work, dispatch, Assignment(work))
         try:
             self._admission.check(1)
@@ -303,7 +305,7 @@ class FleetRun:
                 choice.assigned.answers(self._fleet, to)
                 self._computes(choice, to, len(message.tokens))
                 if choice.dispatch.verdict is not None:
-                    self._fleet.taken(to, choice.dispatch.verdict.taken_s, self.clock.now)
+                    self._chooser.taken(to, choice.dispatch.verdict.taken_s, self.clock.now)
             case Prefill():
                 self._admission.settle(choice.work.request)
                 self._computes(choice, to, len(message.tokens))

@@ -19,6 +19,7 @@ from router.role_switch import DRAIN_S, RoleSwitch, RoleSwitches
 from router.work import Prompt, Work
 from tests.router.harness import MODEL
 from tests.router.scripted_nodes import LIMITS, PROMPT, grant
+from tests.router.test_node_chooser import chooser_of
 from wire.fleet_messages import Register, SwitchRole
 from wire.messages import Message
 from wire.request_messages import (
@@ -56,8 +57,8 @@ class World:
         self.dead: set[NodeId] = set()
         self.over: list[RoleSwitch] = []
         self.switches = RoleSwitches(self.fleet, self._send, self.over.append)
-        sampling = SamplingParams(max_tokens=len(TRUTH))
-        self.dispatch = Dispatch(Work("r", Prompt(PROMPT), sampling), self.fleet, LIMITS, 0)
+        work = Work("r", Prompt(PROMPT), SamplingParams(max_tokens=len(TRUTH)))
+        self.dispatch = Dispatch(work, chooser_of(self.fleet), LIMITS, 0)
         self.do(self.dispatch.place(0))
         while self.dispatch.phase is not Phase.DECODING:
             self.answer()

@@ -13,7 +13,8 @@ from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Prompt, Work
 from tests.router.harness import endless, eventually, router
 from tests.router.scripted_nodes import D1, D2, LIMITS, P1, P2, Nodes, grant, start
-from tests.router.test_router_fleet import candidate, id_of, register
+from tests.router.test_node_chooser import candidate, chooser_of, id_of
+from tests.router.test_router_fleet import register
 from wire.request_messages import Granted, Refused, Reserve, TokenUpdate
 from wire.types import NodeId, Role, SamplingParams
 
@@ -81,10 +82,11 @@ def test_the_near_prefill_node_counts_as_having_the_prompt_before_its_events_com
     for node, role in ((P1, Role.PREFILL), (P2, Role.PREFILL), (D1, Role.DECODE)):
         fleet.register(node, register(role), 0)
     fleet.assign(P2, "another", 20, 0)
-    assert fleet.pick_prefill(WORK, Wishes()) == P1
-    assert fleet.pick_prefill(WORK, Wishes(near={P2, D1})) == P2
+    chooser = chooser_of(fleet)
+    assert chooser.pick_prefill(WORK, Wishes()) == P1
+    assert chooser.pick_prefill(WORK, Wishes(near={P2, D1})) == P2
     fleet.assign(P2, "a long one", 200, 0)
-    assert fleet.pick_prefill(WORK, Wishes(near={P2, D1})) == P1
+    assert chooser.pick_prefill(WORK, Wishes(near={P2, D1})) == P1
     assert id_of(choose_prefill([], 1)) is None
 
 

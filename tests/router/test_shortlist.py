@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router import fleet as fleet_module
-from router import shortlist
+from router import node_chooser, shortlist
 from router.breaker import Pair
 from router.fleet import Fleet
 from router.policy import Wishes
 from router.work import Prompt, Work
 from tests.router.harness import MODEL
+from tests.router.test_node_chooser import chooser_of
 from wire.fleet_messages import CacheEvents, Register
 from wire.layout import KVLayout
 from wire.types import NodeId, NodeLoad, Role, SamplingParams
@@ -53,9 +53,10 @@ def fleet_of(nodes: list[tuple[Role, int, int, int, list[int], str, int, bool]])
 
 
 def chosen(fleet: Fleet, wishes: Wishes, refused: Collection[NodeId]) -> object:
-    ways = fleet._ways(WORK, wishes, refused)
-    for_others = [fleet.pick_prefill(WORK, wishes, node.id) for node in fleet]
-    return ways, fleet.pick_prefill(WORK, wishes), for_others
+    chooser = chooser_of(fleet)
+    ways = chooser._ways(WORK, wishes, refused)
+    for_others = [chooser.pick_prefill(WORK, wishes, node.id) for node in fleet]
+    return ways, chooser.pick_prefill(WORK, wishes), for_others
 
 
 @settings(deadline=None, max_examples=150)
@@ -83,14 +84,14 @@ def test_the_shortlist_holds_the_best(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shortlist, "FEW", 0)
         short = chosen(fleet, wishes, refused)
-        patch.setattr(fleet_module, "shortlist", lambda kind, alike, *_: alike)
+        patch.setattr(node_chooser, "shortlist", lambda kind, alike, *_: alike)
         assert short == chosen(fleet, wishes, refused)
 
 
 def test_most_of_many_need_no_look() -> None:
     fleet = fleet_of([(Role.PREFILL, 0, 30, 0, [], "", 80, True)] * 50)
     nodes = list(fleet)
-    kind = shortlist.kind_of(nodes[0])
+    kind = nodes[0].kind
     fleet[nodes[7].id].cache.apply(CacheEvents(2, tuple(HASHES[:2]), ()))
     assert shortlist.shortlist(kind, nodes, WORK, ()) == [nodes[7], nodes[0]]
     assert shortlist.shortlist(kind, nodes, WORK, {nodes[9].id}) == [nodes[7], nodes[9], nodes[0]]
@@ -103,7 +104,7 @@ def test_who_answers_may_be_the_roomiest_or_the_first_with_room() -> None:
         return Role.MIXED, queued, free, 0, [], "", 80, True
 
     nodes = list(fleet_of([mixed(0, 1)] * 10 + [mixed(5, 30)] * 10 + [mixed(9, 60)] * 10))
-    found = shortlist.shortlist(shortlist.kind_of(nodes[0]), nodes, WORK, ())
+    found = shortlist.shortlist(nodes[0].kind, nodes, WORK, ())
     assert {node.id.name for node in found} == {"mixed-20", "mixed-10"}
 
 

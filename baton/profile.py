@@ -16,7 +16,7 @@ import torch
 from baton.bundled_model import DEFAULT_MODEL
 from baton.device_names import device_text
 from baton.profile_load import under_load
-from baton.profiler import BLOCK_SIZE, Profiler, stopwatch_for, transfers
+from baton.profiler import BLOCK_SIZE, LEAST_MODEL_LEN, Profiler, stopwatch_for, transfers
 from baton.simulation.setup import HOP_S, HOPS_TO_FIRST_TOKEN
 from engine.loader import load_model
 from engine.model_info import LoadedModel
@@ -75,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
     check_places(args.output)
     torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
+    if loaded.max_model_len < LEAST_MODEL_LEN:
+        raise ConfigError(
+            f"{loaded.max_model_len} tokens are too few to profile; give at least "
+            f"{LEAST_MODEL_LEN} with --max-model-len"
+        )
     if args.fleet:
         asyncio.run(check(args.fleet, loaded.name))
     layout = loaded.kv_layout(BLOCK_SIZE)

@@ -35,6 +35,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 256, 1024, 4096)
 REPEATS = 5
 TRANSFER_BLOCKS = (1, 4, 16, 64)
+_DECODED = 4 * REPEATS * len(BATCHES)  # tokens that a request may answer at most
+LEAST_MODEL_LEN = CONTEXTS[0] + _DECODED
 
 
 def stopwatch_for(device: str, threads: int) -> Stopwatch:
@@ -146,28 +148,33 @@ class Profiler:
     # ------------------------------------------------------------ decode
 
     def decodes(self, seconds: float) -> list[Sample]:
-        """Contexts from the shortest; those that the time or the pool does not reach are left."""
+        """Contexts from the shortest, each with its share of the time that is left.
+
+        Of one context alone nobody could tell what reading it takes.
+        """
         end = self._clock() + seconds
+        longest = self._loaded.max_model_len - _DECODED
+        contexts = [context for context in CONTEXTS if context <= longest]
         samples: list[Sample] = []
-        for context in CONTEXTS:
-            if context + 4 * REPEATS * len(BATCHES) > self._loaded.max_model_len:
-                break
-            samples += self._decodes_at(context, end)
-            if self._clock() > end:
-                break
+        for number, context in enumerate(contexts):
+            now = self._clock()
+            share = max(0.0, end - now) / (len(contexts) - number)
+            samples += self._decodes_at(context, now, now + share)
         return samples
 
-    def _decodes_at(self, context: int, end: float) -> list[Sample]:
-        """Batches grow; each is timed for a few steps."""
+    def _decodes_at(self, context: int, start: float, end: float) -> list[Sample]:
+        """Batches grow, from one on; each is timed for a few steps.
+
+        One takes about as long as all before it: that many requests have their prompts to compute.
+        """
         engine = self._engine(prefix_caching=False)
-        most = 4 * REPEATS * len(BATCHES)
         running: list[Request] = []
         samples: list[Sample] = []
         for batch in BATCHES:
-            if batch * self._layout.num_blocks(context + most) > self._num_blocks:
+            if batch * self._layout.num_blocks(context + _DECODED) > self._num_blocks:
                 break
             while len(running) < batch:
-                running.append(self._request(self._tokens(context), most))
+                running.append(self._request(self._tokens(context), _DECODED))
                 engine.add(running[-1])
                 engine.step()
             steps = [self._timed_step(engine) for _ in range(REPEATS)]
@@ -175,7 +182,8 @@ class Profiler:
             work = StepWork(decode_batch=batch, decode_context=tokens)
             self.repeats.append(steps)
             samples.append(decode_sample(work, undisturbed(steps)))
-            if self._clock() > end:
+            now = self._clock()
+            if now + (now - start) > end:
                 break
         return samples
 

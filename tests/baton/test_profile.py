@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from baton.bundled_model import DEFAULT_MODEL
 from baton.cli import main
-from baton.profiler import stopwatch_for
+from baton.profiler import Profiler, stopwatch_for
+from engine.loader import load_model
 from tuner.latency import StepWork
 from tuner.profile import load_profile
 from tuner.quiet import NOISY
@@ -32,6 +35,18 @@ def test_a_short_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert ("profile again on a quiet machine" in told) == noisy
 
 
+def test_every_context_is_measured_however_short_the_time() -> None:
+    """From one of them nobody could tell what reading a context takes."""
+    loaded = load_model(DEFAULT_MODEL, dtype="float32", max_model_len=512)
+    ticks = count()
+    profiler = Profiler(loaded, loaded.kv_layout(16), time.perf_counter, lambda: next(ticks))
+    samples = profiler.decodes(12.0)
+    each = {round(context / batch) for _, context, batch in (s.variables for s in samples)}
+    assert min(each) < 64
+    assert max(each) > 256
+    assert len(samples) < 8, "batches stop to grow when the time is over"
+
+
 def test_one_thread_of_a_processor_is_timed_by_what_it_computes() -> None:
     """So that nothing else that runs there is in the profile."""
     watch = stopwatch_for("cpu", 1)
@@ -39,6 +54,13 @@ def test_one_thread_of_a_processor_is_timed_by_what_it_computes() -> None:
     time.sleep(0.3)
     assert watch() - start < 0.2
     assert stopwatch_for("cpu", 2) is stopwatch_for("cuda", 1) is time.perf_counter
+
+
+def test_a_context_in_which_nothing_can_be_measured_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "-o", str(tmp_path / "p.json"), "--max-model-len", "100"]) == 1
+    assert "too few to profile; give at least 172" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.stub_node import LAYOUT
 from router.fleet import Fleet
 from router.moving import standing
-from tests.router.test_router_fleet import register
+from tests.router.fleets import register
 from tuner.observed import Standing
 from wire.types import NodeId, NodeLoad, Role
 

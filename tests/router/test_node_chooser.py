@@ -6,22 +6,24 @@ from dataclasses import replace
 
 from router.breaker import Pair
 from router.failures import Failures
-from router.fleet import Fleet
 from router.judge import Judge, Told
 from router.node_chooser import NodeChooser
 from router.pace import Pace
 from router.placement import Handoff, InPlace, Nowhere
-from router.policy import Candidate, Wishes, choose_decode, choose_prefill
+from router.policy import Wishes, choose_decode, choose_prefill
 from router.way import Mode, Rules
 from router.work import Prompt, Work
-from tests.router.test_router_fleet import (
+from tests.router.fleets import (
     MODEL,
     A,
     B,
     C,
     D,
+    candidate,
+    chooser_of,
     fleet_of,
     four_nodes,
+    id_of,
     new_fleet,
     open_up,
     register,
@@ -33,22 +35,6 @@ from wire.types import NodeId, NodeLoad, Pooling, Role, SamplingParams
 
 ANY = Wishes()
 WORK = Work("r", Prompt(tuple(range(64))), SamplingParams(max_tokens=32))
-
-
-def chooser_of(fleet: Fleet, judge: Judge | None = None) -> NodeChooser:
-    """One that hands over where it can, unless a judge is given."""
-    return NodeChooser(fleet, judge or Judge(Rules(Mode.ALWAYS), Told(None)))
-
-
-def candidate(id: NodeId, **fields: int) -> Candidate:
-    load = NodeLoad(blocks_total=100, blocks_free=fields.pop("free", 100))
-    load = replace(load, blocks_promised=fields.pop("promised", 0))
-    load = replace(load, queued_tokens=fields.pop("queued", 0))
-    return Candidate(id=id, role=Role.MIXED, load=load, block_size=16, **fields)  # type: ignore[arg-type]
-
-
-def id_of(chosen: Candidate | None) -> NodeId | None:
-    return None if chosen is None else chosen.id
 
 
 def test_assigned_work_counts_until_it_is_done() -> None:

@@ -17,9 +17,9 @@ from router.fleet import Fleet
 from router.phase import Phase
 from router.role_switch import DRAIN_S, RoleSwitch, RoleSwitches
 from router.work import Prompt, Work
+from tests.router.fleets import chooser_of
 from tests.router.harness import MODEL
 from tests.router.scripted_nodes import LIMITS, PROMPT, grant
-from tests.router.test_node_chooser import chooser_of
 from wire.fleet_messages import Register, SwitchRole
 from wire.messages import Message
 from wire.request_messages import (

@@ -6,33 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.stub_node import LAYOUT, model_info
+from benchmarks.stub_node import LAYOUT
 from router.admission import MAX_BLOCKED_S, MAX_PROBES, Admission
 from router.breaker import Pair
 from router.cache_index import CacheIndex
 from router.errors import ApiError
 from router.fleet import Fleet
-from wire.fleet_messages import CacheEvents, Register
+from tests.router.fleets import (
+    MODEL,
+    A,
+    B,
+    C,
+    fleet_of,
+    four_nodes,
+    new_fleet,
+    open_up,
+    register,
+)
+from wire.fleet_messages import CacheEvents
 from wire.types import NodeId, NodeLoad, Role
-
-A, B, C, D = (NodeId(name, 1) for name in "abcd")
-MODEL = model_info(1000)
-
-
-def register(role: Role, **changes: object) -> Register:
-    message = Register(role, MODEL, LAYOUT, 100, "tcp://a", (), "http://a")
-    return replace(message, **changes)  # type: ignore[arg-type]
-
-
-def fleet_of(**roles: Role) -> Fleet:
-    fleet = Fleet(node_timeout_s=3, node_stall_s=60)
-    for name, role in roles.items():
-        assert fleet.register(NodeId(name, 1), register(role), 0).refusal is None
-    return fleet
-
-
-def new_fleet() -> Fleet:
-    return fleet_of(a=Role.PREFILL, b=Role.DECODE)
 
 
 def serving(fleet: Fleet) -> set[NodeId]:
@@ -113,19 +105,6 @@ def test_silence_does_not_count_while_the_router_was_away() -> None:
     fleet.excuse(100)
     assert fleet.expire(101) == []
     assert fleet.expire(104) == [A, B]
-
-
-def four_nodes() -> Fleet:
-    """A and C prefill, B and D decode; A and B are chosen where nothing speaks against it."""
-    fleet = new_fleet()
-    fleet.register(C, register(Role.PREFILL), 0)
-    fleet.register(D, register(Role.DECODE), 0)
-    return fleet
-
-
-def open_up(fleet: Fleet, *pairs: Pair) -> None:
-    for pair in pairs:
-        assert [fleet.breaker.failed(pair, 0) for _ in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("way", ["leaves", "is silent", "is born again"])

@@ -11,10 +11,9 @@ from router.effects import NeedsCapacity
 from router.fleet import Fleet
 from router.policy import Candidate, Wishes, choose_decode, choose_prefill
 from router.work import Prompt, Work
+from tests.router.fleets import candidate, chooser_of, id_of, register
 from tests.router.harness import endless, eventually, router
 from tests.router.scripted_nodes import D1, D2, LIMITS, P1, P2, Nodes, grant, start
-from tests.router.test_node_chooser import candidate, chooser_of, id_of
-from tests.router.test_router_fleet import register
 from wire.request_messages import Granted, Refused, Reserve, TokenUpdate
 from wire.types import NodeId, Role, SamplingParams
 

@@ -14,8 +14,8 @@ from router.breaker import Pair
 from router.fleet import Fleet
 from router.policy import Wishes
 from router.work import Prompt, Work
+from tests.router.fleets import chooser_of
 from tests.router.harness import MODEL
-from tests.router.test_node_chooser import chooser_of
 from wire.fleet_messages import CacheEvents, Register
 from wire.layout import KVLayout
 from wire.types import NodeId, NodeLoad, Role, SamplingParams

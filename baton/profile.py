@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,12 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="as the nodes' (all that the model can)",
     )
-    add("--seconds", type=positive, default=110.0, metavar="S", help="at most about (%(default)g)")
+    add(
+        "--seconds",
+        type=positive,
+        default=110.0,
+        metavar="S",
+        help="of the engine, about; every case is measured once at least (%(default)g)",
+    )
     add(
         "--fleet",
         metavar="URL",
         help="measure the overheads too of an idle fleet of one prefill and one decode node as "
-        "these, served with --handoff always",
+        "these, served with --handoff always; takes two minutes more",
     )
     add("--chunk", type=int, default=512, metavar="N", help="its --max-num-batched-tokens (512)")
     add("--link-gbit-s", type=positive, metavar="R", help="rate between nodes, if not one machine")
@@ -77,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_model(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
     if loaded.max_model_len < LEAST_MODEL_LEN:
         raise ConfigError(
-            f"{loaded.max_model_len} tokens are too few to profile; give at least "
-            f"{LEAST_MODEL_LEN} with --max-model-len"
+            f"{loaded.max_model_len} tokens (--max-model-len, or all that the model can) are too "
+            f"few to profile: it takes {LEAST_MODEL_LEN}"
         )
     if args.fleet:
         asyncio.run(check(args.fleet, loaded.name))
@@ -111,13 +118,13 @@ def with_fleet(profile: Profile, url: str, chunk: int) -> Profile:
     size = profile.layout.num_blocks(typical) * profile.layout.block_bytes
     last_slice = profile.latency.transfer_s(size) / geometry_for(profile.layout).num_layer_groups
     hops_s, handoff_hop_s = HOPS_TO_FIRST_TOKEN * HOP_S, HOP_S + last_slice
+    spread, seed = {**profile.spread, "fleet": told.spread}, secrets.randbits(32)
     try:
-        found = overheads_of(told, profile.latency, chunk, hops_s, handoff_hop_s)
+        probed = overheads_of(told, profile.latency, chunk, hops_s, handoff_hop_s)
+        profile = replace(profile, overheads=probed, spread=spread)
+        return replace(profile, overheads=under_load(profile, url, chunk, LOAD_S, seed))
     except ValueError as error:
         raise ConfigError(f"{url} was not idle: {error}") from error
-    profile = replace(profile, overheads=found, spread={**profile.spread, "fleet": told.spread})
-    print("requests that come and go")
-    return replace(profile, overheads=under_load(profile, url, chunk, LOAD_S, seed=1))
 
 
 def fleet_line(found: Overheads) -> str:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from statistics import median
 
-from baton.simulation.setup import Setup, Split
+from baton.simulation.setup import HOPS_TO_FIRST_TOKEN, Setup, Split
 from baton.simulation.simulate import simulate
 from baton.simulation.utilisation import at_utilisation
 from engine.config import EngineConfig
@@ -28,33 +29,41 @@ from tuner.workload import PromptKind, Span, Workload, requests
 
 PROMPTS, ANSWERS = Span(16, 160), Span(8, 16)  # tokens
 UTILISATION = 0.4  # of the busiest node, if it were as fast as with steps in a row
-FEWEST = 12  # requests
-MOST = 1000
-_ROUNDS = 8
-_BOUND = 4.0  # who is further from what the probes found did something else
+FEWEST, MOST = 12, 300  # requests
+BOUND = 4.0  # times slower or faster than the probes found: then it did something else, too
+_ROUNDS = 20
+_SETTLED = 0.005
+Tell = Callable[[str], None]
 
 
-def under_load(profile: Profile, url: str, chunk: int, seconds: float, seed: int) -> Overheads:
+def under_load(
+    profile: Profile, url: str, chunk: int, seconds: float, seed: int, tell: Tell = print
+) -> Overheads:
     """The profile's overheads, with factors as the idle fleet behind `url` shows them under load.
 
     Args:
         chunk: the nodes' token budget per step.
-        seconds: how long to ask, about.
-        seed: of prompts that no cache knows yet, and of when they come.
+        seconds: how long to ask, about; slow nodes longer, for a few requests at least.
+        seed: of prompts and times; prompts of a seed that was used before may be cached.
 
     Raises:
         ConfigError: a request failed.
+        ValueError: it found factors that are none.
     """
     setup = twin(profile, chunk)
     trace = coming_and_going(setup, seconds, seed)
-    return fitted_to(setup, trace, replay(url, trace, seed))
+    tell(f"{len(trace.requests)} requests that come and go, in {trace.requests[-1].at:.0f} s")
+    found = fitted_to(setup, trace, replay(url, trace, seed))
+    if at_bound(found, setup.overheads):
+        tell("they took far more or less time than the probes: was the fleet asked by others, too?")
+    return found
 
 
 def twin(profile: Profile, chunk: int) -> Setup:
-    """One prefill and one decode node, as the probes want them."""
+    """One prefill and one decode node, as the probes want them, with memory for all requests."""
     engine = EngineConfig(
         block_size=profile.layout.block_size,
-        num_blocks=4 * profile.layout.num_blocks(MOST),
+        num_blocks=MOST * profile.layout.num_blocks(PROMPTS.hi + ANSWERS.hi),
         max_model_len=profile.max_model_len,
         max_num_batched_tokens=chunk,
     )
@@ -79,32 +88,50 @@ def coming_and_going(setup: Setup, seconds: float, seed: int) -> Trace:
 
 def fitted_to(setup: Setup, trace: Trace, real: Sequence[RequestRecord]) -> Overheads:
     """Overheads with which the simulated requests take as long as the real ones."""
-    over = setup.overheads
-    prefill, decode = over.prefill_factor, over.decode_factor
-    most_prefill, most_decode = _BOUND * prefill, _BOUND * decode
+    found = probed = setup.overheads
+    computed = partial(_computed_s, probed.front_s + HOPS_TO_FIRST_TOKEN * setup.hop_s)
     for _ in range(_ROUNDS):
-        simulated = simulate(replace(setup, overheads=over), trace).records
-        prefill = min(most_prefill, prefill * times_as_long(_ttft, real, simulated))
-        decode = min(most_decode, decode * times_as_long(_tpot, real, simulated))
-        over = replace(over, prefill_factor=prefill, decode_factor=decode)
-    return over
+        simulated = simulate(replace(setup, overheads=found), trace).records
+        prefill = times_as_long(computed, real, simulated)
+        decode = times_as_long(_tpot_s, real, simulated)
+        if max(abs(prefill - 1), abs(decode - 1)) < _SETTLED:
+            break
+        found = replace(
+            found,
+            prefill_factor=_bounded(found.prefill_factor * prefill, probed.prefill_factor),
+            decode_factor=_bounded(found.decode_factor * decode, probed.decode_factor),
+        )
+    return found
+
+
+def _bounded(factor: float, probed: float) -> float:
+    return min(max(factor, probed / BOUND), probed * BOUND)
+
+
+def at_bound(found: Overheads, probed: Overheads) -> bool:
+    """Whether a factor would have to be further from what the probes found."""
+    prefill = found.prefill_factor / probed.prefill_factor
+    decode = found.decode_factor / probed.decode_factor
+    return not all(1 / BOUND < times < BOUND for times in (prefill, decode))
 
 
 def times_as_long(
-    time: Callable[[RequestRecord], float | None],
+    time_s: Callable[[RequestRecord], float | None],
     real: Sequence[RequestRecord],
     simulated: Sequence[RequestRecord],
 ) -> float:
     """The median over requests; 1 where none tells."""
-    told = {one.index: time(one) for one in simulated}
-    both = [(time(one), told.get(one.index)) for one in real]
+    told = {one.index: time_s(one) for one in simulated}
+    both = [(time_s(one), told.get(one.index)) for one in real]
     ratios = [ours / theirs for ours, theirs in both if ours and theirs]
     return median(ratios) if ratios else 1.0
 
 
-def _ttft(record: RequestRecord) -> float | None:
-    return record.ttft
+def _computed_s(on_the_way_s: float, record: RequestRecord) -> float | None:
+    """Of the time to the first token what a node's queue and computing took; None if nothing."""
+    seconds = 0.0 if record.ttft is None else record.ttft - on_the_way_s
+    return seconds if seconds > 0 else None
 
 
-def _tpot(record: RequestRecord) -> float | None:
+def _tpot_s(record: RequestRecord) -> float | None:
     return record.tpot

@@ -36,7 +36,7 @@ CONTEXTS = (32, 256, 1024, 4096)
 REPEATS = 5
 TRANSFER_BLOCKS = (1, 4, 16, 64)
 _DECODED = 4 * REPEATS * len(BATCHES)  # tokens that a request may answer at most
-LEAST_MODEL_LEN = CONTEXTS[0] + _DECODED
+LEAST_MODEL_LEN = 2 * CONTEXTS[0] + _DECODED
 
 
 def stopwatch_for(device: str, threads: int) -> Stopwatch:
@@ -154,7 +154,7 @@ class Profiler:
         """
         end = self._clock() + seconds
         longest = self._loaded.max_model_len - _DECODED
-        contexts = [context for context in CONTEXTS if context <= longest]
+        contexts = sorted({min(context, longest) for context in CONTEXTS})
         samples: list[Sample] = []
         for number, context in enumerate(contexts):
             now = self._clock()

@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 def paced(profile: Profile, url: str, seconds: float, seed: int) -> Profile:
     """The profile as the fleet is now."""
-    over = under_load(profile, url, CHUNK, seconds, seed)
+    over = under_load(profile, url, CHUNK, seconds, seed, tell=lambda _: None)
     print(f"pace: prefill {over.prefill_factor:.2f}, decode {over.decode_factor:.2f}", flush=True)
     return replace(profile, overheads=over)
 

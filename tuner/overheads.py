@@ -7,7 +7,7 @@ A request that is alone, then many at once, then both kinds of node busy: each t
       |front|prefill| handoff|          step = decode formula + per step + per stream
 
 None of it is fitted to a load that is to be predicted: these are requests made for this purpose.
-Of repeats the median counts: half of who asks a fleet meets more of what else runs there.
+Of repeats the median counts: requests meet what else runs on the fleet's machine.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Overheads:
     handoff_s: float = 0.0  # from the first token to the first step on the decode node
     step_s: float = 0.0  # per decode step, and
     stream_s: float = 0.0  # per request in it; below 0 where the formula was measured too slow
-    prefill_factor: float = 1.0  # of the prefill formula, where its process has more to do
-    decode_factor: float = 1.0  # of decode steps, with what comes on top of them
+    prefill_factor: float = 1.0  # of the prefill formula: what its process does, and the pace
+    decode_factor: float = 1.0  # of decode steps with what comes on top of them: the pace
     prefill_slowdown: float = 1.0  # while another node of this machine computes
     decode_slowdown: float = 1.0
 

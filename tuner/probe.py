@@ -49,7 +49,7 @@ class Prober:
     target: Target
     chunk: int  # the nodes' token budget per step
     max_model_len: int
-    _random: Random = field(default_factory=lambda: Random(0))
+    _random: Random = field(default_factory=Random)  # each run asks what no cache knows yet
     _numbers: Iterator[int] = field(default_factory=count)
 
     async def run(self, tell: Tell) -> Probes:

@@ -292,7 +292,7 @@ class FleetRun:
         self.clock.after(self._setup.hop_s, partial(self._arrived, send.to, send.message))
 
     def _note(self, choice: Choice, to: NodeId, message: Message) -> None:
-        """What `router.deliveries` remembers of work that begins."""
+        """Of work that begins, the load on its nodes, as `router.deliveries` remembers it."""
         match message:
             case Reserve():
                 choice.assigned.answers(self._fleet, to)

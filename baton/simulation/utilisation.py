@@ -15,10 +15,14 @@ def at_utilisation(setup: Setup, trace: Trace, share: float) -> tuple[Trace, flo
 
     Gives what it comes to, too: a short trace hits it only about.
     """
-    found, busiest = trace, 0.0
+    found, busiest = trace, _busiest(setup, trace)
     for _ in range(_TRIES):
-        busiest = max(simulate(setup, found).busy.values())
-        if abs(busiest / share - 1) < _NEAR:
+        if not busiest or abs(busiest / share - 1) < _NEAR:
             break
         found = scale_rate(found, (share / busiest) ** 0.8)  # waiting for the last one is no load
+        busiest = _busiest(setup, found)
     return found, busiest
+
+
+def _busiest(setup: Setup, trace: Trace) -> float:
+    return max(simulate(setup, trace).busy.values())

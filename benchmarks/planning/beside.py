@@ -8,8 +8,8 @@ Goodput is the highest rate at which SHARE of the requests keep both of their li
 begins at the rate that the simulator predicts for it, and goes up or down from there until one
 rate holds and a higher one does not; between the two the share is taken for a straight line. All
 fleets stand at the same time, idle but for the one that is measured, and are measured in turns. A
-rate that does not hold is tried again in the next turn, and the better of both counts: a machine
-has slow minutes, and no quick ones.
+rate that does not hold is tried again in the next turn, and the better of both counts: what others
+take of a machine differs from minute to minute.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_a_context_in_which_nothing_can_be_measured_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["profile", "-o", str(tmp_path / "p.json"), "--max-model-len", "100"]) == 1
-    assert "too few to profile; give at least 172" in capsys.readouterr().err
+    assert "too few to profile: it takes 204" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

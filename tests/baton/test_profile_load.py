@@ -10,6 +10,7 @@ from baton.profile_load import (
     ANSWERS,
     FEWEST,
     PROMPTS,
+    at_bound,
     coming_and_going,
     fitted_to,
     times_as_long,
@@ -46,6 +47,24 @@ def test_a_pace_is_found_again(prefill: float, decode: float, slowdown: float) -
     assert found.prefill_factor == pytest.approx(prefill, rel=0.05)
     assert found.decode_factor == pytest.approx(decode, rel=0.05)
     assert replace(found, prefill_factor=1.1, decode_factor=1.0) == over, "the rest is as probed"
+    assert not at_bound(found, over)
+
+
+def test_what_a_request_takes_on_its_way_is_no_pace() -> None:
+    """A small model on a fleet whose router takes ten times as long as its prefills."""
+    quick = LatencyModel((1e-3, 1e-6, 0.0), (1e-3, 0.0, 1e-5), (0.001, 1e-10))
+    over = replace(PROBED, front_s=0.03)
+    setup = replace(twin(profile(over=over), chunk=512), model=quick)
+    trace = coming_and_going(setup, SECONDS, seed=1)
+    true = replace(over, prefill_factor=2.2, decode_factor=1.5)
+    found = fitted_to(setup, trace, simulate(replace(setup, overheads=true), trace).records)
+    assert found.prefill_factor == pytest.approx(2.2, rel=0.05)
+    assert found.decode_factor == pytest.approx(1.5, rel=0.05)
+    sooner = [
+        replace(one, chunk_times=(one.start + 0.01, *one.chunk_times[1:]))
+        for one in simulate(setup, trace).records
+    ]
+    assert fitted_to(setup, trace, sooner).prefill_factor == over.prefill_factor
 
 
 def test_a_few_requests_that_were_held_up_change_little() -> None:
@@ -73,6 +92,7 @@ def test_a_fleet_that_stands_still_ends_in_a_factor_all_the_same() -> None:
     ]
     found = fitted_to(setup, trace, real)
     assert (found.prefill_factor, found.decode_factor) == pytest.approx((4.4, 4.0))
+    assert at_bound(found, setup.overheads), "and that is told"
 
 
 def test_requests_come_and_go() -> None:

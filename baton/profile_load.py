@@ -2,8 +2,9 @@
 
 A node that waits for work is not always at once as fast as one that computes without a pause:
 caches are cold, the processor sleeps, and a host lends it to others, who keep it for a while. So a
-load of its own, as random as users are, is asked of the fleet and of its simulated twin, and the
-prefill and the decode formula are scaled until the twin's requests take as long, in the median.
+load of its own, as random as users are, is asked of the fleet and of its simulated twin. What a
+request takes on its way is found anew, and the prefill and the decode formula are scaled, until the
+twin's requests take as long.
 Nothing of it is fitted to a load that is to be predicted.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from statistics import median
 
@@ -20,6 +20,7 @@ from baton.simulation.simulate import simulate
 from baton.simulation.utilisation import at_utilisation
 from engine.config import EngineConfig
 from tuner.arrivals import Arrival, arrival_offsets
+from tuner.latency import Sample, fit
 from tuner.overheads import Overheads
 from tuner.profile import Profile
 from tuner.record import RequestRecord
@@ -32,7 +33,7 @@ UTILISATION = 0.4  # of the busiest node, if it were as fast as with steps in a 
 FEWEST, MOST = 12, 300  # requests
 BOUND = 4.0  # times slower or faster than the probes found: then it did something else, too
 _ROUNDS = 20
-_SETTLED = 0.005
+_SETTLED = 0.002  # of factors, and in seconds
 Tell = Callable[[str], None]
 
 
@@ -89,19 +90,40 @@ def coming_and_going(setup: Setup, seconds: float, seed: int) -> Trace:
 def fitted_to(setup: Setup, trace: Trace, real: Sequence[RequestRecord]) -> Overheads:
     """Overheads with which the simulated requests take as long as the real ones."""
     found = probed = setup.overheads
-    computed = partial(_computed_s, probed.front_s + HOPS_TO_FIRST_TOKEN * setup.hop_s)
+    hops_s = HOPS_TO_FIRST_TOKEN * setup.hop_s
     for _ in range(_ROUNDS):
         simulated = simulate(replace(setup, overheads=found), trace).records
-        prefill = times_as_long(computed, real, simulated)
-        decode = times_as_long(_tpot_s, real, simulated)
-        if max(abs(prefill - 1), abs(decode - 1)) < _SETTLED:
+        way_s, prefill = first_tokens(real, simulated, found.front_s + hops_s)
+        decode = times_as_long(real, simulated)
+        front_s = max(0.0, way_s - hops_s)
+        if max(abs(prefill - 1), abs(decode - 1), abs(front_s - found.front_s)) < _SETTLED:
             break
         found = replace(
             found,
+            front_s=front_s,
             prefill_factor=_bounded(found.prefill_factor * prefill, probed.prefill_factor),
             decode_factor=_bounded(found.decode_factor * decode, probed.decode_factor),
         )
     return found
+
+
+def first_tokens(
+    real: Sequence[RequestRecord], simulated: Sequence[RequestRecord], way_s: float
+) -> tuple[float, float]:
+    """What requests take on their way, and how many times as long in queues and prefills.
+
+    By least squares over prompts of many lengths, as `tuner.overheads` has it of prompts alone.
+
+    Args:
+        way_s: what the simulated ones take on their way.
+    """
+    told = {one.index: one.ttft for one in simulated}
+    both = [(one.ttft, told.get(one.index)) for one in real]
+    samples = [Sample((1.0, theirs - way_s), ours) for ours, theirs in both if ours and theirs]
+    if not samples:
+        return way_s, 1.0
+    found_s, times = fit(samples, 2)
+    return found_s, times or 1.0
 
 
 def _bounded(factor: float, probed: float) -> float:
@@ -115,23 +137,9 @@ def at_bound(found: Overheads, probed: Overheads) -> bool:
     return not all(1 / BOUND < times < BOUND for times in (prefill, decode))
 
 
-def times_as_long(
-    time_s: Callable[[RequestRecord], float | None],
-    real: Sequence[RequestRecord],
-    simulated: Sequence[RequestRecord],
-) -> float:
-    """The median over requests; 1 where none tells."""
-    told = {one.index: time_s(one) for one in simulated}
-    both = [(time_s(one), told.get(one.index)) for one in real]
+def times_as_long(real: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
+    """Real tokens after the first, the median over requests; 1 where none tells."""
+    told = {one.index: one.tpot for one in simulated}
+    both = [(one.tpot, told.get(one.index)) for one in real]
     ratios = [ours / theirs for ours, theirs in both if ours and theirs]
     return median(ratios) if ratios else 1.0
-
-
-def _computed_s(on_the_way_s: float, record: RequestRecord) -> float | None:
-    """Of the time to the first token what a node's queue and computing took; None if nothing."""
-    seconds = 0.0 if record.ttft is None else record.ttft - on_the_way_s
-    return seconds if seconds > 0 else None
-
-
-def _tpot_s(record: RequestRecord) -> float | None:
-    return record.tpot

@@ -12,6 +12,7 @@ from baton.profile_load import (
     PROMPTS,
     at_bound,
     coming_and_going,
+    first_tokens,
     fitted_to,
     times_as_long,
     twin,
@@ -46,7 +47,9 @@ def test_a_pace_is_found_again(prefill: float, decode: float, slowdown: float) -
     found = fitted_to(setup, trace, real)
     assert found.prefill_factor == pytest.approx(prefill, rel=0.05)
     assert found.decode_factor == pytest.approx(decode, rel=0.05)
-    assert replace(found, prefill_factor=1.1, decode_factor=1.0) == over, "the rest is as probed"
+    same = replace(found, front_s=over.front_s, prefill_factor=1.1, decode_factor=1.0)
+    assert same == over, "the rest is as probed"
+    assert found.front_s == pytest.approx(over.front_s, abs=0.005)
     assert not at_bound(found, over)
 
 
@@ -60,11 +63,19 @@ def test_what_a_request_takes_on_its_way_is_no_pace() -> None:
     found = fitted_to(setup, trace, simulate(replace(setup, overheads=true), trace).records)
     assert found.prefill_factor == pytest.approx(2.2, rel=0.05)
     assert found.decode_factor == pytest.approx(1.5, rel=0.05)
-    sooner = [
-        replace(one, chunk_times=(one.start + 0.01, *one.chunk_times[1:]))
-        for one in simulate(setup, trace).records
-    ]
-    assert fitted_to(setup, trace, sooner).prefill_factor == over.prefill_factor
+    assert found.front_s == pytest.approx(0.03, rel=0.1)
+
+
+@pytest.mark.parametrize("front_s", [0.0, 0.004, 0.08])
+def test_what_a_request_takes_on_its_way_is_found_anew(front_s: float) -> None:
+    """The probes may have met a slow minute, and a constant is no pace."""
+    over = replace(PROBED, front_s=0.03)
+    setup = twin(profile(over=over), chunk=512)
+    trace = coming_and_going(setup, SECONDS, seed=1)
+    true = replace(over, front_s=front_s, prefill_factor=1.6)
+    found = fitted_to(setup, trace, simulate(replace(setup, overheads=true), trace).records)
+    assert found.front_s == pytest.approx(front_s, abs=0.006)
+    assert found.prefill_factor == pytest.approx(1.6, rel=0.05)
 
 
 def test_a_few_requests_that_were_held_up_change_little() -> None:
@@ -83,16 +94,24 @@ def test_a_few_requests_that_were_held_up_change_little() -> None:
     assert found.decode_factor == pytest.approx(1.3, rel=0.05)
 
 
-def test_a_fleet_that_stands_still_ends_in_a_factor_all_the_same() -> None:
+def test_a_fleet_that_stands_still_has_no_pace() -> None:
     setup = twin(profile(), chunk=512)
     trace = coming_and_going(setup, SECONDS, seed=3)
     real = [
         RequestRecord(i, r.at, r.at, r.at + 900.0, (r.at + 400.0, r.at + 900.0), 10, r.output_len)
         for i, r in enumerate(trace.requests)
     ]
-    found = fitted_to(setup, trace, real)
-    assert (found.prefill_factor, found.decode_factor) == pytest.approx((4.4, 4.0))
-    assert at_bound(found, setup.overheads), "and that is told"
+    with pytest.raises(ValueError, match="no times per request"):
+        fitted_to(setup, trace, real)
+
+
+def test_a_fleet_far_from_what_the_probes_found_ends_in_a_factor_all_the_same() -> None:
+    setup = twin(profile(), chunk=512)
+    trace = coming_and_going(setup, SECONDS, seed=3)
+    true = replace(PROBED, decode_factor=6.0)
+    found = fitted_to(setup, trace, simulate(replace(setup, overheads=true), trace).records)
+    assert found.decode_factor == 4.0
+    assert at_bound(found, PROBED), "and that is told"
 
 
 def test_requests_come_and_go() -> None:
@@ -118,6 +137,7 @@ def test_what_does_not_tell_a_time_does_not_count() -> None:
 
     real = [record(0, 2.0, 4.0), record(1), record(2, 3.0, 5.0), record(3, 9.0)]
     simulated = [record(2, 1.0, 2.0), record(0, 1.0, 3.0), record(1, 1.0)]
-    assert times_as_long(lambda r: r.ttft, real, simulated) == pytest.approx(2.5)
-    assert times_as_long(lambda r: r.tpot, real, simulated) == pytest.approx(1.5)
-    assert times_as_long(lambda r: r.ttft, [], simulated) == 1.0
+    assert times_as_long(real, simulated) == pytest.approx(1.5)
+    assert times_as_long([], simulated) == 1.0
+    assert first_tokens([], simulated, 0.1) == (0.1, 1.0)
+    assert first_tokens([record(1)], simulated, 0.1) == (0.1, 1.0)

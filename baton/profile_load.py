@@ -123,7 +123,10 @@ def first_tokens(
     if not samples:
         return way_s, 1.0
     found_s, times = fit(samples, 2)
-    return found_s, times or 1.0
+    if times:
+        return found_s, times
+    # No prompt's length shows: they take as long as was known, and the rest is the way.
+    return max(0.0, median(one.seconds - one.variables[1] for one in samples)), 1.0
 
 
 def _bounded(factor: float, probed: float) -> float:

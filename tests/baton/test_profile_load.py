@@ -140,4 +140,8 @@ def test_what_does_not_tell_a_time_does_not_count() -> None:
     assert times_as_long(real, simulated) == pytest.approx(1.5)
     assert times_as_long([], simulated) == 1.0
     assert first_tokens([], simulated, 0.1) == (0.1, 1.0)
+    longer_sooner = [record(0, 1.2), record(2, 1.3)], [record(0, 0.6), record(2, 0.5)]
+    way_s, times = first_tokens(*longer_sooner, 0.1)
+    assert times == 1.0
+    assert way_s == pytest.approx(0.8), "what is computed is not counted twice"
     assert first_tokens([record(1)], simulated, 0.1) == (0.1, 1.0)
